@@ -8,12 +8,15 @@
 
 #if defined(__CUDACC__)
 #define DRACO_HD static __host__ __device__ __forceinline__
-#define DRACO_HD_NOINLINE static __host__ __device__
 #define DRACO_MEMBER __host__ __device__ __forceinline__
+// For code that a team of threads runs (core/team.h): on the device alone, where its barriers are.
+#define DRACO_TEAM __device__ __forceinline__
+#define DRACO_TEAM_CALL __device__ __noinline__
 #else
 #define DRACO_HD static inline __attribute__((always_inline))
-#define DRACO_HD_NOINLINE [[maybe_unused]] static
 #define DRACO_MEMBER inline __attribute__((always_inline))
+#define DRACO_TEAM inline
+#define DRACO_TEAM_CALL inline
 #endif
 
 namespace draco {

@@ -51,8 +51,9 @@ DRACO_HD bool within(typename Element<T>::Bits x, typename Element<T>::Bits winn
   using Sum = typename Element<T>::Sum;
   const Sum a = value_of<T>(x), w = value_of<T>(winner);
   const Sum gap = a > w ? a - w : w - a, size = w < 0 ? -w : w;
-  // An infinite gap is never tolerated, though rtol times an infinite winner would be infinite too.
-  return (x == winner) | ((gap <= static_cast<Sum>(atol) + static_cast<Sum>(rtol) * size) & (gap <= kLargest<Sum>));
+  // An infinite gap is never tolerated, though rtol times an infinite winner would be infinite too. No sum of a product
+  // here: a compiler may round it once or twice, and every device must say the same.
+  return (x == winner) | ((gap - static_cast<Sum>(atol) <= static_cast<Sum>(rtol) * size) & (gap <= kLargest<Sum>));
 }
 
 }  // namespace

@@ -31,30 +31,27 @@ DRACO_HD NoiseModel noise_model(bool is_double, int workers, int adversaries, do
 
 // The noise of one tile. The reference norm is the (most + 1)-th largest of the present workers', where `most` is how
 // many of them may be bad: they can neither raise the floor with huge messages nor lower it with small ones, since
-// every part is in 2s+1 messages.
-DRACO_HD_NOINLINE double tile_noise(const NoiseModel& model, const double* energy, int64_t stride, int workers,
-                                    int most, const uint8_t* erased, int64_t elements) {
+// every part is in 2s+1 messages. Lanes of a warp share the workers; all get the result.
+template <typename Team>
+DRACO_TEAM_CALL double tile_noise(const Team& team, const NoiseModel& model, const double* energy, int64_t stride,
+                                  int workers, int most, const uint8_t* erased, int64_t elements) {
   double reference = HUGE_VAL;
-  int seen = 0;  // values at least as large as the reference
+  double seen = 0;  // values at least as large as the reference
   while (seen <= most) {
     double next = -1;
-    int equal = 0;
-    for (int j = 0; j < workers; ++j) {
+    for (int j = team.lane; j < workers; j += team.lanes) {
       const double value = energy[j * stride];
-      if (erased[j] || !(value < reference)) continue;
-      if (value > next) {
-        next = value;
-        equal = 1;
-      } else if (value == next) {
-        ++equal;
-      }
+      if (!erased[j] && value < reference && value > next) next = value;
     }
+    next = team.largest(next);
     if (next < 0) {
       reference = 0;
       break;
     }
+    int equal = 0;
+    for (int j = team.lane; j < workers; j += team.lanes) equal += !erased[j] && energy[j * stride] == next;
     reference = next;
-    seen += equal;
+    seen += team.sum(static_cast<double>(equal));
   }
   const double count = static_cast<double>(elements) * kWeightPower * kWeightPower;
   return sqrt(model.relative * model.relative * reference + model.absolute * model.absolute * count +

@@ -35,14 +35,14 @@ Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& miss
   const int most = std::max(0, std::min(left / 2, adversaries - bad));
   std::vector<double> noise(columns), per_column(columns);
   for (int64_t t = 0; t < tiles; ++t) {
-    const double sigma = tile_noise(model, projections.energy.data() + t, tiles, n, most, verdict.erased.data(),
-                                    std::min(kTile, length - t * kTile));
+    const double sigma = tile_noise(Alone(), model, projections.energy.data() + t, tiles, n, most,
+                                    verdict.erased.data(), std::min(kTile, length - t * kTile));
     std::fill_n(noise.begin() + t * projections.per_tile, projections.per_tile, sigma);
   }
   // Not value-initialised: most of the scratch is only touched when there is something to find.
-  const std::unique_ptr<unsigned char[]> scratch(new unsigned char[Locator::scratch_bytes(n, adversaries)]);
-  const LocatorInput input{n,       adversaries,  projections.re.data(), projections.im.data(), columns,
-                           columns, noise.data(), missing.data(),        nonfinite.data()};
+  const std::unique_ptr<unsigned char[]> scratch(new unsigned char[Locator<Alone>::scratch_bytes(n, adversaries)]);
+  const LocatorInput input{n, adversaries, projections.re.data(), projections.im.data(), columns,
+                           1, columns,     noise.data(),          missing.data(),        nonfinite.data()};
   const Kernels& kernel = kernels();
   const auto energy = [&](const Complex* check, int checks, double* out) {
     const auto block = [&](int64_t begin, int64_t end) {
@@ -55,7 +55,7 @@ Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& miss
       torch::stable::parallel_for(0, columns, 256, block);
     }
   };
-  Locator locator(input, scratch.get());
+  Locator<Alone> locator(Alone(), input, scratch.get());
   verdict.failed = !locator.locate(energy, per_column.data(), verdict.suspects.data());
   if (verdict.failed) verdict.suspects.assign(n, 0);
   for (int j = 0; j < n; ++j) verdict.erased[j] |= verdict.suspects[j];
@@ -63,12 +63,13 @@ Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& miss
 }
 
 std::vector<Complex> decoding_weights(int workers, int adversaries, const std::vector<uint8_t>& erased, double factor) {
-  const std::unique_ptr<unsigned char[]> scratch(new unsigned char[Locator::scratch_bytes(workers, adversaries)]);
+  const std::unique_ptr<unsigned char[]> scratch(
+      new unsigned char[Locator<Alone>::scratch_bytes(workers, adversaries)]);
   LocatorInput input{};
   input.workers = workers;
   input.adversaries = adversaries;
   std::vector<Complex> weights(workers);
-  Locator(input, scratch.get()).weights(erased.data(), factor, weights.data());
+  Locator<Alone>(Alone(), input, scratch.get()).weights(erased.data(), factor, weights.data());
   return weights;
 }
 
