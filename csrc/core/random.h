@@ -18,6 +18,8 @@ constexpr int kChunkPairs = kChunk / 2;
 constexpr int64_t kTile = 32768;            // columns of one tile: one noise floor, kProjections projections
 constexpr double kWeightPower = 7.0 / 3.0;  // mean square of a number in +-[1, 2)
 
+DRACO_HD int64_t tile_count(int64_t length) { return (length + kTile - 1) / kTile; }
+
 // Independent projections of each tile. A short message has one tile only and needs more of them: an error is
 // overlooked when all of its projections happen to fall below the noise.
 DRACO_HD int projections_per_tile(int64_t length) { return length <= kTile ? kMostProjections : 2; }

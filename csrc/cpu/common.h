@@ -1,47 +1,26 @@
-// What the CPU ops share: argument checks, row pointers, threads.
+// What the CPU ops share: masks, row pointers, results, threads.
 #pragma once
 
 #include <sys/mman.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <limits>
 #include <memory>
-#include <optional>
-#include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/kernels.h"
 
 namespace draco {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// Python checks values and words the errors (draco_ext/ops.py); these keep memory safe whoever calls.
-inline void check_matrix(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", t.dim());
-  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, op, ": ", name, " must have contiguous rows, got stride ",
-                  t.stride(1));
-}
-
-inline void check_workers(const char* op, int64_t workers, int64_t adversaries) {
-  STD_TORCH_CHECK(adversaries >= 0 && workers > 2 * adversaries && workers <= 32767, op,
-                  ": needs 2 * adversaries + 1 <= workers <= 32767, got workers=", workers,
-                  ", adversaries=", adversaries);
-}
-
-inline std::vector<uint8_t> read_mask(const char* op, const char* name, const OptionalTensor& mask, int64_t workers) {
-  std::vector<uint8_t> bits(workers, 0);
+// The mask's entries, one for each row of `like`; all 0 where there is no mask.
+inline std::vector<uint8_t> read_mask(const char* op, const char* name, const OptionalTensor& mask,
+                                      const Tensor& like) {
+  std::vector<uint8_t> bits(like.size(0), 0);
+  check_mask(op, name, mask, like);
   if (!mask.has_value()) return bits;
-  STD_TORCH_CHECK(mask->dim() == 1 && mask->size(0) == workers && mask->scalar_type() == ScalarType::Bool, op, ": ",
-                  name, " must be a bool mask with one entry per worker");
   const auto* from = static_cast<const uint8_t*>(mask->data_ptr());
-  for (int64_t j = 0; j < workers; ++j) bits[j] = from[j * mask->stride(0)];
+  for (size_t j = 0; j < bits.size(); ++j) bits[j] = from[j * mask->stride(0)];
   return bits;
 }
 
@@ -94,14 +73,6 @@ void for_each_tile(int64_t columns, int64_t tile, const F& f) {
   } else {
     torch::stable::parallel_for(0, tiles, 1, run);
   }
-}
-
-// Calls f with a value of the element type that the scalar type stands for.
-template <typename F>
-void dispatch_real(const char* op, ScalarType type, const F& f) {
-  if (type == ScalarType::Float) return f(float{});
-  if (type == ScalarType::Double) return f(double{});
-  STD_TORCH_CHECK(false, op, ": expected float32 or float64");
 }
 
 }  // namespace draco

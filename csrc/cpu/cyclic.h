@@ -20,7 +20,7 @@ struct Projections {
   Projections(int64_t workers_, int64_t length)
       : per_tile(projections_per_tile(length)),
         workers(workers_),
-        tiles((length + kTile - 1) / kTile),
+        tiles(tile_count(length)),
         columns(tiles * per_tile),
         re(workers * columns),
         im(workers * columns),

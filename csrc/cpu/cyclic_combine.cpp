@@ -6,13 +6,9 @@ namespace {
 
 Tensor cyclic_combine(const Tensor& messages, const Tensor& weights, int64_t length) {
   const char* op = "cyclic_combine";
-  check_matrix(op, "messages", messages);
+  check_pairs(op, messages, length);
+  check_weights(op, weights, messages);
   const int64_t n = messages.size(0), columns = messages.size(1);
-  STD_TORCH_CHECK(columns % 2 == 0, op, ": messages must have an even number of columns, got ", columns);
-  STD_TORCH_CHECK(length >= 0 && length <= columns, op, ": length must be from 0 to ", columns, ", got ", length);
-  STD_TORCH_CHECK(weights.dim() == 1 && weights.size(0) == n && weights.is_contiguous() &&
-                      weights.scalar_type() == ScalarType::ComplexDouble,
-                  op, ": weights must be a contiguous complex128 tensor with one entry per message");
   Tensor out = new_result(messages, columns);
   const auto* pairs = static_cast<const double*>(weights.data_ptr());
   std::vector<Complex> factor(n);

@@ -56,13 +56,11 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const O
                                                  const OptionalTensor& expected, int64_t adversaries, int64_t length,
                                                  double atol, double rtol, bool mean, std::optional<int64_t> seed) {
   const char* op = "cyclic_decode";
-  check_matrix(op, "messages", messages);
+  check_pairs(op, messages, length);
   const int64_t n = messages.size(0), columns = messages.size(1);
   check_workers(op, n, adversaries);
-  STD_TORCH_CHECK(columns % 2 == 0, op, ": messages must have an even number of columns, got ", columns);
-  STD_TORCH_CHECK(length >= 0 && length <= columns, op, ": length must be from 0 to ", columns, ", got ", length);
-  const std::vector<uint8_t> absent = read_mask(op, "missing", missing, n);
-  const std::vector<uint8_t> likely = read_mask(op, "expected", expected, n);
+  const std::vector<uint8_t> absent = read_mask(op, "missing", missing, messages);
+  const std::vector<uint8_t> likely = read_mask(op, "expected", expected, messages);
   const int s = static_cast<int>(adversaries);
   Tensor gradient = new_result(messages, columns);
   Verdict verdict;

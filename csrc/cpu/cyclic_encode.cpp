@@ -7,13 +7,6 @@
 namespace draco {
 namespace {
 
-Complex part_weight(const char* op, int64_t workers, int64_t adversaries, int64_t worker, int64_t part) {
-  const int n = static_cast<int>(workers), s = static_cast<int>(adversaries);
-  const int t = cyclic_position(n, s, static_cast<int>(worker), static_cast<int>(part));
-  STD_TORCH_CHECK(t >= 0, op, ": worker ", worker, " does not compute part ", part);
-  return cyclic_weight(n, s, t);
-}
-
 // message (+)= sum over parts of weight * gradient. An odd last element is the real part of a pair.
 template <typename T>
 void accumulate(const std::vector<const T*>& gradients, const std::vector<Complex>& weights, int64_t length, T* message,
@@ -31,19 +24,8 @@ void accumulate(const std::vector<const T*>& gradients, const std::vector<Comple
 
 Tensor cyclic_encode(const Tensor& gradients, int64_t workers, int64_t adversaries, int64_t worker) {
   const char* op = "cyclic_encode";
-  check_matrix(op, "gradients", gradients);
-  check_workers(op, workers, adversaries);
-  STD_TORCH_CHECK(gradients.size(0) == 2 * adversaries + 1, op, ": gradients must have ", 2 * adversaries + 1,
-                  " rows, got ", gradients.size(0));
-  STD_TORCH_CHECK(worker >= 0 && worker < workers, op, ": worker must be from 0 to ", workers - 1, ", got ", worker);
+  const std::vector<Complex> weights = check_encode(op, gradients, workers, adversaries, worker);
   const int64_t d = gradients.size(1);
-  std::vector<int64_t> parts;  // in ascending order, as CyclicCode.assignment gives them
-  for (int t = 0; t <= 2 * adversaries; ++t)
-    parts.push_back((worker - cyclic_offset(static_cast<int>(workers), static_cast<int>(adversaries), t) + workers) %
-                    workers);
-  std::sort(parts.begin(), parts.end());
-  std::vector<Complex> weights;
-  for (const int64_t part : parts) weights.push_back(part_weight(op, workers, adversaries, worker, part));
   Tensor message = new_result(gradients, d + d % 2);
   dispatch_real(op, gradients.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -55,15 +37,8 @@ Tensor cyclic_encode(const Tensor& gradients, int64_t workers, int64_t adversari
 void cyclic_encode_add_(Tensor message, const Tensor& gradient, int64_t workers, int64_t adversaries, int64_t worker,
                         int64_t part) {
   const char* op = "cyclic_encode_add_";
-  check_workers(op, workers, adversaries);
-  STD_TORCH_CHECK(worker >= 0 && worker < workers && part >= 0 && part < workers, op,
-                  ": worker and part must be from 0 to ", workers - 1, ", got ", worker, " and ", part);
-  STD_TORCH_CHECK(gradient.dim() == 1 && message.dim() == 1 && gradient.is_contiguous() && message.is_contiguous(), op,
-                  ": message and gradient must be contiguous vectors");
+  const Complex weight = check_encode_add(op, message, gradient, workers, adversaries, worker, part);
   const int64_t d = gradient.size(0);
-  STD_TORCH_CHECK(message.size(0) == d + d % 2 && message.scalar_type() == gradient.scalar_type(), op,
-                  ": message must have ", d + d % 2, " elements of the gradient's dtype, got ", message.size(0));
-  const Complex weight = part_weight(op, workers, adversaries, worker, part);
   dispatch_real(op, gradient.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     accumulate<T>({static_cast<const T*>(gradient.data_ptr())}, {weight}, d, static_cast<T*>(message.data_ptr()), true);

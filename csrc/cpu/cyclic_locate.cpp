@@ -79,17 +79,9 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, cons
                                                  const OptionalTensor& missing, int64_t adversaries, int64_t length,
                                                  bool float64, double atol, double rtol, bool mean) {
   const char* op = "cyclic_locate";
-  STD_TORCH_CHECK(
-      projections.dim() == 3 && projections.scalar_type() == ScalarType::ComplexDouble && projections.is_contiguous(),
-      op, ": projections must be a contiguous (workers, tiles, projections) complex128 tensor");
+  check_projections(op, projections, energy, adversaries, length);
   const int64_t n = projections.size(0);
-  check_workers(op, n, adversaries);
   Projections p(n, length);
-  STD_TORCH_CHECK(length >= 0 && projections.size(1) == p.tiles && projections.size(2) == p.per_tile, op,
-                  ": projections must be those of messages of length ", length);
-  STD_TORCH_CHECK(energy.dim() == 2 && energy.size(0) == n && energy.size(1) == p.tiles && energy.is_contiguous() &&
-                      energy.scalar_type() == ScalarType::Double,
-                  op, ": energy must be a contiguous (workers, tiles) float64 tensor");
   const auto* from = static_cast<const double*>(projections.data_ptr());
   for (int64_t i = 0; i < n * p.columns; ++i) {
     p.re[i] = from[2 * i];
@@ -99,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, cons
   std::copy(squares, squares + n * p.tiles, p.energy.begin());
 
   const int s = static_cast<int>(adversaries);
-  const Verdict verdict = find_suspects(p, read_mask(op, "missing", missing, n), s, length,
+  const Verdict verdict = find_suspects(p, read_mask(op, "missing", missing, projections), s, length,
                                         noise_model(float64, static_cast<int>(n), s, atol, rtol));
   Tensor weights = torch::stable::new_empty(projections, {n});
   auto* to = static_cast<double*>(weights.data_ptr());

@@ -6,11 +6,10 @@ namespace {
 
 std::tuple<Tensor, Tensor> cyclic_project(const Tensor& messages, const OptionalTensor& missing, int64_t seed) {
   const char* op = "cyclic_project";
-  check_matrix(op, "messages", messages);
   const int64_t n = messages.size(0), length = messages.size(1);
-  STD_TORCH_CHECK(length % 2 == 0, op, ": messages must have an even number of columns, got ", length);
-  const std::vector<uint8_t> absent = read_mask(op, "missing", missing, n);
-  const int64_t tiles = (length + kTile - 1) / kTile, per_tile = projections_per_tile(length);
+  check_pairs(op, messages, length);
+  const std::vector<uint8_t> absent = read_mask(op, "missing", missing, messages);
+  const int64_t tiles = tile_count(length), per_tile = projections_per_tile(length);
   Tensor projections = torch::stable::new_empty(messages, {n, tiles, per_tile}, ScalarType::ComplexDouble);
   Tensor energy = torch::stable::new_empty(messages, {n, tiles}, ScalarType::Double);
   dispatch_real(op, messages.scalar_type(), [&](auto zero) {

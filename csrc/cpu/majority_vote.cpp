@@ -7,7 +7,6 @@ namespace draco {
 namespace {
 
 constexpr int64_t kVoteTile = 32768;  // columns: long enough for the prefetchers, short enough for the cache
-constexpr int64_t kMostGroup = 511;
 
 template <typename T>
 void fill_nan(Tensor& out) {
@@ -80,16 +79,10 @@ std::tuple<Tensor, Tensor, Tensor> vote(const Tensor& messages, const std::vecto
 std::tuple<Tensor, Tensor, Tensor> majority_vote(const Tensor& messages, const OptionalTensor& missing,
                                                  const std::vector<int64_t> group_sizes, int64_t adversaries,
                                                  double atol, double rtol, bool mean) {
-  check_matrix("majority_vote", "messages", messages);
-  int64_t workers = 0;
-  for (const int64_t size : group_sizes) {
-    STD_TORCH_CHECK(size >= 2 * adversaries + 1 && size <= kMostGroup,
-                    "majority_vote: group sizes must be from 2 * adversaries + 1 to ", kMostGroup, ", got ", size);
-    workers += size;
-  }
-  STD_TORCH_CHECK(adversaries >= 0 && !group_sizes.empty() && workers == messages.size(0),
-                  "majority_vote: group_sizes must add up to the ", messages.size(0), " messages, got ", workers);
-  const std::vector<uint8_t> absent = read_mask("majority_vote", "missing", missing, workers);
+  const char* op = "majority_vote";
+  check_matrix(op, "messages", messages);
+  check_groups(op, messages, group_sizes, adversaries);
+  const std::vector<uint8_t> absent = read_mask(op, "missing", missing, messages);
   switch (messages.scalar_type()) {
     case ScalarType::Float:
       return vote<float>(messages, absent, group_sizes, adversaries, atol, rtol, mean, Dtype::kFloat32);
@@ -100,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> majority_vote(const Tensor& messages, const O
     case ScalarType::BFloat16:
       return vote<BFloat16>(messages, absent, group_sizes, adversaries, atol, rtol, mean, Dtype::kBFloat16);
     default:
-      STD_TORCH_CHECK(false, "majority_vote: messages must be float32, float64, float16 or bfloat16");
+      STD_TORCH_CHECK(false, op, ": messages must be float32, float64, float16 or bfloat16");
   }
 }
 

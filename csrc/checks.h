@@ -1,0 +1,136 @@
+// What the ops of every device check of their arguments. Python checks values and words the errors (draco_ext/ops.py);
+// these keep memory safe whoever calls.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "core/cyclic.h"
+#include "core/random.h"
+
+namespace draco {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kMostGroup = 511;  // members that a vote can count
+
+inline void check_matrix(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, op, ": ", name, " must have contiguous rows, got stride ",
+                  t.stride(1));
+}
+
+inline void check_workers(const char* op, int64_t workers, int64_t adversaries) {
+  STD_TORCH_CHECK(adversaries >= 0 && workers > 2 * adversaries && workers <= 32767, op,
+                  ": needs 2 * adversaries + 1 <= workers <= 32767, got workers=", workers,
+                  ", adversaries=", adversaries);
+}
+
+inline void check_mask(const char* op, const char* name, const OptionalTensor& mask, const Tensor& like) {
+  if (!mask.has_value()) return;
+  STD_TORCH_CHECK(mask->dim() == 1 && mask->size(0) == like.size(0) && mask->scalar_type() == ScalarType::Bool, op,
+                  ": ", name, " must be a bool mask with one entry per worker");
+  STD_TORCH_CHECK(mask->get_device_index() == like.get_device_index(), op, ": ", name,
+                  " must be on the messages' device");
+}
+
+inline void check_groups(const char* op, const Tensor& messages, const std::vector<int64_t>& group_sizes,
+                         int64_t adversaries) {
+  int64_t workers = 0;
+  for (const int64_t size : group_sizes) {
+    STD_TORCH_CHECK(size >= 2 * adversaries + 1 && size <= kMostGroup, op,
+                    ": group sizes must be from 2 * adversaries + 1 to ", kMostGroup, ", got ", size);
+    workers += size;
+  }
+  STD_TORCH_CHECK(adversaries >= 0 && !group_sizes.empty() && workers == messages.size(0), op,
+                  ": group_sizes must add up to the ", messages.size(0), " messages, got ", workers);
+}
+
+// Messages of the cyclic code, pairs of real columns, and how many elements of the gradient they stand for.
+inline void check_pairs(const char* op, const Tensor& messages, int64_t length) {
+  check_matrix(op, "messages", messages);
+  const int64_t columns = messages.size(1);
+  STD_TORCH_CHECK(columns % 2 == 0, op, ": messages must have an even number of columns, got ", columns);
+  STD_TORCH_CHECK(length >= 0 && length <= columns, op, ": length must be from 0 to ", columns, ", got ", length);
+}
+
+inline void check_weights(const char* op, const Tensor& weights, const Tensor& messages) {
+  STD_TORCH_CHECK(weights.dim() == 1 && weights.size(0) == messages.size(0) && weights.is_contiguous() &&
+                      weights.scalar_type() == ScalarType::ComplexDouble,
+                  op, ": weights must be a contiguous complex128 tensor with one entry per message");
+  STD_TORCH_CHECK(weights.get_device_index() == messages.get_device_index(), op,
+                  ": weights must be on the messages' device");
+}
+
+inline void check_projections(const char* op, const Tensor& projections, const Tensor& energy, int64_t adversaries,
+                              int64_t length) {
+  STD_TORCH_CHECK(
+      projections.dim() == 3 && projections.scalar_type() == ScalarType::ComplexDouble && projections.is_contiguous(),
+      op, ": projections must be a contiguous (workers, tiles, projections) complex128 tensor");
+  const int64_t n = projections.size(0), tiles = tile_count(length);
+  check_workers(op, n, adversaries);
+  STD_TORCH_CHECK(length >= 0 && projections.size(1) == tiles && projections.size(2) == projections_per_tile(length),
+                  op, ": projections must be those of messages of length ", length);
+  STD_TORCH_CHECK(energy.dim() == 2 && energy.size(0) == n && energy.size(1) == tiles && energy.is_contiguous() &&
+                      energy.scalar_type() == ScalarType::Double &&
+                      energy.get_device_index() == projections.get_device_index(),
+                  op, ": energy must be a contiguous (workers, tiles) float64 tensor beside the projections");
+}
+
+// The weight with which a part enters a worker's message.
+inline Complex part_weight(const char* op, int64_t workers, int64_t adversaries, int64_t worker, int64_t part) {
+  const int n = static_cast<int>(workers), s = static_cast<int>(adversaries);
+  STD_TORCH_CHECK(worker >= 0 && worker < workers && part >= 0 && part < workers, op,
+                  ": worker and part must be from 0 to ", workers - 1, ", got ", worker, " and ", part);
+  const int t = cyclic_position(n, s, static_cast<int>(worker), static_cast<int>(part));
+  STD_TORCH_CHECK(t >= 0, op, ": worker ", worker, " does not compute part ", part);
+  return cyclic_weight(n, s, t);
+}
+
+// Those of all its parts, in ascending order of the parts, as CyclicCode.assignment gives them.
+inline std::vector<Complex> check_encode(const char* op, const Tensor& gradients, int64_t workers, int64_t adversaries,
+                                         int64_t worker) {
+  check_matrix(op, "gradients", gradients);
+  check_workers(op, workers, adversaries);
+  STD_TORCH_CHECK(gradients.size(0) == 2 * adversaries + 1, op, ": gradients must have ", 2 * adversaries + 1,
+                  " rows, got ", gradients.size(0));
+  const int n = static_cast<int>(workers), s = static_cast<int>(adversaries);
+  std::vector<int64_t> parts;
+  for (int t = 0; t <= 2 * s; ++t) parts.push_back((worker - cyclic_offset(n, s, t) + workers) % workers);
+  std::sort(parts.begin(), parts.end());
+  std::vector<Complex> weights;
+  for (const int64_t part : parts) weights.push_back(part_weight(op, workers, adversaries, worker, part));
+  return weights;
+}
+
+inline Complex check_encode_add(const char* op, const Tensor& message, const Tensor& gradient, int64_t workers,
+                                int64_t adversaries, int64_t worker, int64_t part) {
+  check_workers(op, workers, adversaries);
+  STD_TORCH_CHECK(gradient.dim() == 1 && message.dim() == 1 && gradient.is_contiguous() && message.is_contiguous(), op,
+                  ": message and gradient must be contiguous vectors");
+  const int64_t d = gradient.size(0);
+  STD_TORCH_CHECK(message.size(0) == d + d % 2 && message.scalar_type() == gradient.scalar_type() &&
+                      message.get_device_index() == gradient.get_device_index(),
+                  op, ": message must have ", d + d % 2, " elements of the gradient's dtype on its device, got ",
+                  message.size(0));
+  return part_weight(op, workers, adversaries, worker, part);
+}
+
+// Calls f with a value of the element type that the scalar type stands for.
+template <typename F>
+void dispatch_real(const char* op, ScalarType type, const F& f) {
+  if (type == ScalarType::Float) return f(float{});
+  if (type == ScalarType::Double) return f(double{});
+  STD_TORCH_CHECK(false, op, ": expected float32 or float64");
+}
+
+}  // namespace draco
