@@ -1,7 +1,8 @@
 // Every op's schema. Documentation: draco_ext/ops.py; kernels: cpu/<op>.cpp, cuda/<op>.cu.
+// DRACO_LIBRARY is draco_ext, or draco_ext_simt for the kernels that tests run on the host (tests/simt.h).
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(draco_ext, m) {
+STABLE_TORCH_LIBRARY(DRACO_LIBRARY, m) {
   // Repetition code: vote in each group of consecutive workers, fused with the mean (or sum) over the groups.
   m.def(
       "majority_vote(Tensor messages, Tensor? missing, int[] group_sizes, int adversaries, float atol, float rtol, "

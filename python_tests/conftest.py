@@ -1,5 +1,12 @@
-"""What all tests share: the seed, printed and settable; honest messages; the attacks of the enumerations."""
+"""What all tests share: the devices, the seed, printed and settable, honest messages, the enumerations' attacks.
 
+Tests that use the fixture `device` run on the CPU and on a GPU, or, with `--simt LIBRARY`, they alone run, on kernels
+written for the GPU that were compiled for the host: the library registers every op again for CPU tensors, as
+`torch.ops.draco_ext_simt`. Without a GPU the tests on one are skipped, or fail where FAIL_WITHOUT_CUDA=1.
+"""
+
+import dataclasses
+import functools
 import itertools
 import os
 
@@ -9,10 +16,124 @@ import torch
 SEED = int(os.environ.get("DRACO_SEED", "20180327"))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--simt",
+        metavar="LIBRARY",
+        help="run the tests of kernels on the CUDA kernels compiled for the host: this library",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "sanitizer: every kernel once, small: for runs under compute-sanitizer")
+    config.addinivalue_line("markers", "slow: takes tens of seconds, or tens of GB")
+    library = config.getoption("--simt")
+    if library is not None:
+        if not os.path.exists(library):
+            raise pytest.UsageError(f"--simt: there is no {library}")
+        torch.ops.load_library(os.path.abspath(library))
+        if not hasattr(torch.ops.draco_ext_simt, "majority_vote"):
+            raise pytest.UsageError(f"--simt: {library} does not register the ops as draco_ext_simt")
+
+
 def pytest_report_header(config):
     import draco_ext
 
-    return f"draco_ext: DRACO_SEED={SEED}, {draco_ext.build_info()}"
+    simt = config.getoption("--simt")
+    on_simt = "" if simt is None else f", kernels of {simt}"
+    return f"draco_ext: DRACO_SEED={SEED}, {draco_ext.build_info()}{on_simt}"
+
+
+# ----------------------------------------------------------------------------------------------------- devices
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        kinds = ["cpu", "cuda"] if metafunc.config.getoption("--simt") is None else ["simt"]
+        metafunc.parametrize("device", kinds, indirect=True)
+    if "real_device" in metafunc.fixturenames:
+        metafunc.parametrize("real_device", ["cpu", "cuda"], indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--simt") is not None:
+        others = [item for item in items if "device" not in item.fixturenames]
+        items[:] = [item for item in items if "device" in item.fixturenames]
+        config.hook.pytest_deselected(items=others)
+
+
+@functools.cache
+def _lacking_for_cuda():
+    import draco_ext
+
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return None if draco_ext.build_info()["cuda"] else "draco_ext was built without CUDA"
+
+
+def _usable(kind):
+    if kind != "cuda":
+        return torch.device("cpu")
+    lacking = _lacking_for_cuda()
+    if lacking is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
+        pytest.fail(f"{lacking}, and FAIL_WITHOUT_CUDA=1", pytrace=False)
+    pytest.skip(f"{lacking} (FAIL_WITHOUT_CUDA=1 makes this a failure)")
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """The device that a test runs on: cpu and cuda, or simt alone, whose tensors are the CPU's."""
+    if request.param == "simt":
+        monkeypatch.setattr(torch.ops, "draco_ext", torch.ops.draco_ext_simt)
+    yield _usable(request.param)
+    if request.param == "cuda":
+        torch.cuda.synchronize()  # an error of this test's kernels shows in this test
+
+
+@pytest.fixture
+def real_device(request):
+    """As `device`, but never simt: for what needs the namespace draco_ext itself, with its fake kernels."""
+    return _usable(request.param)
+
+
+@pytest.fixture
+def cuda():
+    """The GPU, for what exists there alone."""
+    return _usable("cuda")
+
+
+@pytest.fixture
+def simt(request):
+    """Whether kernels run on the host, a thousand times slower than on a GPU: enumerations are to be cut down."""
+    return request.config.getoption("--simt") is not None
+
+
+def on(device, function, *args, **kwargs):
+    """function(*args, **kwargs) on the device: tensors among the arguments are moved there, and those it returns back.
+
+    Tensors that are on the device already are left as they are, strides included.
+    """
+
+    def there(value):
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    def back(value):
+        assert value.device == device
+        return value.cpu()
+
+    result = function(*map(there, args), **{name: there(value) for name, value in kwargs.items()})
+    if isinstance(result, torch.Tensor):
+        return back(result)
+    if isinstance(result, tuple):
+        return tuple(map(back, result))
+    return dataclasses.replace(
+        result, gradient=back(result.gradient), suspects=back(result.suspects), failed=back(result.failed)
+    )
+
+
+# ------------------------------------------------------------------------------------------ messages and attacks
 
 
 @pytest.fixture(autouse=True)

@@ -38,12 +38,16 @@ constexpr int kTogether = 4;         // active projections that one thread multi
 constexpr double kNever = NAN;       // what argmin passes over
 constexpr double kMostWork = 6e7;    // complex multiplications of one search: bounds what an attacker can make it cost
 
+// Cuts scratch into arrays; without scratch it only counts the bytes.
 struct Arena {
-  unsigned char* next;
+  unsigned char* scratch;
+  int64_t used;
+
+  DRACO_MEMBER explicit Arena(unsigned char* scratch_) : scratch(scratch_), used(0) {}
   template <typename T>
   DRACO_MEMBER T* take(int64_t count) {
-    T* taken = reinterpret_cast<T*>(next);
-    next += (count * sizeof(T) + 15) / 16 * 16;
+    T* taken = scratch == nullptr ? nullptr : reinterpret_cast<T*>(scratch + used);
+    used += (count * sizeof(T) + 15) / 16 * 16;
     return taken;
   }
 };
@@ -77,7 +81,7 @@ class Locator {
   }
 
   DRACO_TEAM Locator(const Team& team, const LocatorInput& input, unsigned char* scratch)
-      : team_(team), in_(input), arena_{scratch} {
+      : team_(team), in_(input), arena_(scratch) {
     n_ = in_.workers;
     k2_ = 2 * in_.adversaries;
     factor_ = arena_.take<Complex>(int64_t{k2_} * k2_ + 1);

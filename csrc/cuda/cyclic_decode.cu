@@ -1,0 +1,71 @@
+// The fused decode: four launches, none of which the host waits for or copies to.
+//   begin_search   the seed, and the weights of those who are not left out          (cuda/cyclic_locate.cu)
+//   sweep          sum and projections: reads n x d elements, writes d              (cuda/cyclic_project.cu)
+//   locate         suspects, and what remains to be done                            (cuda/cyclic_locate.cu)
+//   weighted_sum   with newly found suspects: reads (n - suspects) x d, writes d;
+//                  NaN where decoding failed; otherwise returns at once             (cuda/cyclic_combine.cu)
+#include "cuda/cyclic.cuh"
+
+namespace draco {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const OptionalTensor& missing,
+                                                 const OptionalTensor& expected, int64_t adversaries, int64_t length,
+                                                 double atol, double rtol, bool mean, std::optional<int64_t> seed) {
+  const char* op = "cyclic_decode";
+  check_pairs(op, messages, length);
+  const int64_t n = messages.size(0), columns = messages.size(1);
+  check_workers(op, n, adversaries);
+  check_mask(op, "missing", missing, messages);
+  check_mask(op, "expected", expected, messages);
+  const Device device(messages);
+  Tensor gradient = torch::stable::new_empty(messages, {columns});
+  Tensor suspects = torch::stable::new_empty(messages, {n}, ScalarType::Bool);
+  Tensor failed = torch::stable::new_empty(messages, {}, ScalarType::Bool);
+
+  Search search{};
+  search.workers = static_cast<int>(n);
+  search.adversaries = static_cast<int>(adversaries);
+  search.per_tile = projections_per_tile(columns);
+  search.length = columns;
+  search.tiles = tile_count(columns);
+  search.model =
+      noise_model(messages.scalar_type() == ScalarType::Double, search.workers, search.adversaries, atol, rtol);
+  search.factor = mean ? 1.0 / static_cast<double>(n) : 1.0;
+  search.suspects = static_cast<uint8_t*>(suspects.data_ptr());
+  search.failed = static_cast<uint8_t*>(failed.data_ptr());
+  search.partials = partials_of(device, columns);
+
+  const int64_t own = place_search(search, nullptr);
+  Arena sizes(nullptr);
+  const auto place = [&](Arena& arena) {
+    search.weights = arena.take<Complex>(n);
+    search.projections = arena.take<Complex>(n * search.tiles * search.per_tile);
+    search.energy = arena.take<double>(n * search.tiles);
+    search.partials.sums = arena.take<double>(search.partials.groups * n * slots(search.per_tile));
+  };
+  place(sizes);
+  Tensor scratch = new_scratch(messages, own + sizes.used);
+  auto* bytes = static_cast<unsigned char*>(scratch.data_ptr());
+  place_search(search, bytes);
+  Arena arena(bytes + own);
+  place(arena);
+
+  // Without masks all count alike, and the sum is divided; with masks only the device knows.
+  const bool weigh = missing.has_value() || expected.has_value();
+  begin_search(device, search, Mask(missing), Mask(expected), weigh, seed);
+  if (columns > 0)
+    sweep(device, messages,
+          Sweep{Mask(missing), &search.state->seed, weigh ? search.weights : nullptr, gradient.data_ptr(),
+                mean && !weigh ? static_cast<double>(n) : 1.0},
+          search.partials);
+  locate(device, search);
+  combine(device, messages, search.weights, &search.state->action, gradient.data_ptr());
+  if (length < columns) gradient = torch::stable::narrow(gradient, 0, 0, length);
+  return {gradient, suspects, failed};
+}
+
+}  // namespace
+}  // namespace draco
+
+DRACO_CUDA_OPS(m) { m.impl("cyclic_decode", TORCH_BOX(&draco::cyclic_decode)); }

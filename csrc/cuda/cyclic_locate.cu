@@ -1,0 +1,299 @@
+// The locator on the device: suspects and decoding weights, in double precision.
+//   begin_search   one block of 256 threads: the seed, the masks, the tables that depend on them. Writes 2s x n complex
+//                  numbers; with workers to leave out, a Householder factorisation of their columns.
+//   locate         256 threads a block, at most one block per multiprocessor. Reads n x 40 bytes per group of chunks
+//                  (or n x 40 per tile, where projections are given) and writes the projections; every block checks its
+//                  own tiles against the table of checks. Where some projection is not explained, the last block to
+//                  finish searches (core/locator.h), on scratch in global memory that its first-level cache holds.
+#include <random>
+
+#include "core/locator.h"
+#include "cuda/block.cuh"
+#include "cuda/gather.cuh"
+
+namespace draco {
+namespace {
+
+constexpr int kSeedDomain = 3;  // of Philox, beside those of core/random.h
+
+// How many decodes this process has begun on the device: what makes the projection new in every replay of a CUDA graph,
+// into which the host's random key is baked.
+static __device__ unsigned long long decodes;
+
+struct Begin {
+  Search search;
+  Mask missing, expected;
+  bool weigh, has_seed;
+  uint64_t seed;  // or the key that a seed is made with
+};
+
+DRACO_DEVICE LocatorInput locator_input(const Search& search) {
+  const auto* numbers = reinterpret_cast<const double*>(search.projections);
+  const int64_t columns = search.tiles * search.per_tile;
+  return {search.workers, search.adversaries, numbers,        numbers + 1,     2 * columns, 2,
+          columns,        search.noise,       search.missing, search.nonfinite};
+}
+
+__global__ void __launch_bounds__(kTeamThreads) begin_kernel(const __grid_constant__ Begin begin) {
+  DRACO_SHARED(double, least, kTeamWarps);
+  DRACO_SHARED(int64_t, index, kTeamWarps);
+  const Block team(least, index);
+  const Search& search = begin.search;
+  const int n = search.workers, most = 2 * search.adversaries;
+  int absent = 0, out = 0;
+  for (int j = 0; j < n; ++j) {
+    absent += begin.missing[j];
+    out += begin.missing[j] || begin.expected[j];
+  }
+  const bool all_out = out <= most;  // otherwise too many are expected to be bad to do without them
+  for (int j = team.thread; j < n; j += team.threads) {
+    search.missing[j] = begin.missing[j];
+    search.left_out[j] = begin.missing[j] || (all_out && begin.expected[j]);
+    search.nonfinite[j] = 0;
+  }
+  if (team.thread == 0) {
+    uint64_t seed = begin.seed;
+    if (!begin.has_seed) {
+      const Philox random = philox(begin.seed, atomicAdd(&decodes, 1ull), kSeedDomain);
+      seed = static_cast<uint64_t>(random.word[1]) << 32 | random.word[0];
+    }
+    *search.state = {seed, 0, 0, absent > most, kKeep};
+  }
+  team.sync();
+  if (absent > most) {
+    for (int j = team.thread; begin.weigh && j < n; j += team.threads) search.weights[j] = {0, 0};
+    return;
+  }
+  Locator<Block> locator(team, locator_input(search), search.arena);
+  if (begin.weigh) locator.weights(search.left_out, search.factor, search.weights);
+  locator.checks_without(search.missing, search.checks);
+}
+
+// Energies of some columns under the checks. Few columns: some lanes share one. Collective.
+DRACO_TEAM_CALL void energies(const Block& team, const Search& search, const Complex* check, int checks, int64_t first,
+                              int64_t count, double* out) {
+  constexpr int kTogether = 4;  // checks for which one thread reads a projection once
+  const int n = search.workers;
+  const int64_t columns = search.tiles * search.per_tile;
+  int share = 1;
+  while (share < kWarp && count * share * 2 <= team.threads) share *= 2;
+  const int apart = team.threads / share;
+  for (int64_t begin = 0; begin < count; begin += apart) {
+    const int64_t i = begin + team.thread / share, c = first + (i < count ? i : 0);
+    double total = 0;
+    for (int m = team.thread % share * kTogether; m < checks; m += share * kTogether) {
+      const Complex* row[kTogether];
+      Complex sum[kTogether] = {};
+#pragma unroll
+      for (int t = 0; t < kTogether; ++t) row[t] = check + int64_t{m + t < checks ? m + t : m} * n;
+      for (int j = 0; j < n; ++j) {
+        const Complex projection = search.projections[j * columns + c];
+#pragma unroll
+        for (int t = 0; t < kTogether; ++t) sum[t] = sum[t] + row[t][j] * projection;
+      }
+#pragma unroll
+      for (int t = 0; t < kTogether; ++t) total += m + t < checks ? norm2(sum[t]) : 0;
+    }
+    for (int distance = share / 2; distance > 0; distance /= 2) total += __shfl_xor_sync(kAllLanes, total, distance);
+    if (i < count && team.thread % share == 0) out[c] = total;
+  }
+  team.sync();
+}
+
+DRACO_DEVICE bool is_finite(double x) { return x - x == 0; }
+
+// Noise of the tiles from first to last, for all their columns. Collective.
+DRACO_TEAM_CALL void set_noise(const Block& team, const Search& search, int most, const uint8_t* erased, int64_t first,
+                               int64_t last) {
+  for (int64_t t = first + team.warp; t < last; t += team.warps) {
+    const int64_t left = search.length - t * kTile;
+    const double noise = tile_noise(team, search.model, search.energy + t, search.tiles, search.workers, most, erased,
+                                    left < kTile ? left : kTile);
+    if (team.lane < search.per_tile) search.noise[t * search.per_tile + team.lane] = noise;
+  }
+  team.sync();
+}
+
+// Whether the messages of the tiles from first to last are finite and pass the checks without the missing. Collective.
+DRACO_TEAM_CALL bool passes(const Block& team, const Search& search, int absent, int64_t first, int64_t last) {
+  const int n = search.workers, k = search.per_tile;
+  const int64_t columns = search.tiles * k;
+  bool wrong = false;
+  for (int64_t i = team.thread; i < (last - first) * n; i += team.threads) {
+    const int64_t j = i / (last - first), t = first + i % (last - first);
+    if (search.missing[j]) continue;
+    wrong |= !(search.energy[j * search.tiles + t] < kLargestEnergy);
+    for (int64_t c = j * columns + t * k; c < j * columns + (t + 1) * k; ++c)
+      wrong |= !is_finite(search.projections[c].re) || !is_finite(search.projections[c].im);
+  }
+  const int left = (2 * search.adversaries - absent) / 2;
+  set_noise(team, search, left < search.adversaries ? left : search.adversaries, search.missing, first, last);
+  const int checks = 2 * search.adversaries - absent;
+  if (checks > 0) {
+    energies(team, search, search.checks, checks, first * k, (last - first) * k, search.per_column);
+    for (int64_t c = first * k + team.thread; c < last * k; c += team.threads)
+      wrong |= !(unexplained(search.per_column[c], search.noise[c], checks) <= 1);
+  }
+  return !team.any(wrong);
+}
+
+// Finds the senders of what is not finite; how many there are. Collective.
+DRACO_TEAM_CALL int find_nonfinite(const Block& team, const Search& search) {
+  const int64_t columns = search.tiles * search.per_tile;
+  for (int j = team.warp; j < search.workers; j += team.warps) {
+    if (search.missing[j]) continue;
+    double wrong = 0;
+    for (int64_t c = team.lane; c < columns; c += kWarp) {
+      const Complex projection = search.projections[j * columns + c];
+      if (!is_finite(projection.re) || !is_finite(projection.im)) wrong = 1;
+    }
+    for (int64_t t = team.lane; t < search.tiles; t += kWarp)
+      if (!(search.energy[j * search.tiles + t] < kLargestEnergy)) wrong = 1;
+    if (team.largest(wrong) == 0) continue;
+    if (team.lane == 0) search.nonfinite[j] = 1;
+    for (int64_t c = team.lane; c < columns; c += kWarp) search.projections[j * columns + c] = {0, 0};
+  }
+  team.sync();
+  int bad = 0;
+  for (int j = 0; j < search.workers; ++j) bad += search.nonfinite[j];
+  return bad;
+}
+
+__global__ void __launch_bounds__(kTeamThreads) locate_kernel(const __grid_constant__ Search search) {
+  DRACO_SHARED(double, least, kTeamWarps);
+  DRACO_SHARED(int64_t, index, kTeamWarps);
+  const Block team(least, index);
+  const int n = search.workers, s = search.adversaries;
+  int absent = 0;
+  for (int j = 0; j < n; ++j) absent += search.missing[j];
+  bool failed = search.state->hopeless;
+  if (!failed) {
+    const int64_t each = (search.tiles + gridDim.x - 1) / gridDim.x, first = blockIdx.x * each;
+    const int64_t last = first + each < search.tiles ? first + each : search.tiles;
+    if (first < last) {
+      if (search.partials.sums != nullptr) {
+        gather_tiles({search.partials, n, search.tiles, search.per_tile, search.projections, search.energy},
+                     team.thread, team.threads, first, last);
+        team.sync();
+      }
+      if (!passes(team, search, absent, first, last) && team.thread == 0) search.state->unexplained = 1;
+    }
+  }
+  if (!is_last_block(&search.state->arrived)) return;
+
+  bool overflow = false;
+  for (int j = team.thread; j < n; j += team.threads) search.suspects[j] = 0;
+  team.sync();
+  if (search.state->unexplained) {
+    const int bad = find_nonfinite(team, search);
+    overflow = bad > s;
+    if (!overflow) {
+      for (int j = team.thread; j < n; j += team.threads) search.erased[j] = search.missing[j] | search.nonfinite[j];
+      team.sync();
+      const int by_code = (2 * s - absent - bad) / 2, most = by_code < s - bad ? by_code : s - bad;
+      set_noise(team, search, most > 0 ? most : 0, search.erased, 0, search.tiles);
+      Locator<Block> locator(team, locator_input(search), search.arena);
+      const auto energy = [&](const Complex* check, int checks, double* out) {
+        energies(team, search, check, checks, 0, search.tiles * search.per_tile, out);
+      };
+      failed = !locator.locate(energy, search.per_column, search.suspects);
+      if (failed) {
+        for (int j = team.thread; j < n; j += team.threads) search.suspects[j] = 0;
+        team.sync();
+      }
+    }
+  }
+  bool changed = search.always_weigh;
+  for (int j = team.thread; j < n; j += team.threads) {
+    search.erased[j] = search.missing[j] | search.suspects[j];
+    changed |= search.erased[j] != search.left_out[j];
+  }
+  changed = team.any(changed);
+  const bool nothing = failed || overflow;
+  if (nothing) {
+    for (int j = team.thread; j < n; j += team.threads) search.weights[j] = {NAN, NAN};
+  } else if (changed) {
+    Locator<Block>(team, locator_input(search), search.arena).weights(search.erased, search.factor, search.weights);
+  }
+  if (team.thread == 0) {
+    search.state->action = nothing ? kFillNan : changed ? kCombine : kKeep;
+    *search.failed = failed;
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, const Tensor& energy,
+                                                 const OptionalTensor& missing, int64_t adversaries, int64_t length,
+                                                 bool float64, double atol, double rtol, bool mean) {
+  const char* op = "cyclic_locate";
+  check_projections(op, projections, energy, adversaries, length);
+  check_mask(op, "missing", missing, projections);
+  const Device device(projections);
+  const int64_t n = projections.size(0);
+  Tensor weights = torch::stable::new_empty(projections, {n});
+  Tensor suspects = torch::stable::new_empty(projections, {n}, ScalarType::Bool);
+  Tensor failed = torch::stable::new_empty(projections, {}, ScalarType::Bool);
+  Search search{};
+  search.workers = static_cast<int>(n);
+  search.adversaries = static_cast<int>(adversaries);
+  search.per_tile = projections_per_tile(length);
+  search.length = length;
+  search.tiles = tile_count(length);
+  search.model = noise_model(float64, search.workers, search.adversaries, atol, rtol);
+  search.factor = mean ? 1.0 / static_cast<double>(n) : 1.0;
+  search.weights = static_cast<Complex*>(weights.data_ptr());
+  search.always_weigh = true;
+  search.suspects = static_cast<uint8_t*>(suspects.data_ptr());
+  search.failed = static_cast<uint8_t*>(failed.data_ptr());
+  // Non-finite rows are cleared in place, so on copies.
+  const int64_t columns = n * search.tiles * search.per_tile, tiles = n * search.tiles;
+  const int64_t own = place_search(search, nullptr);
+  Tensor scratch = new_scratch(projections, own + columns * sizeof(Complex) + tiles * sizeof(double));
+  auto* bytes = static_cast<unsigned char*>(scratch.data_ptr());
+  place_search(search, bytes);
+  search.projections = reinterpret_cast<Complex*>(bytes + own);
+  search.energy = reinterpret_cast<double*>(search.projections + columns);
+  copy_on_device(device, projections.data_ptr(), search.projections, columns * sizeof(Complex));
+  copy_on_device(device, energy.data_ptr(), search.energy, tiles * sizeof(double));
+  begin_search(device, search, Mask(missing), Mask(std::nullopt), false, 0);
+  locate(device, search);
+  return {weights, suspects, failed};
+}
+
+}  // namespace
+
+int64_t place_search(Search& search, unsigned char* scratch) {
+  const int64_t n = search.workers, columns = search.tiles * search.per_tile;
+  Arena arena(scratch);
+  search.state = arena.take<DecodeState>(1);
+  search.noise = arena.take<double>(columns);
+  search.per_column = arena.take<double>(columns);
+  search.checks = arena.take<Complex>(2 * search.adversaries * n);
+  search.missing = arena.take<uint8_t>(n);
+  search.left_out = arena.take<uint8_t>(n);
+  search.nonfinite = arena.take<uint8_t>(n);
+  search.erased = arena.take<uint8_t>(n);
+  search.arena = arena.take<unsigned char>(Locator<Block>::scratch_bytes(search.workers, search.adversaries));
+  return arena.used;
+}
+
+void begin_search(const Device& device, const Search& search, Mask missing, Mask expected, bool weigh,
+                  std::optional<int64_t> seed) {
+  uint64_t key = 0;
+  if (seed.has_value()) {
+    key = static_cast<uint64_t>(*seed);
+  } else {
+    std::random_device random;
+    key = static_cast<uint64_t>(random()) << 32 | random();
+  }
+  DRACO_LAUNCH(device, begin_kernel, 1, kTeamThreads, 0,
+               Begin{search, missing, expected, weigh, seed.has_value(), key});
+}
+
+void locate(const Device& device, const Search& search) {
+  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(search.tiles, device.multiprocessors));
+  DRACO_LAUNCH(device, locate_kernel, blocks, kTeamThreads, 0, search);
+}
+
+}  // namespace draco
+
+DRACO_CUDA_OPS(m) { m.impl("cyclic_locate", TORCH_BOX(&draco::cyclic_locate)); }
