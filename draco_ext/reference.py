@@ -63,9 +63,9 @@ def _failed(d: int, suspects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cyclic_tables(workers: int, adversaries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nodes (n,), supports (n, 2s+1) and weights (n, n) from their definitions."""
+    """Nodes (n,), supports (n, 2s+1) and weights (n, n) from their definitions, in long double: hundreds of factors."""
     r = 2 * adversaries + 1
-    nodes = np.exp(2j * np.pi * np.arange(workers) / workers)
+    nodes = np.exp(2j * np.arccos(np.longdouble(-1)) * np.arange(workers) / workers)
     offsets = np.array([round(t * workers / r) for t in range(r)])
     supports = (np.arange(workers)[:, None] + offsets) % workers
     weights = np.zeros((workers, workers), dtype=np.complex128)
@@ -73,7 +73,7 @@ def cyclic_tables(workers: int, adversaries: int) -> tuple[np.ndarray, np.ndarra
         for worker in support:
             others = nodes[[i for i in support if i != worker]]
             weights[worker, part] = np.prod(others / (others - nodes[worker]))
-    return nodes, supports, weights
+    return nodes.astype(np.complex128), supports, weights
 
 
 def _pairs(vectors: Tensor) -> Tensor:

@@ -309,7 +309,7 @@ def check_project(n, length, dtype, gone, seed, layout, device, generator):
         assert (energy[list(gone)] == 0).all()
         torch.testing.assert_close(energy, expected_energy, rtol=32 * eps, atol=0)
         missed = (projections - expected).abs() / expected_energy.sqrt()[:, :, None].clamp(min=1e-300)
-        assert (missed <= 4 * eps).all(), f"projections are off by {missed.max() / eps} of the rounding of their tile"
+        assert (missed <= 8 * eps).all(), f"projections are off by {missed.max() / eps} of the rounding of their tile"
 
 
 EVEN_LENGTHS = [0, 2, 30, 32, 34, 126, 1022, 1024, 1026, 2050]
