@@ -49,7 +49,7 @@ DRACO_DEVICE void add_rows(const WeightedSum<T>& sum, const int* row, const T* r
 }
 
 template <typename T, typename Weights>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, 4)
     weighted_sum(const __grid_constant__ WeightedSum<T> sum, const __grid_constant__ Weights weights, bool aligned) {
   constexpr int kCount = Vector<T>::kCount;
   DRACO_SHARED(int, row, kBatch);

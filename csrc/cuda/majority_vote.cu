@@ -251,7 +251,7 @@ DRACO_DEVICE void vote_columns(const Vote<T>& vote, int64_t column, uint8_t* dif
 
 // Dynamic shared memory: one byte per worker, set where it differs in one of the block's columns.
 template <typename T, bool kTolerant>
-__global__ void __launch_bounds__(kVoteThreads) vote_kernel(Vote<T> vote, bool aligned) {
+__global__ void __launch_bounds__(kVoteThreads, kTolerant ? 1 : 0) vote_kernel(Vote<T> vote, bool aligned) {
   constexpr int kCount = Vector<typename Element<T>::Bits>::kCount;
   DRACO_DYNAMIC_SHARED(differs);
   for (int j = threadIdx.x; j < vote.workers; j += kVoteThreads) differs[j] = 0;
