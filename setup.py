@@ -39,6 +39,9 @@ def cuda_compiler(torch: torch_at.Torch) -> str | None:
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
     if nvcc is None and wish == "on":
         stop("DRACO_CUDA=on needs nvcc, which was not found; put it on PATH or set CUDA_HOME.")
+    if nvcc is not None and torch.cuda is None and torch.release < torch_at.STREAMS:
+        newest = ".".join(map(str, torch_at.STREAMS))
+        stop(f"DRACO_CUDA=on needs a torch built with CUDA, or torch {newest} or newer; got {torch.version}.")
     return nvcc
 
 
@@ -83,8 +86,12 @@ class CMakeBuild(build_ext):
 def dependencies() -> list[str]:
     # A wheel built against one torch runs on every later one (stable ABI). Where there is none yet,
     # ask for the tested series rather than for whatever is newest.
-    return [f"torch>={'.'.join(map(str, torch_at.OLDEST))}" if torch_at.installed()
-            else torch_at.DEFAULT, "numpy>=1.24"]  # fmt: skip
+    torch = torch_at.installed()
+    wanted = torch_at.DEFAULT
+    if torch is not None:
+        oldest = torch_at.oldest_to_run_on(torch, cuda=cuda_compiler(torch) is not None)
+        wanted = f"torch>={'.'.join(map(str, oldest))}"
+    return [wanted, "numpy>=1.24"]
 
 
 setup(

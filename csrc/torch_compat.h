@@ -49,7 +49,7 @@ struct Device {
 
   explicit Device(const Tensor& tensor) : guard(tensor.get_device_index()) {
     const int32_t index = tensor.get_device_index();
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+#if defined(TORCH_VERSION_2_13_0) && TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
     stream = static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(index).nativeHandle());
 #else
     void* current = nullptr;

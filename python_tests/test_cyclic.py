@@ -335,6 +335,22 @@ def test_overflow_is_not_a_fault(device, generator):
                 assert out.gradient.isnan().all()
 
 
+def test_too_many_missing_is_a_failure_whatever_the_others_sent(device, generator):
+    code = CyclicCode(9, 2)
+    sent = honest_messages(code, random_gradients(9, 50, torch.float32, generator))
+    sent[:4] = torch.nan
+    for missing, failed in ((4, False), (5, True)):
+        mask = torch.arange(9) >= 9 - missing
+        out = on(device, draco_ext.decode, sent, code, missing=mask)
+        assert out.failed == failed
+        assert out.gradient.isnan().all()
+        projections, energy = on(device, ops.cyclic_project, sent, 3, missing=mask)
+        weights, suspects, gave_up = on(device, ops.cyclic_locate, projections, energy, 2, 50, missing=mask)
+        assert gave_up == failed
+        assert weights.isnan().all()
+        assert not suspects.any()
+
+
 def test_errors_of_very_different_size(device, generator):
     """One huge and one small: the huge one must not drown the small one, in any tile or the same."""
     code = CyclicCode(15, 3)

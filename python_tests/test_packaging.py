@@ -72,8 +72,37 @@ def test_cuda_without_nvcc(tmp_path):
     assert "DRACO_CUDA=on needs nvcc, which was not found" in sentence(run)
 
 
+def test_cuda_for_an_old_torch_without_it(tmp_path):
+    (tmp_path / "nvcc").touch(mode=0o755)
+    torch = fake_torch(tmp_path / "site", "2.12.0+cpu")
+    run = build(tmp_path, torch, DRACO_CUDA="on", CUDACXX=str(tmp_path / "nvcc"))
+    assert "needs a torch built with CUDA, or torch 2.13 or newer; got 2.12.0+cpu" in sentence(run)
+
+
 def test_unknown_cuda_wish(tmp_path):
     assert "DRACO_CUDA must be auto, on or off, got 'yes'" in sentence(build(tmp_path, DRACO_CUDA="yes"))
+
+
+def test_unknown_architectures(tmp_path):
+    pytest.importorskip("setuptools")
+    if shutil.which("nvcc", path="/usr/local/cuda/bin") is None and shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    run = build(tmp_path, DRACO_CUDA="on", TORCH_CUDA_ARCH_LIST="9.0 hopper")
+    assert run.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST: got 'hopper', expected numbers such as '8.0 9.0+PTX'" in " ".join(run.stderr.split())
+
+
+def test_cuda_wheels_ask_for_the_torch_whose_interface_they_use(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "csrc" / "pep517"))
+    import torch_at
+
+    def oldest(version, cuda):
+        return torch_at.oldest_to_run_on(torch_at.Torch(Path("torch"), version, None), cuda)
+
+    assert oldest("2.15.1+cpu", False) == (2, 11)
+    assert oldest("2.12.0+cu130", True) == (2, 11)
+    assert oldest("2.13.0+cu130", True) == (2, 13)
+    assert oldest("2.15.0+cpu", True) == (2, 13)
 
 
 def test_finds_torch_without_importing_it(tmp_path, monkeypatch):

@@ -25,6 +25,10 @@ Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& miss
   }
   verdict.suspects.assign(n, 0);
   verdict.erased = missing;
+  if (absent > 2 * adversaries) {
+    verdict.failed = true;
+    return verdict;
+  }
   if (bad > adversaries) {
     verdict.overflow = true;
     return verdict;

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 OLDEST = (2, 11)
+STREAMS = (2, 13)  # from here on the stable ABI tells CUDA's current stream, and CUDA builds use it (CMakeLists.txt)
 DEFAULT = "torch==2.13.*"  # what is installed where there is no torch yet
 
 
@@ -20,6 +21,11 @@ class Torch(NamedTuple):
     @property
     def release(self) -> tuple[int, ...]:
         return tuple(int(part) for part in re.findall(r"\d+", self.version)[:2])
+
+
+def oldest_to_run_on(torch: Torch, cuda: bool) -> tuple[int, int]:
+    """The oldest torch that runs what was built with this one."""
+    return STREAMS if cuda and torch.release >= STREAMS else OLDEST
 
 
 def _read(folder: Path) -> Torch | None:
