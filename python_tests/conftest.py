@@ -25,6 +25,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: runs on a GPU; set by itself for every test that uses one")
     config.addinivalue_line("markers", "sanitizer: every kernel once, small: for runs under compute-sanitizer")
     config.addinivalue_line("markers", "slow: takes tens of seconds, or tens of GB")
     library = config.getoption("--simt")
@@ -53,6 +54,12 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", kinds, indirect=True)
     if "real_device" in metafunc.fixturenames:
         metafunc.parametrize("real_device", ["cpu", "cuda"], indirect=True)
+
+
+def pytest_itemcollected(item):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if "cuda" in item.fixturenames or "cuda" in (parameters.get("device"), parameters.get("real_device")):
+        item.add_marker(pytest.mark.gpu)
 
 
 def pytest_collection_modifyitems(config, items):

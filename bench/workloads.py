@@ -1,0 +1,172 @@
+"""What the benchmarks run: messages as workers send them, and rules that make one gradient of them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import draco_ext
+from draco_ext import aggregators, ops
+from draco_ext.attacks import ATTACKS
+
+ERROR_D = 10**5
+EXACT = 1e-6  # the largest relative error of a decoded float32 gradient
+
+
+@dataclass(frozen=True)
+class Workload:
+    """float32 messages of n workers for a gradient of d elements, made by a code or by none."""
+
+    device: str
+    n: int
+    d: int
+    code: draco_ext.Code | None
+
+    @property
+    def parts(self) -> int:
+        return self.n if self.code is None else self.code.parts
+
+    def build(self, series: int = 0) -> Tensor:
+        """The honest messages, part by part: beside them exists no more than one gradient.
+
+        Every series has other gradients.
+        """
+        n, code = self.n, self.code
+        assigned = [(j,) if code is None else code.assignment(j) for j in range(n)]
+        messages = torch.zeros(n, self.d, device=self.device)
+        for part in range(self.parts):
+            gradient = part_gradient(self.device, part + self.n * series, self.d)
+            for worker in (j for j in range(n) if part in assigned[j]):
+                if isinstance(code, draco_ext.CyclicCode):
+                    ops.cyclic_encode_add_(messages[worker], gradient, n, code.adversaries, worker, part)
+                else:
+                    messages[worker] = gradient
+        return messages
+
+    @property
+    def size(self) -> str:
+        return f"{self.n}x{self.d:.3g}".replace("e+0", "e")
+
+    def honest_mean(self) -> Tensor:
+        """Of the series 0."""
+        total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
+        for part in range(self.parts):
+            total += part_gradient(self.device, part, self.d)
+        return total / self.parts
+
+
+def _randn(device: str, d: int, seed: int) -> Tensor:
+    return torch.randn(d, device=device, generator=torch.Generator(device).manual_seed(seed))
+
+
+@functools.lru_cache(maxsize=1)
+def common_gradient(device: str, d: int) -> Tensor:
+    return _randn(device, d, 2**31)
+
+
+def part_gradient(device: str, part: int, d: int) -> Tensor:
+    """What all parts of the batch have in common, and as much noise."""
+    return _randn(device, d, part).add_(common_gradient(device, d))
+
+
+def reverse(messages: Tensor, count: int) -> None:
+    """Makes the first workers bad, in place."""
+    for message in messages[:count]:
+        message.copy_(ATTACKS["reversed"](message, generator=torch.Generator()))
+
+
+Apply = Callable[[Tensor, draco_ext.Code | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table for every size.
+
+    Attributes:
+        name: as in the table.
+        apply: (messages, code) -> gradient.
+        code: the class of code that makes the messages, or None.
+        adversaries: how many bad workers the code is made for, and how many are reversed.
+        reversed: whether they are while the rule is timed; for the error they always are.
+        slow: to be timed less often.
+        decodes: whether what it gives is a gradient, whose error can be looked at.
+    """
+
+    name: str
+    apply: Apply
+    code: type[draco_ext.Code] | None = None
+    adversaries: int = 1
+    reversed: bool = False
+    slow: bool = False
+    decodes: bool = True
+
+    @property
+    def slug(self) -> str:
+        """The name in a form that pytest -k understands."""
+        return "-".join(re.findall(r"\w+", self.name.replace("=", "")))
+
+
+@functools.cache
+def workload(device: str, n: int, d: int, code: type[draco_ext.Code] | None, adversaries: int) -> Workload:
+    """One object for all rules with the same messages: pytest keeps a fixture by identity."""
+    return Workload(device, n, d, code and code(n, adversaries))
+
+
+def decode(messages: Tensor, code: draco_ext.Code) -> Tensor:
+    return draco_ext.decode(messages, code).gradient
+
+
+def decode_expecting(messages: Tensor, code: draco_ext.Code) -> Tensor:
+    """As in every step of a run but the first in which a worker is bad."""
+    expected = torch.arange(code.workers, device=messages.device) < code.adversaries
+    return draco_ext.decode(messages, code, expected=expected).gradient
+
+
+def encode(messages: Tensor, code: draco_ext.Code) -> Tensor:
+    """A worker's message; any rows will do as the gradients of its parts."""
+    return code.encode(0, messages[: code.redundancy])
+
+
+def baseline(name: str) -> Apply:
+    return lambda messages, code: aggregators.AGGREGATORS[name](messages, 1)
+
+
+REPETITION, CYCLIC = draco_ext.RepetitionCode, draco_ext.CyclicCode
+
+
+def cyclic_rules(n: int) -> list[Rule]:
+    """The cyclic decode when nobody is bad, when bad workers are new, and when they are those of the step before."""
+    return [
+        rule
+        for s in ((1, 5) if n == 45 else (1,))
+        for rule in (
+            Rule(f"cyclic s={s}", decode, CYCLIC, s),
+            Rule(f"cyclic s={s}, {s} reversed", decode, CYCLIC, s, reversed=True),
+            Rule(f"cyclic s={s}, {s} reversed, expected", decode_expecting, CYCLIC, s, reversed=True),
+        )
+    ]
+
+
+def relative_error(rule: Rule, device: str, n: int) -> float | None:
+    """Of the rule on reversed messages, against the mean of the honest gradients; None for what makes none."""
+    if not rule.decodes:
+        return None
+    load = workload(device, n, ERROR_D, rule.code, rule.adversaries)
+    messages = load.build()
+    reverse(messages, rule.adversaries)
+    honest = load.honest_mean()
+    error = ((rule.apply(messages, load.code).double() - honest).norm() / honest.norm()).item()
+    assert rule.code is None or error <= EXACT
+    return error
+
+
+def cases(device: str, sizes: list[tuple[int, int]], rules: Callable[[int], list[Rule]]) -> dict[str, object]:
+    """For metafunc.parametrize: every size with every rule, those with the same messages as neighbours."""
+    pairs = [(workload(device, n, d, rule.code, rule.adversaries), rule) for n, d in sizes for rule in rules(n)]
+    ids = [f"{load.size}-{rule.slug}" for load, rule in pairs]
+    return {"argnames": ("messages", "rule"), "argvalues": pairs, "ids": ids, "indirect": ["messages"]}
