@@ -17,6 +17,7 @@ if [ -z "$architecture" ]; then
   exit 1
 fi
 mkdir -p "$out"
+rm -f "$out/cuda.md"
 export FAIL_WITHOUT_CUDA=1
 tests=(-p no:cacheprovider python_tests -m)
 failed=()

@@ -1,8 +1,9 @@
 """Typed, checked and documented functions over ``torch.ops.draco_ext``, with their fake kernels.
 
-Every function works on CPU tensors, never synchronises with a device and makes no hidden copy: message matrices may
-have any row stride but need contiguous rows. Results do not depend on the number of threads. A plain-torch version of
-each stands in `draco_ext.reference`.
+Every function works on CPU tensors and, in a build with CUDA, on those of a GPU: there on the current stream of their
+device, without waiting for it. None makes a hidden copy: message matrices may have any row stride but need contiguous
+rows. The same call on the same kind of device gives the same bits, whatever the number of threads. A plain-torch
+version of each stands in `draco_ext.reference`.
 
 All raise TypeError for an argument of the wrong type or dtype and ValueError for a wrong value, naming the argument,
 what came and what was expected, before anything is computed.
