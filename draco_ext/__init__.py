@@ -8,6 +8,7 @@ from draco_ext.codes import (
     RepetitionCode,
     decode,
 )
+from draco_ext.distributed.batches import RedundantBatchSampler
 from draco_ext.ops import build_info
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "CyclicCode",
     "Decoded",
     "DecodingError",
+    "RedundantBatchSampler",
     "RepetitionCode",
     "build_info",
     "decode",

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 
 from draco_ext import cli
@@ -16,7 +15,6 @@ from draco_ext.cli.planning import cost, noise_amplification
 from draco_ext.cli.training import Config, Outcome, Training, list_trainings
 from draco_ext.cli.verdict import judge
 from draco_ext.codes import CyclicCode, RepetitionCode
-from draco_ext.distributed.batches import GlobalBatches
 
 CONFIG = Config(
     rules=commands.DEFAULT_RULES,
@@ -304,29 +302,3 @@ def test_bad_workers(choice):
         windows = [{(first + i) % 9 for i in range(3)} for first in range(9)]
         assert all(set(bad_workers(choice, 9, 3, 0, seed)) in windows for seed in range(20))
         assert len({bad_workers(choice, 9, 3, 0, seed) for seed in range(40)}) == 9
-
-
-def test_batches_depend_on_nothing_but_seed_and_step():
-    batches = GlobalBatches(100, 30, seed=1)
-    first = [batches.indices(step) for step in range(7)]
-    again = GlobalBatches(100, 30, seed=1)
-    for step in (6, 0, 3, 2):
-        assert torch.equal(again.indices(step), first[step])
-    # An epoch repeats no sample; the next one is in another order.
-    assert len(torch.cat(first[:3]).unique()) == 90
-    assert not torch.equal(first[0], first[3])
-    assert not torch.equal(first[0], GlobalBatches(100, 30, seed=2).indices(0))
-
-
-@pytest.mark.parametrize("parts", [1, 3, 7, 30])
-def test_parts_make_up_the_batch(parts):
-    batches = GlobalBatches(100, 30, seed=1)
-    cut = [batches.part(2, part, parts) for part in range(parts)]
-    assert torch.equal(torch.cat(cut), batches.indices(2))
-    assert {len(part) for part in cut} <= {30 // parts, -(-30 // parts)}
-
-
-@pytest.mark.parametrize("batch_size", [0, 101])
-def test_batches_of_impossible_size(batch_size):
-    with pytest.raises(ValueError, match=f"batch_size must be from 1 to 100, got {batch_size}"):
-        GlobalBatches(100, batch_size, seed=0)
