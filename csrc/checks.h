@@ -55,6 +55,12 @@ inline void check_groups(const char* op, const Tensor& messages, const std::vect
                   ": group_sizes must add up to the ", messages.size(0), " messages, got ", workers);
 }
 
+// The bytes of a vector to be digested.
+inline int64_t check_digest(const char* op, const Tensor& values) {
+  STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), op, ": values must be a contiguous vector");
+  return values.size(0) * values.element_size();
+}
+
 // Messages of the cyclic code, pairs of real columns, and how many elements of the gradient they stand for.
 inline void check_pairs(const char* op, const Tensor& messages, int64_t length) {
   check_matrix(op, "messages", messages);

@@ -8,6 +8,9 @@ STABLE_TORCH_LIBRARY(DRACO_LIBRARY, m) {
       "majority_vote(Tensor messages, Tensor? missing, int[] group_sizes, int adversaries, float atol, float rtol, "
       "bool mean) -> (Tensor gradient, Tensor suspects, Tensor failed)");
 
+  // What ranks compare instead of whole messages.
+  m.def("digest(Tensor values, int seed) -> Tensor");
+
   // Cyclic code, from the worker's side to the decoder's.
   m.def("cyclic_encode(Tensor gradients, int workers, int adversaries, int worker) -> Tensor");
   m.def(

@@ -38,6 +38,7 @@ def projections_shape(length: int) -> tuple[int, int]:
 
 VOTE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 CYCLIC_DTYPES = (torch.float32, torch.float64)
+DIGEST_DTYPES = (*VOTE_DTYPES, torch.uint8)
 MOST_WORKERS = 32767
 MOST_GROUP_MEMBERS = 511
 
@@ -206,6 +207,39 @@ def _decoded(messages: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
         messages.new_empty((messages.size(0),), dtype=torch.bool),
         messages.new_empty((), dtype=torch.bool),
     )
+
+
+# ------------------------------------------------------------------------------------------------------ digest
+
+
+def digest(values: Tensor, seed: int) -> Tensor:
+    """128 bits that stand for all bits of a vector, wherever they are: what ranks compare instead of whole messages.
+
+    Vectors of the same bits and seed have the same digest, on every device and machine; -0 and +0 differ, so do NaNs of
+    different bits. Over a random seed two vectors that differ in any bit or in length, chosen without knowing the seed,
+    have the same digest with a probability of about 2^-124; who knows the seed can make such vectors. Reads d elements.
+    Deterministic, whatever the number of threads.
+
+    Source: NH with a Toeplitz key over blocks of 16 KiB (Black, Halevi, Krawczyk, Krovetz and Rogaway, UMAC, CRYPTO
+    1999), joined by multilinear hashing (Carter and Wegman, 1979) with weights from Philox4x32-10.
+
+    Args:
+        values: (d,) contiguous; float32, float64, float16, bfloat16, or uint8, as which other types can be viewed.
+        seed: the key, 64 bits.
+
+    Returns:
+        (2,) int64.
+    """
+    check_tensor("values", values, 1, DIGEST_DTYPES)
+    if not values.is_contiguous():
+        raise ValueError(f"values must be contiguous, got stride {values.stride(0)}: call .contiguous()")
+    check_int("seed", seed, -(2**63), 2**63 - 1)
+    return torch.ops.draco_ext.digest(values, seed)
+
+
+@torch.library.register_fake("draco_ext::digest")
+def _(values, seed):
+    return values.new_empty((2,), dtype=torch.int64)
 
 
 # ------------------------------------------------------------------------------------------------ cyclic code

@@ -59,6 +59,29 @@ def _failed(d: int, suspects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.full((d,), math.nan, dtype=torch.float64), suspects, torch.tensor(True)
 
 
+# ------------------------------------------------------------------------------------------------------ digest
+
+
+def digest(values: Tensor, seed: int) -> Tensor:
+    """As `ops.digest`, in numpy's unsigned integers."""
+    data = values.contiguous().view(torch.uint8).numpy() if len(values) else np.zeros(0, np.uint8)
+    block, lanes, low, high = 4096, 4, np.uint64(0xFFFFFFFF), np.uint64(32)  # words
+    words = np.frombuffer(np.pad(data, (0, -len(data) % 8)).tobytes(), "<u4")
+    key = philox(seed, np.arange((block + 48) // 4), 4).reshape(-1)
+    totals = np.zeros(lanes, np.uint64)
+
+    def weigh(number: int, sums: np.ndarray) -> np.ndarray:
+        w = philox(seed, number * lanes + np.arange(lanes), 5).astype(np.uint64)
+        return (sums & low) * (w[:, 1] << high | w[:, 0]) + (sums >> high) * (w[:, 3] << high | w[:, 2])
+
+    for number in range(-(-len(words) // block)):
+        own = words[number * block :][:block]
+        keyed = np.stack([own + key[16 * t :][: len(own)] for t in range(lanes)]).astype(np.uint64)
+        totals += weigh(number, (keyed[:, ::2] * keyed[:, 1::2]).sum(1, dtype=np.uint64))
+    totals += weigh(2**60, np.full(lanes, len(data), np.uint64))
+    return torch.from_numpy((totals >> high).astype("<u4").view("<i8").copy())
+
+
 # ------------------------------------------------------------------------------------------------ cyclic code
 
 

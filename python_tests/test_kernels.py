@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import attacked, honest_messages, named
+from conftest import attacked, honest_messages, named, on
 
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode, ops, reference
@@ -560,6 +560,56 @@ def test_decode_overflow_of_float64(device, generator):
     assert gradient.isnan().all()
 
 
+# ------------------------------------------------------------------------------------------------------- digest
+
+
+def check_digest(d, dtype, offset, seed, device, generator):
+    values = torch.randint(0, 256, (d * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(dtype)
+    buffer = torch.full((d + offset + 64,), 99, dtype=dtype, device=device)
+    row = buffer[offset : offset + d]
+    row.copy_(values)
+    with naming(f"digest d={d} {dtype} offset={offset} seed={seed}"):
+        first, again = (on(device, ops.digest, row, seed) for _ in range(2))
+        assert torch.equal(first, again)
+        assert torch.equal(first, reference.digest(values, seed))
+
+
+@pytest.mark.parametrize("dtype", ops.DIGEST_DTYPES, ids=str)
+def test_digest(dtype, device, generator):
+    seeds = itertools.cycle([0, 1, -1, 2**63 - 1, -(2**63), 20180327])
+    for d in (*LENGTHS, 3, 4, 5, 7, 8, 9, 16383, 16384, 16385, LONG[-1]):
+        for offset in (0, 1):
+            check_digest(d, dtype, offset, next(seeds), device, generator)
+
+
+def test_digest_tells_all_bits_places_and_lengths(generator):
+    """A flipped bit, exchanged values and blocks, more zeros, another seed: never the same digest."""
+    values = torch.randint(1, 2**31 - 1, (9000,), dtype=torch.int32, generator=generator)
+    words = values.view(torch.float32)
+    variants = [values]
+    for bit in range(32):
+        for at in (0, 1, 4095, 4096, 8999):
+            variants.append(values.clone())
+            variants[-1][at] ^= 1 << bit if bit < 31 else -(2**31)
+    for i, j, count in ((0, 1, 1), (0, 2, 1), (0, 4, 4), (0, 4096, 1), (0, 4096, 4096), (3, 4099, 100)):
+        variants.append(values.clone())
+        variants[-1][i : i + count], variants[-1][j : j + count] = values[j : j + count], values[i : i + count]
+    zeros = torch.zeros(9000, dtype=torch.int32)
+    variants += [zeros[:count] for count in (0, 1, 2, 3, 4, 5, 4095, 4096, 4097, 9000)]
+    variants += [torch.cat([values, zeros[:1]]), values[:-1]]
+    seen = {tuple(ops.digest(variant.view(torch.float32), 7).tolist()) for variant in variants}
+    assert len(seen) == len(variants)
+    assert len({tuple(ops.digest(words, seed).tolist()) for seed in range(20)}) == 20
+
+
+def test_digest_bits_are_uniform():
+    """Every bit of the digests of near vectors is set about half of the time."""
+    count = 400
+    digests = torch.stack([ops.digest(torch.full((3,), float(i)), 5) for i in range(count)])
+    share = torch.stack([(digests >> bit & 1).double().mean(0) for bit in range(64)])
+    assert ((share - 0.5).abs() < 6 * 0.5 / count**0.5).all()
+
+
 # --------------------------------------------------------------------------------------------------- both codes
 
 
@@ -569,6 +619,8 @@ def test_every_kernel_once(device, generator):
     for dtype, layout, d in zip(VOTE_DTYPES, LAYOUTS[:4], (33, 127, 1025, 31), strict=True):
         for tolerant, (sizes, fate) in itertools.product((False, True), zip([(3, 4), (9,)], FATES[:2], strict=True)):
             check_vote(sizes, d, dtype, tolerant, fate, layout, True, device, generator)
+    for d, offset in ((33, 0), (4097, 1)):
+        check_digest(d, torch.float32, offset, 3, device, generator)
     for dtype, layout, d in zip(CYCLIC_DTYPES, ("off by one", "odd stride"), (1025, 33), strict=True):
         check_encode(8, 3, 1, d, dtype, layout, device, generator)
         check_project(5, d + 1, dtype, {1}, 3, layout, device, generator)

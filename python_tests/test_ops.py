@@ -14,6 +14,7 @@ from draco_ext import _C, CyclicCode, RepetitionCode, ops
 
 NAMES = [
     "majority_vote",
+    "digest",
     "cyclic_encode",
     "cyclic_encode_add_",
     "cyclic_project",
@@ -54,6 +55,11 @@ def test_opcheck_vote(dtype, tolerance, masked, real_device):
     messages = torch.randn(2, 50).to(real_device, dtype).repeat_interleave(3, 0)
     missing = torch.tensor([True] + [False] * 5, device=real_device) if masked else None
     torch.library.opcheck(op("majority_vote"), (messages, missing, [3, 3], 1, tolerance, 0.0, True))
+
+
+@pytest.mark.parametrize("dtype", ops.DIGEST_DTYPES, ids=str)
+def test_opcheck_digest(dtype, real_device):
+    torch.library.opcheck(op("digest"), (torch.randint(0, 99, (50,)).to(real_device, dtype), 3))
 
 
 @pytest.mark.parametrize("dtype", CYCLIC_DTYPES, ids=str)

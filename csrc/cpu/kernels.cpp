@@ -2,6 +2,11 @@
 // internal linkage, and no torch header is included: see core/common.h.
 #include "cpu/kernels.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "core/digest.h"
 #include "core/half.h"
 #include "core/majority.h"
 
@@ -472,6 +477,44 @@ void check_energy(const Complex* check, int checks, int workers, const double* r
   }
 }
 
+// -------------------------------------------------------------------------------------------------------- digest
+
+// The products of the lower and upper halves of every 64 bits.
+DRACO_HD Vector<uint64_t> multiply_halves(Vector<uint64_t> x) {
+#if defined(__AVX512F__)
+  return (Vector<uint64_t>)_mm512_maskz_mul_epu32(0xff, (__m512i)x, (__m512i)(x >> 32));
+#elif defined(__AVX2__)
+  return (Vector<uint64_t>)_mm256_mul_epu32((__m256i)x, (__m256i)(x >> 32));
+#elif defined(__SSE2__)
+  return (Vector<uint64_t>)_mm_mul_epu32((__m128i)x, (__m128i)(x >> 32));
+#else
+  return (x & 0xffffffffu) * (x >> 32);
+#endif
+}
+
+void digest(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums) {
+  Vector<uint64_t> lanes[kDigestLanes] = {};
+  int64_t at = 0;
+  for (; at + kBytes <= bytes; at += kBytes) {
+    Vector<uint32_t> words;
+    memcpy(&words, from + at, sizeof(words));
+    __builtin_prefetch(from + at + 2048);  // across pages, where the hardware's own stops
+    DRACO_UNROLL
+    for (int t = 0; t < kDigestLanes; ++t)
+      lanes[t] += multiply_halves((Vector<uint64_t>)(words + load(key + at / 4 + kDigestShift * t)));
+  }
+  for (int t = 0; t < kDigestLanes; ++t)
+    for (int i = 0; i < VectorOf<uint64_t>::kSize; ++i) sums[t] += lanes[t][i];
+  for (; at < bytes; at += 8) {
+    uint32_t pair[2] = {0, 0};
+    memcpy(pair, from + at, bytes - at < 8 ? bytes - at : 8);
+    for (int t = 0; t < kDigestLanes; ++t) {
+      const uint32_t* own = key + at / 4 + kDigestShift * t;
+      sums[t] += digest_pair(pair[0], pair[1], own[0], own[1]);
+    }
+  }
+}
+
 }  // namespace
 
 #define DRACO_JOIN2(a, b) a##b
@@ -489,6 +532,7 @@ const Kernels DRACO_JOIN(kKernels_, DRACO_ISA) = {
     project<float>,
     project<double>,
     check_energy,
+    digest,
 };
 
 }  // namespace draco
