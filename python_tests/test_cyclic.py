@@ -204,7 +204,9 @@ def test_large_codes_over_magnitudes(n, s, place, kind, device, simt, generator)
             if kind == "colluding":
                 error[:] = error[0].clone()
             elif kind == "scaled":
-                error[:] = torch.randn(s, 1, generator=generator) * error[0].clone()
+                # Of size 1/2 to 3/2: with one of nearly 0 there are fewer bad workers than s, and a small error more.
+                scale = torch.rand(s, 1, generator=generator) * 2 - 1
+                error[:] = (scale + scale.sign() / 2) * error[0].clone()
             sent = messages.clone()
             sent[bad] += 10.0**exponent * size * error
             out = on(device, draco_ext.decode, sent, code)
