@@ -9,6 +9,7 @@ from draco_ext.codes import (
     decode,
 )
 from draco_ext.distributed.batches import RedundantBatchSampler
+from draco_ext.distributed.guard import Guard, protect
 from draco_ext.ops import build_info
 
 __all__ = [
@@ -16,8 +17,10 @@ __all__ = [
     "CyclicCode",
     "Decoded",
     "DecodingError",
+    "Guard",
     "RedundantBatchSampler",
     "RepetitionCode",
     "build_info",
     "decode",
+    "protect",
 ]

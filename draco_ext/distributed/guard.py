@@ -1,0 +1,400 @@
+"""A code between the gradients of a DistributedDataParallel model and its optimizer: `protect`."""
+
+import json
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from draco_ext import ops
+from draco_ext.codes import Code, CyclicCode, DecodingError, RepetitionCode
+from draco_ext.distributed.placement import ranks_per_host, worker_of
+from draco_ext.distributed.transports import Outcome, Peers, make_transport
+
+logger = logging.getLogger("draco_ext")
+
+# What a bad rank sends: f(step, honest message) -> message. For tests and demonstrations.
+Adversary = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One worker's wrong message in one bucket of one step; a line of the ledger.
+
+    Attributes:
+        time: seconds since the epoch.
+        step: of the guard, from 0.
+        bucket: DDP's number of it; DDP makes new buckets after the first step.
+        worker: of the code.
+        rank: in the process group.
+        host: its name.
+        elements: how many elements differ from the right message; None where that is not known.
+        first: the first of them.
+        largest: the largest absolute deviation; None also where it is not finite.
+        failed: whether the bucket could not be decoded, so that the suspicion is not certain.
+    """
+
+    time: float
+    step: int
+    bucket: int
+    worker: int
+    rank: int
+    host: str
+    elements: int | None
+    first: int | None
+    largest: float | None
+    failed: bool
+
+
+@dataclass
+class Suspect:
+    """A rank that sent wrong messages, in `Report`."""
+
+    worker: int
+    rank: int
+    host: str
+    steps: list[int] = field(default_factory=list)
+    buckets: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a guard has seen so far.
+
+    Attributes:
+        trust: who must be honest, in one sentence.
+        steps: how many steps were taken or failed.
+        suspects: by rank.
+        failed_steps: steps without an update, because the guarantee did not cover what came in.
+    """
+
+    trust: str
+    steps: int
+    suspects: dict[int, Suspect]
+    failed_steps: tuple[int, ...]
+
+
+class Guard:
+    """Decodes the gradients of a DistributedDataParallel model; made by `protect`.
+
+    Attributes:
+        code: the code.
+        worker: the worker that this rank is.
+        step: the step that comes next.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        code: Code,
+        *,
+        transport: str,
+        on_failure: str,
+        ledger: str | Path | None,
+        callback: Callable[[Finding], None] | None,
+        adversary: Adversary | None,
+        atol: float,
+        rtol: float,
+        seed: int,
+        ranks_on_host: int | None,
+    ) -> None:
+        group = model.process_group
+        self.code = code
+        self.step = 0
+        self._seed = seed
+        self._model = model
+        self._on_failure = on_failure
+        self._callback = callback
+        self._adversary = adversary
+        self._rank = dist.get_rank(group)
+        on_host = ranks_per_host(code) if ranks_on_host is None else ranks_on_host
+        self._ranks = tuple(sorted(range(code.workers), key=lambda rank: worker_of(rank, code, on_host)))
+        self.worker = worker_of(self._rank, code, on_host)
+
+        setup = {
+            "code": repr(code),
+            "transport": transport,
+            "on_failure": on_failure,
+            "ranks_per_host": on_host,
+            "atol": atol,
+            "rtol": rtol,
+            "seed": seed,
+        }
+        mine = {"setup": setup, "host": socket.gethostname(), "key": secrets.randbits(62)}
+        everybody: list[dict[str, Any]] = [{}] * code.workers
+        dist.all_gather_object(everybody, mine, group=group)
+        for rank, other in enumerate(everybody):
+            for name, value in everybody[0]["setup"].items():
+                if other["setup"][name] != value:
+                    raise ValueError(
+                        f"{name} must be the same on all ranks, got {other['setup'][name]!r} on rank {rank} and "
+                        f"{value!r} on rank 0"
+                    )
+        self._hosts = [other["host"] for other in everybody]
+        key = sum(other["key"] for other in everybody) % 2**62  # no rank alone chooses it
+        peers = Peers(group, code, self.worker, self._ranks, key)
+        self._transport = make_transport(transport, peers, atol=atol, rtol=rtol)
+        self._ledger = None
+        if ledger is not None and (self._rank == 0 or "{rank}" in str(ledger)):
+            self._ledger = Path(str(ledger).replace("{rank}", str(self._rank)))
+            self._ledger.parent.mkdir(parents=True, exist_ok=True)
+            self._ledger.touch()
+
+        self._exchanges = 0
+        self._suspects: dict[int, Suspect] = {}
+        self._failed_steps: list[int] = []
+        self._failure: str | None = None  # of the step that runs
+        self._part = 0  # of this worker's, in the step that runs
+        self._forwards = 0  # of that part
+        self._in_steps = False
+        self._messages: dict[Tensor, Tensor] = {}  # of each parameter, while parts are being added up
+        model.register_forward_pre_hook(self._seed_part)
+        model.register_comm_hook(None, self._hook)
+
+    # ------------------------------------------------------------------------------------------------ a step
+
+    def steps(self, loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
+        """Cuts a loader over a `RedundantBatchSampler` into steps.
+
+        ``for step in guard.steps(loader): for x, y in step: loss(x, y).backward()``, then the optimizer's step. Each
+        step yields the mini-batches of this rank's parts; every one of them needs one forward and backward pass. With
+        several parts gradients are encoded as they come, into one buffer of the gradient's size.
+
+        Raises:
+            RuntimeError: the mini-batches of a step were not all taken and passed backward.
+        """
+        iterator = iter(loader)
+        parts = len(self.code.assignment(self.worker))
+        self._in_steps = True
+        try:
+            for first in iterator:
+                before = self.step
+                yield self._parts_of_step(first, iterator, parts)
+                if self.step != before + 1:
+                    raise RuntimeError(
+                        f"step {before} is not complete: each of its {parts} mini-batches needs one backward pass"
+                    )
+        finally:
+            self._in_steps = False
+
+    def _parts_of_step(self, first: Any, iterator: Iterator[Any], parts: int) -> Iterator[Any]:
+        for part in range(parts):
+            self._model.zero_grad(set_to_none=True)  # what backward left there is in the message, or of the step before
+            self._part, self._forwards = part, 0
+            try:
+                yield first if part == 0 else next(iterator)
+            except StopIteration:
+                raise RuntimeError(f"the loader ended within a step of {parts} mini-batches") from None
+
+    def _seed_part(self, module: torch.nn.Module, arguments: Any) -> None:
+        """Before every forward pass in training: dropout and the like draw the same for all ranks with this part."""
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        if not self._in_steps and len(self.code.assignment(self.worker)) > 1:
+            raise RuntimeError(f"{self.code!r} has several parts for each rank: loop over guard.steps(loader)")
+        part = self.code.assignment(self.worker)[self._part]
+        words = torch.tensor([self.step, part, self._forwards], dtype=torch.int64).view(torch.uint8)
+        torch.manual_seed(int(ops.digest(words, self._seed)[0]))
+        self._forwards += 1
+
+    # ------------------------------------------------------------------------------------------------ DDP's hook
+
+    def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Called by DDP for every bucket of a backward pass, in the same order on all ranks."""
+        buffer = bucket.buffer()
+        last = self._part == len(self.code.assignment(self.worker)) - 1
+        if bucket.index() == 0 and last:
+            # DDP hands the gradients over in a callback of its own, queued after this one: ours comes behind it.
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: engine.queue_callback(self._finish))
+        if isinstance(self.code, CyclicCode):
+            message = self._add_part(bucket, last)
+            if last:
+                self._spread(bucket, self._exchange(message, bucket.index()).gradient)
+        else:
+            message = buffer if self._adversary is None else buffer.clone()
+            buffer.copy_(self._exchange(message, bucket.index()).gradient)
+        future = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
+        future.set_result(buffer)
+        return future
+
+    def _exchange(self, message: Tensor, bucket: int) -> Outcome:
+        if self._adversary is not None:
+            message = self._adversary(self.step, message).contiguous()
+        outcome = self._transport.exchange(message, self._exchanges)
+        self._exchanges += 1
+        if outcome.suspects:
+            self._note(outcome, bucket)
+        if outcome.failed and self._failure is None:
+            self._failure = (
+                f"no gradient in step {self.step}, bucket {bucket}: more ranks are bad than {self.code!r} can correct; "
+                f"suspected: {[self._ranks[j] for j in outcome.suspects]}"
+            )
+        return outcome
+
+    def _add_part(self, bucket: dist.GradBucket, last: bool) -> Tensor | None:
+        """Adds the bucket's gradients into this rank's messages, one of even length for each parameter.
+
+        For each parameter: DDP makes other buckets after the first pass. Returns the bucket's message after the last.
+        """
+        part = self.code.assignment(self.worker)[self._part]
+        parameters = bucket.parameters()
+        pieces = bucket.buffer().split([p.numel() for p in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            if self._part == 0:
+                self._messages[parameter] = piece.new_zeros(piece.numel() + piece.numel() % 2)
+            ops.cyclic_encode_add_(
+                self._messages[parameter], piece, self.code.workers, self.code.adversaries, self.worker, part
+            )
+        return torch.cat([self._messages.pop(parameter) for parameter in parameters]) if last else None
+
+    @staticmethod
+    def _spread(bucket: dist.GradBucket, gradient: Tensor) -> None:
+        """Puts the decoded gradient of the bucket's message in its place, without the padding."""
+        sizes = [p.numel() for p in bucket.parameters()]
+        pieces = gradient.split([size + size % 2 for size in sizes])
+        torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)], out=bucket.buffer())
+
+    def _finish(self) -> None:
+        """After the last backward pass of a step, when the gradients are in place."""
+        failure, self._failure = self._failure, None
+        step, self.step = self.step, self.step + 1
+        self._part = self._forwards = 0
+        if failure is None:
+            return
+        self._failed_steps.append(step)
+        for parameter in self._model.parameters():
+            parameter.grad = None  # optimizers leave such parameters and their state alone
+        if self._on_failure == "raise":
+            raise DecodingError(failure)
+        logger.warning("%s; the step is skipped", failure)
+
+    # ------------------------------------------------------------------------------------------------ verdicts
+
+    def _note(self, outcome: Outcome, bucket: int) -> None:
+        for worker, differs in outcome.suspects.items():
+            rank = self._ranks[worker]
+            finding = Finding(
+                time=time.time(),
+                step=self.step,
+                bucket=bucket,
+                worker=worker,
+                rank=rank,
+                host=self._hosts[rank],
+                elements=differs and differs.elements,
+                first=differs and differs.first,
+                largest=differs.largest if differs and differs.largest < float("inf") else None,
+                failed=outcome.failed,
+            )
+            if rank not in self._suspects:
+                self._suspects[rank] = Suspect(worker, rank, finding.host)
+                logger.warning("rank %d on %s sent a wrong gradient in step %d", rank, finding.host, self.step)
+            suspect = self._suspects[rank]
+            suspect.buckets += 1
+            if self.step not in suspect.steps[-1:]:
+                suspect.steps.append(self.step)
+            if self._ledger is not None:
+                with self._ledger.open("a") as file:
+                    file.write(json.dumps(asdict(finding)) + "\n")
+            if self._callback is not None:
+                self._callback(finding)
+
+    def report(self) -> Report:
+        """Who was suspected, in which steps and how many buckets, and which steps failed; the same on all ranks."""
+        return Report(self._transport.trust, self.step, dict(self._suspects), tuple(self._failed_steps))
+
+
+def protect(
+    model: DistributedDataParallel,
+    code: Code,
+    *,
+    transport: str = "allreduce",
+    on_failure: str = "raise",
+    ledger: str | Path | None = None,
+    callback: Callable[[Finding], None] | None = None,
+    adversary: Adversary | None = None,
+    atol: float = 0.0,
+    rtol: float = 0.0,
+    seed: int = 0,
+    ranks_per_host: int | None = None,
+) -> Guard:
+    """Puts a code between a DistributedDataParallel model's gradients and its optimizer.
+
+    Registers DDP's communication hook: instead of being averaged, gradients are exchanged and decoded, bucket by
+    bucket. Up to s bad ranks change nothing; all ranks end every step with the same bits. To be called on all ranks of
+    the model's process group. The mini-batches must be those of a `RedundantBatchSampler` with the same code.
+
+    Transports, by whom they trust:
+
+    * "allreduce": up to s ranks may compute anything wrong; what ranks send is not altered on the way. Moves what DDP
+      moves and a little more. The repetition code votes on digests; the cyclic one checks projections.
+    * "allgather": up to s ranks may compute and send anything; a rank must send the same message to all, and nobody
+      else is trusted. Moves n messages to every rank.
+
+    Before every forward pass in training torch's global generator is seeded, the same on all ranks with the part, so
+    that dropout agrees.
+
+    Args:
+        model: on every rank, with a process group of ``code.workers`` ranks.
+        code: who computes which part. A code with several parts for each rank (cyclic) needs `Guard.steps`.
+        transport: "allreduce" or "allgather".
+        on_failure: where the code's guarantee does not cover what came in, all gradients become None, on all ranks, so
+            that an optimizer changes nothing; and "raise" makes ``backward()`` raise DecodingError, "skip" logs a
+            warning.
+        ledger: file to which every `Finding` is appended as a line of JSON: by rank 0, or, with "{rank}" in its name,
+            by every rank to its own.
+        callback: called with every `Finding`, on all ranks.
+        adversary: makes this rank bad, for tests and demonstrations: f(step, honest message) -> what is sent.
+        atol: honest messages may differ by so much, see `draco_ext.decode`; not for the repetition code with
+            "allreduce", which compares bits.
+        rtol: the same, relative.
+        seed: of the generator's seeds; the same on all ranks.
+        ranks_per_host: see `RedundantBatchSampler`; default: what torchrun says.
+
+    Returns:
+        The guard.
+
+    Raises:
+        TypeError: an argument has the wrong type; parameters have a dtype that the code does not take.
+        ValueError: an argument has a wrong value, or not the same on all ranks.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")
+    if not isinstance(code, Code):
+        raise TypeError(f"code must be a RepetitionCode or CyclicCode, got {type(code).__name__}")
+    ranks = dist.get_world_size(model.process_group)
+    if ranks != code.workers:
+        raise ValueError(f"code must be for the {ranks} ranks of the model's process group, got {code!r}")
+    if on_failure not in ("raise", "skip"):
+        raise ValueError(f"on_failure must be 'raise' or 'skip', got {on_failure!r}")
+    ops.check_tolerance("atol", atol)
+    ops.check_tolerance("rtol", rtol)
+    ops.check_int("seed", seed, 0, 2**63 - 1)
+    if isinstance(code, RepetitionCode) and transport == "allreduce" and (atol > 0 or rtol > 0):
+        raise ValueError("atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'allgather'")
+    accepted = ops.CYCLIC_DTYPES if isinstance(code, CyclicCode) else ops.VOTE_DTYPES
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in accepted:
+            raise TypeError(f"parameters must have a dtype that {code!r} takes, got {parameter.dtype} for {name}")
+    return Guard(
+        model,
+        code,
+        transport=transport,
+        on_failure=on_failure,
+        ledger=ledger,
+        callback=callback,
+        adversary=adversary,
+        atol=atol,
+        rtol=rtol,
+        seed=seed,
+        ranks_on_host=ranks_per_host,
+    )

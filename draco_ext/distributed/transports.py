@@ -1,0 +1,236 @@
+"""How messages travel between the ranks, and which of them are trusted.
+
+A transport takes this rank's message for one bucket and gives the decoded gradient, the same bits on all ranks, with
+the verdict. All calls are collective: every rank makes the same ones in the same order.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from draco_ext import ops
+from draco_ext.codes import Code, CyclicCode, RepetitionCode, decode
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a bad worker's message was from what it should have been.
+
+    Attributes:
+        elements: how many elements differ in any bit.
+        first: the first of them.
+        largest: the largest absolute deviation; infinite where it is not finite.
+    """
+
+    elements: int
+    first: int
+    largest: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a transport makes of the messages for one bucket.
+
+    Attributes:
+        gradient: mean over the parts, of the message's length; NaN everywhere if `failed`.
+        suspects: workers whose messages were wrong, each with the difference where the right message is known.
+        failed: the code's guarantee does not cover what came in.
+    """
+
+    gradient: Tensor
+    suspects: dict[int, Difference | None]
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The ranks of a process group as a code's workers.
+
+    Attributes:
+        group: the process group.
+        code: the code.
+        worker: the worker that this rank is.
+        ranks: of every worker, its rank within the group.
+        key: of the digests, the same on all ranks and new in every run.
+    """
+
+    group: dist.ProcessGroup
+    code: Code
+    worker: int
+    ranks: tuple[int, ...]
+    key: int
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Everybody's values, (workers, *values.shape), row j from worker j."""
+        rows = values.new_empty((self.code.workers, *values.shape))
+        by_rank = sorted(range(self.code.workers), key=self.ranks.__getitem__)
+        dist.all_gather([rows[worker] for worker in by_rank], values, group=self.group)
+        return rows
+
+
+class Transport(abc.ABC):
+    """One way to exchange messages and decode them.
+
+    Attributes:
+        trust: one sentence: who must be honest for the guarantee to hold.
+    """
+
+    trust: str
+
+    def __init__(self, peers: Peers, *, atol: float = 0.0, rtol: float = 0.0) -> None:
+        self.peers = peers
+        self.code = peers.code
+        self.tolerance = {"atol": atol, "rtol": rtol}
+
+    @abc.abstractmethod
+    def exchange(self, message: Tensor, number: int) -> Outcome:
+        """Sends this rank's message and decodes everybody's.
+
+        Args:
+            message: contiguous vector; may be overwritten.
+            number: of this exchange, the same on all ranks, never used before.
+        """
+
+
+class AllGather(Transport):
+    """Every rank collects all messages and decodes by itself. Moves n messages to every rank, holds n x d elements."""
+
+    trust = (
+        "allgather: up to s ranks may compute and send anything; a rank must send the same message to all, "
+        "and nobody else is trusted."
+    )
+
+    def exchange(self, message: Tensor, number: int) -> Outcome:
+        """See `Transport.exchange`."""
+        rows = self.peers.gather(message)
+        decoded = decode(rows, self.code, **self.tolerance)
+        suspects = decoded.suspects.nonzero().flatten().tolist()
+        right = {}
+        if suspects and not decoded.failed and isinstance(self.code, RepetitionCode):
+            right = {j: rows[self._agreeing(j, suspects)] for j in suspects}
+        found = {j: difference(rows[j], right[j]) if j in right else None for j in suspects}
+        return Outcome(decoded.gradient, found, bool(decoded.failed))
+
+    def _agreeing(self, suspect: int, suspects: list[int]) -> int:
+        """A worker with the suspect's assignment who is none."""
+        part = self.code.assignment(suspect)
+        return next(j for j in range(self.code.workers) if self.code.assignment(j) == part and j not in suspects)
+
+
+class AllReduceRepetition(Transport):
+    """All-reduce in which one member of each group contributes, after a vote on digests of the messages.
+
+    Moves what a plain all-reduce moves and 16 bytes per rank and bucket; holds nothing of the size of a message. A
+    member that is outvoted is sent the right message by one of the majority, and tells what differed; so whoever
+    contributes for a group is always the same member, with the same bits.
+    """
+
+    trust = "allreduce: up to s ranks may compute anything wrong; what ranks send is not altered on the way."
+
+    def exchange(self, message: Tensor, number: int) -> Outcome:
+        """See `Transport.exchange`."""
+        code, peers = self.code, self.peers
+        digests = [tuple(row) for row in peers.gather(ops.digest(message, peers.key + number)).tolist()]
+        first_of_group, suspects, helpers, failed = [], [], {}, False
+        begin = 0
+        for size in code.group_sizes:
+            members = range(begin, begin + size)
+            first_of_group.append(begin)
+            begin += size
+            winner, votes = Counter(digests[j] for j in members).most_common(1)[0]
+            failed |= votes < size - code.adversaries
+            helper = next(j for j in members if digests[j] == winner)
+            for j in members:
+                if digests[j] != winner:
+                    suspects.append(j)
+                    helpers[j] = helper
+        if failed:
+            return Outcome(message.fill_(torch.nan), dict.fromkeys(suspects), True)
+        found = self._hand_over(message, suspects, helpers)
+        if peers.worker in first_of_group:
+            message.mul_(1 / code.parts)  # as DDP does, to the last bit
+        else:
+            message.zero_()
+        dist.all_reduce(message, group=peers.group)
+        return Outcome(message, found, False)
+
+    def _hand_over(self, message: Tensor, suspects: list[int], helpers: dict[int, int]) -> dict[int, Difference | None]:
+        """Gives every suspect the message that it should have had; in place."""
+        if not suspects:
+            return {}
+        peers, own = self.peers, Difference(0, 0, 0.0)
+        for j in suspects:
+            if peers.worker == helpers[j]:
+                dist.send(message, group=peers.group, group_dst=peers.ranks[j])
+            elif peers.worker == j:
+                right = torch.empty_like(message)
+                dist.recv(right, group=peers.group, group_src=peers.ranks[helpers[j]])
+                own = difference(message, right)
+                message.copy_(right)
+        told = torch.tensor([own.elements, own.first, own.largest], dtype=torch.float64, device=message.device)
+        rows = peers.gather(told).tolist()
+        return {j: Difference(int(rows[j][0]), int(rows[j][1]), rows[j][2]) for j in suspects}
+
+
+class AllReduceCyclic(Transport):
+    """All-reduce of the messages, whose plain sum is the answer, and a check of their projections.
+
+    Moves what a plain all-reduce moves and the projections, 32 bytes for every 32768 elements and rank; holds one more
+    message. Only where the projections object, the messages are all-reduced again, with weights.
+    """
+
+    trust = AllReduceRepetition.trust
+
+    def exchange(self, message: Tensor, number: int) -> Outcome:
+        """See `Transport.exchange`."""
+        code, peers = self.code, self.peers
+        n, length = code.workers, message.numel()
+        total = message.clone()
+        dist.all_reduce(total, group=peers.group)
+        # The projection must not be known before all messages are in; what came of them, everybody has.
+        seed = int(ops.digest(total, peers.key + number)[0])
+        projections, energy = ops.cyclic_project(message[None], seed)
+        gathered = peers.gather(torch.view_as_real(projections[0]))
+        energies = peers.gather(energy[0])
+        weights, suspects, failed = ops.cyclic_locate(
+            torch.view_as_complex(gathered), energies, code.adversaries, length, dtype=message.dtype, **self.tolerance
+        )
+        found = suspects.nonzero().flatten().tolist()
+        if failed or weights.isnan().any():
+            return Outcome(total.fill_(torch.nan), dict.fromkeys(found), bool(failed))
+        if not found:
+            return Outcome(total.div_(n), {}, False)
+        own = ops.cyclic_combine(message[None], weights[peers.worker, None]) if peers.worker not in found else None
+        total = torch.zeros_like(message) if own is None else own
+        dist.all_reduce(total, group=peers.group)
+        return Outcome(total, dict.fromkeys(found), False)
+
+
+def difference(sent: Tensor, right: Tensor) -> Difference:
+    """Between two messages, bit by bit."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[sent.element_size()]
+    differing = (sent.view(bits) != right.view(bits)).nonzero().flatten()
+    if len(differing) == 0:
+        return Difference(0, 0, 0.0)
+    largest = (sent[differing].double() - right[differing].double()).abs().max().item()
+    return Difference(len(differing), int(differing[0]), largest if largest < float("inf") else float("inf"))
+
+
+def make_transport(name: str, peers: Peers, **tolerance: float) -> Transport:
+    """The transport of that name for the code."""
+    kinds = {
+        ("allgather", RepetitionCode): AllGather,
+        ("allgather", CyclicCode): AllGather,
+        ("allreduce", RepetitionCode): AllReduceRepetition,
+        ("allreduce", CyclicCode): AllReduceCyclic,
+    }
+    names = sorted({kind for kind, _ in kinds})
+    if name not in names:
+        raise ValueError(f"transport must be {' or '.join(map(repr, names))}, got {name!r}")
+    return kinds[name, type(peers.code)](peers, **tolerance)

@@ -1,0 +1,376 @@
+"""`protect` in real processes over gloo: DistributedDataParallel on the digits, with bad ranks and without."""
+
+import contextlib
+import difflib
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+import draco_ext
+from draco_ext import CyclicCode, DecodingError, RedundantBatchSampler, RepetitionCode
+from draco_ext.distributed.local import run_local
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+STEPS = 8
+BATCH = 84  # a multiple of every code's parts
+
+
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    return TensorDataset(torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels))
+
+
+def network(dtype=torch.float32):
+    """With an odd number of elements in some parameters, dropout, and several of DDP's buckets."""
+    torch.manual_seed(5)
+    return nn.Sequential(
+        nn.Linear(64, 61), nn.ReLU(), nn.Dropout(0.2), nn.Linear(61, 33), nn.ReLU(), nn.Linear(33, 10)
+    ).to(dtype)
+
+
+def bucket_cap(**options):
+    return {"bucket_cap_mb": 0.005, **options}
+
+
+def _flip(step, message):
+    flipped = message.clone()
+    flipped.view(torch.uint8)[4 * (step * 37 % message.numel())] ^= 1
+    return flipped
+
+
+# name -> f(step, message) -> message
+ATTACKS = {
+    "reversed": lambda step, z: -100 * z,
+    "constant": lambda step, z: torch.full_like(z, -100.0),
+    "nan": lambda step, z: torch.full_like(z, torch.nan),
+    "one bit": _flip,
+    "every second step": lambda step, z: z + 1 if step % 2 else z,
+}
+
+
+def train(
+    rank,
+    code,
+    transport,
+    *,
+    bad=(),
+    attack="reversed",
+    steps=STEPS,
+    plain=False,
+    dropout=True,
+    optimizer="sgd",
+    without=(),
+    **options,
+):
+    """Parameters of all ranks after some steps, this rank's guard, and what every step raised.
+
+    plain: without a guard. without: steps whose update is left out.
+    """
+    torch.set_num_threads(1)
+    model = DistributedDataParallel(network(), **bucket_cap())
+    kinds = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {"weight_decay": 0.1})}
+    kind, settings = kinds[optimizer]
+    opt = kind(model.parameters(), lr=0.01, **settings)
+    ranks_per_host = options.get("ranks_per_host")
+    batches = RedundantBatchSampler(1797, code, batch_size=BATCH, rank=rank, seed=3, ranks_per_host=ranks_per_host)
+    adversary = ATTACKS[attack] if batches.worker in bad else None
+    guard = None if plain else draco_ext.protect(model, code, transport=transport, adversary=adversary, **options)
+    loader = DataLoader(digits(), batch_sampler=batches)
+    if plain or not dropout:
+        model.module[2].p = 0.0  # nobody would seed it
+    outcomes = []
+
+    def take(x, y):
+        nn.functional.cross_entropy(model(x), y).backward()
+
+    if guard is None or isinstance(code, RepetitionCode):
+        for x, y in loader:
+            opt.zero_grad()
+            outcomes.append(attempt(take, x, y))
+            if len(outcomes) - 1 not in without:
+                opt.step()
+            if len(outcomes) == steps:
+                break
+    else:
+        for step in guard.steps(loader):
+            outcomes.append(attempt(lambda step=step: [take(x, y) for x, y in step]))
+            if len(outcomes) - 1 not in without:
+                opt.step()
+            if len(outcomes) == steps:
+                break
+    own = torch.cat([p.detach().flatten() for p in model.parameters()])
+    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, own)
+    return torch.stack(rows), guard, outcomes
+
+
+def attempt(function, *arguments):
+    try:
+        function(*arguments)
+    except DecodingError as error:
+        return str(error)
+    return None
+
+
+def same_everywhere(rows):
+    return all(torch.equal(row.view(torch.int32), rows[0].view(torch.int32)) for row in rows)
+
+
+# ------------------------------------------------------------------------------------- what runs on the ranks
+
+
+def _against_clean(rank, report, code, transport, attacks):
+    """For every attack: whether all ranks agree, how far from the clean run, who was found."""
+    for attack, bad in [("reversed", ()), *attacks]:
+        rows, guard, outcomes = train(rank, code, transport, bad=bad, attack=attack)
+        report((f"{attack} {bad}", same_everywhere(rows), rows[0].tolist(), guard.report(), set(outcomes)))
+
+
+CASES = [
+    (RepetitionCode(6, 1), [("reversed", (0,)), ("one bit", (1, 3)), ("nan", (2, 5)), ("every second step", (0, 4))]),
+    (RepetitionCode(7, 2), [("constant", (0, 1)), ("one bit", (3, 6)), ("nan", (0, 4))]),
+    (CyclicCode(7, 2), [("reversed", (0, 1)), ("nan", (2, 5)), ("every second step", (3,))]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["allreduce", "allgather"])
+@pytest.mark.parametrize(("code", "attacks"), CASES, ids=[repr(code) for code, _ in CASES])
+def test_bad_ranks_change_nothing(code, attacks, transport):
+    results = list(run_local(_against_clean, code.workers, code, transport, attacks))
+    clean = torch.tensor(results[0][2])
+    assert clean.isfinite().all()
+    for (name, same, parameters, report, outcomes), (attack, bad) in zip(
+        results, [("reversed", ()), *attacks], strict=True
+    ):
+        parameters = torch.tensor(parameters)
+        assert report.steps == STEPS
+        assert same, name
+        assert outcomes == {None}, name
+        if isinstance(code, RepetitionCode):
+            assert torch.equal(parameters.view(torch.int32), clean.view(torch.int32)), name
+        else:
+            assert (parameters - clean).norm() / clean.norm() < 1e-5, name
+        steps = [step for step in range(STEPS) if attack != "every second step" or step % 2]
+        assert {suspect.worker: suspect.steps for suspect in report.suspects.values()} == dict.fromkeys(bad, steps)
+        assert report.failed_steps == ()
+
+
+def _plain(rank, report, code, transport):
+    """The same batches with DDP alone and with a code for no bad rank."""
+    plain, _, _ = train(rank, code, transport, plain=True)
+    coded, _, _ = train(rank, code, transport, dropout=False)
+    report((plain[0].tolist(), coded[0].tolist(), same_everywhere(coded)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["allreduce", "allgather"])
+@pytest.mark.parametrize("kind", [RepetitionCode, CyclicCode])
+def test_without_adversaries_it_is_plain_ddp(kind, transport):
+    [(plain, coded, same)] = run_local(_plain, 3, kind(3, 0), transport)
+    assert same
+    plain, coded = torch.tensor(plain), torch.tensor(coded)
+    if kind is RepetitionCode and transport == "allreduce":
+        assert torch.equal(plain.view(torch.int32), coded.view(torch.int32))
+    assert (plain - coded).norm() / plain.norm() < 1e-6
+
+
+def _too_many(rank, report, code, transport, bad):
+    """More bad ranks than can be corrected, from step 2 to step 4."""
+
+    def adversary(step, message):
+        return torch.full_like(message, float(rank + step)) if 2 <= step <= 4 else message
+
+    for on_failure in ("raise", "skip"):
+        ATTACKS["too many"] = adversary
+        rows, guard, outcomes = train(
+            rank, code, transport, bad=bad, attack="too many", on_failure=on_failure, optimizer="adamw"
+        )
+        everybody = [None] * code.workers
+        dist.all_gather_object(everybody, outcomes)
+        report((same_everywhere(rows), rows[0].tolist(), everybody, guard.report()))
+    # The same run without the steps that failed: batches are taken from the loader all the same.
+    rows, _, _ = train(rank, code, transport, optimizer="adamw", without=(2, 3, 4))
+    report(rows[0].tolist())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["allreduce", "allgather"])
+@pytest.mark.parametrize(("code", "bad"), [(RepetitionCode(3, 1), (1, 2)), (CyclicCode(4, 1), (0, 2, 3))], ids=repr)
+def test_too_many_bad_ranks_stop_all(code, bad, transport):
+    *results, without = run_local(_too_many, code.workers, code, transport, bad)
+    for (same, parameters, outcomes, report), on_failure in zip(results, ("raise", "skip"), strict=True):
+        assert same
+        assert all(of_rank == outcomes[0] for of_rank in outcomes)
+        failed = [step for step, error in enumerate(outcomes[0]) if error is not None]
+        assert failed == ([2, 3, 4] if on_failure == "raise" else [])
+        assert all(f"no gradient in step {step}, bucket 0: more ranks are bad" in outcomes[0][step] for step in failed)
+        assert report.failed_steps == (2, 3, 4)
+        assert report.steps == STEPS
+        # No update: neither parameters nor the optimizer's state have seen the failed steps.
+        assert parameters == without
+
+
+def _bookkeeping(rank, report, folder):
+    code = RepetitionCode(6, 1)
+    findings, lines = [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("draco_ext").addHandler(handler)
+    options = {"callback": findings.append, "ledger": f"{folder}/ledger-{{rank}}.jsonl", "ranks_per_host": 3}
+    _, guard, _ = train(rank, code, "allreduce", bad=(2, 3), attack="one bit", steps=3, **options)
+    everybody = [None] * 6
+    dist.all_gather_object(everybody, ([vars(finding) for finding in findings], lines, guard.report()))
+    report(everybody)
+
+
+def test_bad_ranks_are_named(tmp_path):
+    """In the report, the ledger, the log and the callback; by rank and host, with what differed."""
+    [everybody] = run_local(_bookkeeping, 6, tmp_path)
+    # Worker 2 is the second rank of the first host, worker 3 that of the second.
+    ranks = {2: 1, 3: 4}
+    for rank, (findings, lines, report) in enumerate(everybody):
+        ledger = [json.loads(line) for line in (tmp_path / f"ledger-{rank}.jsonl").read_text().splitlines()]
+        assert ledger == findings
+        assert len(findings) >= 2 * 3
+        for finding in findings:
+            assert finding["rank"] == ranks[finding["worker"]]
+            assert finding["elements"] == 1
+            assert not finding["failed"]
+            assert 0 < finding["largest"] < 1
+            assert finding["host"]
+        assert {finding["step"] for finding in findings} == {0, 1, 2}
+        assert len({(finding["step"], finding["bucket"], finding["worker"]) for finding in findings}) == len(findings)
+        assert {(finding["step"], finding["first"]) for finding in findings} == {(0, 0), (1, 37), (2, 74)}
+        assert lines == [f"rank {r} on {findings[0]['host']} sent a wrong gradient in step 0" for r in (1, 4)]
+        assert sorted(report.suspects) == [1, 4]
+        assert report.suspects[4].steps == [0, 1, 2]
+        assert report.suspects[4].worker == 3
+        assert "allreduce: up to s ranks may compute anything wrong" in report.trust
+
+
+def _accumulation(rank, report):
+    """Two micro-batches with no_sync, dropout in both, a rank that is bad."""
+    code = RepetitionCode(3, 1)
+    results = []
+    for bad in ((), (1,)):
+        torch.set_num_threads(1)
+        model = DistributedDataParallel(network(), **bucket_cap())
+        adversary = ATTACKS["reversed"] if rank in bad else None
+        draco_ext.protect(model, code, adversary=adversary)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        images, labels = digits().tensors
+        for step in range(3):
+            opt.zero_grad()
+            for micro in range(2):
+                begin = 60 * step + 30 * micro
+                with model.no_sync() if micro == 0 else contextlib.nullcontext():
+                    nn.functional.cross_entropy(model(images[begin:][:30]), labels[begin:][:30]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]).tolist())
+    report(results)
+
+
+def test_gradient_accumulation():
+    [[clean, attacked]] = run_local(_accumulation, 3)
+    assert clean == attacked
+
+
+def _mistakes(rank, report):
+    code = RepetitionCode(3, 1)
+
+    def error(function):
+        try:
+            function()
+        except Exception as caught:
+            return f"{type(caught).__name__}: {caught}"
+        return None
+
+    def model(dtype=torch.float32):
+        return DistributedDataParallel(network(dtype), **bucket_cap())
+
+    def protect(*arguments, **options):
+        return error(lambda: draco_ext.protect(*arguments, **options))
+
+    report(protect(network(), code))
+    report(protect(model(), 3))
+    report(protect(model(), RepetitionCode(4, 1)))
+    report(protect(model(), code, transport="pigeons"))
+    report(protect(model(), code, on_failure="hope"))
+    report(protect(model(), code, atol=0.1))
+    report(protect(model(torch.float16), CyclicCode(3, 1)))
+    report(protect(model(), code, seed=rank))
+    report(protect(model(), code if rank else CyclicCode(3, 1)))
+    unguarded = model()
+    draco_ext.protect(unguarded, CyclicCode(3, 1))
+    report(error(lambda: unguarded(torch.zeros(1, 64))))
+    guarded = model()
+    guard = draco_ext.protect(guarded, CyclicCode(3, 1))
+
+    def incomplete():
+        for step in guard.steps([torch.zeros(1, 64)] * 6):
+            guarded(next(step)).sum().backward()
+
+    report(error(incomplete))
+
+    def short():
+        for step in guard.steps([torch.zeros(1, 64)] * 2):
+            for x in step:
+                guarded(x).sum().backward()
+
+    report(error(short))
+
+
+def test_mistakes_are_named():
+    assert list(run_local(_mistakes, 3)) == [
+        "TypeError: model must be a DistributedDataParallel, got Sequential",
+        "TypeError: code must be a RepetitionCode or CyclicCode, got int",
+        "ValueError: code must be for the 3 ranks of the model's process group, got "
+        "RepetitionCode(workers=4, adversaries=1)",
+        "ValueError: transport must be 'allgather' or 'allreduce', got 'pigeons'",
+        "ValueError: on_failure must be 'raise' or 'skip', got 'hope'",
+        "ValueError: atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'allgather'",
+        "TypeError: parameters must have a dtype that CyclicCode(workers=3, adversaries=1) takes, "
+        "got torch.float16 for module.0.weight",
+        "ValueError: seed must be the same on all ranks, got 1 on rank 1 and 0 on rank 0",
+        "ValueError: code must be the same on all ranks, got 'RepetitionCode(workers=3, adversaries=1)' on rank 1 and "
+        "'CyclicCode(workers=3, adversaries=1)' on rank 0",
+        "RuntimeError: CyclicCode(workers=3, adversaries=1) has several parts for each rank: loop over "
+        "guard.steps(loader)",
+        "RuntimeError: step 0 is not complete: each of its 3 mini-batches needs one backward pass",
+        "RuntimeError: the loader ended within a step of 3 mini-batches",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp_digits", "ddp_digits_protected"])
+def test_examples(name):
+    """The script as it stands, under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "6", EXAMPLES / f"{name}.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    run = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout.split()[-1]) > 0.95
+
+
+def test_protection_takes_three_lines():
+    plain, protected = ((EXAMPLES / f"ddp_digits{suffix}.py").read_text().splitlines() for suffix in ("", "_protected"))
+    added = [line[1:] for line in difflib.unified_diff(plain, protected, n=0) if line[0] == "+" and line[1:2] != "+"]
+    changed = [line for line in added if line and not line.startswith("from torch")]
+    assert [line.split("(")[0] for line in changed] == [
+        "import draco_ext",
+        "guard = draco_ext.protect",
+        "batches = draco_ext.RedundantBatchSampler",
+    ]
