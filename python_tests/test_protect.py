@@ -217,6 +217,7 @@ def test_too_many_bad_ranks_stop_all(code, bad, transport):
         assert failed == ([2, 3, 4] if on_failure == "raise" else [])
         assert all(f"no gradient in step {step}, bucket 0: more ranks are bad" in outcomes[0][step] for step in failed)
         assert report.failed_steps == (2, 3, 4)
+        assert report.suspects == {}  # who was bad is not certain
         assert report.steps == STEPS
         # No update: neither parameters nor the optimizer's state have seen the failed steps.
         assert parameters == without

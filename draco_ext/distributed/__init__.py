@@ -1,4 +1,4 @@
-"""Training across processes: the parameter-server rounds, their batches and local ranks.
+"""Training across processes: `protect` for DistributedDataParallel, the sampler, the parameter-server rounds.
 
 Knows the codes below it and nothing of the command line above it.
 """

@@ -40,7 +40,7 @@ class Finding:
         elements: how many elements differ from the right message; None where that is not known.
         first: the first of them.
         largest: the largest absolute deviation; None also where it is not finite.
-        failed: whether the bucket could not be decoded, so that the suspicion is not certain.
+        failed: whether the bucket could not be decoded: then the suspicion is not certain, and stands here only.
     """
 
     time: float
@@ -73,7 +73,7 @@ class Report:
     Attributes:
         trust: who must be honest, in one sentence.
         steps: how many steps were taken or failed.
-        suspects: by rank.
+        suspects: by rank; none on account of a step that failed.
         failed_steps: steps without an update, because the guarantee did not cover what came in.
     """
 
@@ -295,18 +295,22 @@ class Guard:
                 largest=differs.largest if differs and differs.largest < float("inf") else None,
                 failed=outcome.failed,
             )
-            if rank not in self._suspects:
-                self._suspects[rank] = Suspect(worker, rank, finding.host)
-                logger.warning("rank %d on %s sent a wrong gradient in step %d", rank, finding.host, self.step)
-            suspect = self._suspects[rank]
-            suspect.buckets += 1
-            if self.step not in suspect.steps[-1:]:
-                suspect.steps.append(self.step)
+            if not outcome.failed:
+                self._accuse(finding)
             if self._ledger is not None:
                 with self._ledger.open("a") as file:
                     file.write(json.dumps(asdict(finding)) + "\n")
             if self._callback is not None:
                 self._callback(finding)
+
+    def _accuse(self, finding: Finding) -> None:
+        if finding.rank not in self._suspects:
+            self._suspects[finding.rank] = Suspect(finding.worker, finding.rank, finding.host)
+            logger.warning("rank %d on %s sent a wrong gradient in step %d", finding.rank, finding.host, finding.step)
+        suspect = self._suspects[finding.rank]
+        suspect.buckets += 1
+        if finding.step not in suspect.steps[-1:]:
+            suspect.steps.append(finding.step)
 
     def report(self) -> Report:
         """Who was suspected, in which steps and how many buckets, and which steps failed; the same on all ranks."""
