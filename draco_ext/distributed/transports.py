@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,8 @@ class Peers:
         worker: the worker that this rank is.
         ranks: of every worker, its rank within the group.
         key: of the digests, the same on all ranks and new in every run.
+        held: tensors of the exchange that runs or was the last. A thread of gloo may still refer to them after it is
+            done; were its reference the last, it would need Python's lock, and abort where Python is ending.
     """
 
     group: dist.ProcessGroup
@@ -65,13 +67,30 @@ class Peers:
     worker: int
     ranks: tuple[int, ...]
     key: int
+    held: list[Tensor] = field(default_factory=list)
 
     def gather(self, values: Tensor) -> Tensor:
         """Everybody's values, (workers, *values.shape), row j from worker j."""
         rows = values.new_empty((self.code.workers, *values.shape))
-        by_rank = sorted(range(self.code.workers), key=self.ranks.__getitem__)
-        dist.all_gather([rows[worker] for worker in by_rank], values, group=self.group)
+        by_rank = [rows[self.ranks.index(rank)] for rank in range(self.code.workers)]
+        self.held.extend((values, *by_rank))
+        dist.all_gather(by_rank, values, group=self.group)
         return rows
+
+    def sum(self, values: Tensor) -> None:
+        """Everybody's values added up, in place."""
+        self.held.append(values)
+        dist.all_reduce(values, group=self.group)
+
+    def send(self, values: Tensor, worker: int) -> None:
+        """To one worker."""
+        self.held.append(values)
+        dist.send(values, group=self.group, group_dst=self.ranks[worker])
+
+    def receive(self, values: Tensor, worker: int) -> None:
+        """From one worker, in place."""
+        self.held.append(values)
+        dist.recv(values, group=self.group, group_src=self.ranks[worker])
 
 
 class Transport(abc.ABC):
@@ -88,7 +107,6 @@ class Transport(abc.ABC):
         self.code = peers.code
         self.tolerance = {"atol": atol, "rtol": rtol}
 
-    @abc.abstractmethod
     def exchange(self, message: Tensor, number: int) -> Outcome:
         """Sends this rank's message and decodes everybody's.
 
@@ -96,6 +114,11 @@ class Transport(abc.ABC):
             message: contiguous vector; may be overwritten.
             number: of this exchange, the same on all ranks, never used before.
         """
+        self.peers.held.clear()
+        return self._exchange(message, number)
+
+    @abc.abstractmethod
+    def _exchange(self, message: Tensor, number: int) -> Outcome: ...
 
 
 class AllGather(Transport):
@@ -106,8 +129,7 @@ class AllGather(Transport):
         "and nobody else is trusted."
     )
 
-    def exchange(self, message: Tensor, number: int) -> Outcome:
-        """See `Transport.exchange`."""
+    def _exchange(self, message: Tensor, number: int) -> Outcome:
         rows = self.peers.gather(message)
         decoded = decode(rows, self.code, **self.tolerance)
         suspects = decoded.suspects.nonzero().flatten().tolist()
@@ -133,8 +155,7 @@ class AllReduceRepetition(Transport):
 
     trust = "allreduce: up to s ranks may compute anything wrong; what ranks send is not altered on the way."
 
-    def exchange(self, message: Tensor, number: int) -> Outcome:
-        """See `Transport.exchange`."""
+    def _exchange(self, message: Tensor, number: int) -> Outcome:
         code, peers = self.code, self.peers
         digests = [tuple(row) for row in peers.gather(ops.digest(message, peers.key + number)).tolist()]
         first_of_group, suspects, helpers, failed = [], [], {}, False
@@ -157,7 +178,7 @@ class AllReduceRepetition(Transport):
             message.mul_(1 / code.parts)  # as DDP does, to the last bit
         else:
             message.zero_()
-        dist.all_reduce(message, group=peers.group)
+        peers.sum(message)
         return Outcome(message, found, False)
 
     def _hand_over(self, message: Tensor, suspects: list[int], helpers: dict[int, int]) -> dict[int, Difference | None]:
@@ -167,10 +188,10 @@ class AllReduceRepetition(Transport):
         peers, own = self.peers, Difference(0, 0, 0.0)
         for j in suspects:
             if peers.worker == helpers[j]:
-                dist.send(message, group=peers.group, group_dst=peers.ranks[j])
+                peers.send(message, j)
             elif peers.worker == j:
                 right = torch.empty_like(message)
-                dist.recv(right, group=peers.group, group_src=peers.ranks[helpers[j]])
+                peers.receive(right, helpers[j])
                 own = difference(message, right)
                 message.copy_(right)
         told = torch.tensor([own.elements, own.first, own.largest], dtype=torch.float64, device=message.device)
@@ -187,12 +208,11 @@ class AllReduceCyclic(Transport):
 
     trust = AllReduceRepetition.trust
 
-    def exchange(self, message: Tensor, number: int) -> Outcome:
-        """See `Transport.exchange`."""
+    def _exchange(self, message: Tensor, number: int) -> Outcome:
         code, peers = self.code, self.peers
         n, length = code.workers, message.numel()
         total = message.clone()
-        dist.all_reduce(total, group=peers.group)
+        peers.sum(total)
         # The projection must not be known before all messages are in; what came of them, everybody has.
         seed = int(ops.digest(total, peers.key + number)[0])
         projections, energy = ops.cyclic_project(message[None], seed)
@@ -208,7 +228,7 @@ class AllReduceCyclic(Transport):
             return Outcome(total.div_(n), {}, False)
         own = ops.cyclic_combine(message[None], weights[peers.worker, None]) if peers.worker not in found else None
         total = torch.zeros_like(message) if own is None else own
-        dist.all_reduce(total, group=peers.group)
+        peers.sum(total)
         return Outcome(total, dict.fromkeys(found), False)
 
 
