@@ -71,11 +71,14 @@ def train(
     dropout=True,
     optimizer="sgd",
     without=(),
+    custom=None,
+    finish=None,
     **options,
 ):
     """Parameters of all ranks after some steps, this rank's guard, and what every step raised.
 
-    plain: without a guard. without: steps whose update is left out.
+    plain: without a guard. without: steps whose update is left out. custom: another adversary. finish: called with
+    model and guard instead of gathering the parameters.
     """
     torch.set_num_threads(1)
     model = DistributedDataParallel(network(), **bucket_cap())
@@ -84,7 +87,7 @@ def train(
     opt = kind(model.parameters(), lr=0.01, **settings)
     ranks_per_host = options.get("ranks_per_host")
     batches = RedundantBatchSampler(1797, code, batch_size=BATCH, rank=rank, seed=3, ranks_per_host=ranks_per_host)
-    adversary = ATTACKS[attack] if batches.worker in bad else None
+    adversary = custom or (ATTACKS[attack] if batches.worker in bad else None)
     guard = None if plain else draco_ext.protect(model, code, transport=transport, adversary=adversary, **options)
     loader = DataLoader(digits(), batch_sampler=batches)
     if plain or not dropout:
@@ -109,6 +112,8 @@ def train(
                 opt.step()
             if len(outcomes) == steps:
                 break
+    if finish is not None:
+        return finish(model, guard)
     own = torch.cat([p.detach().flatten() for p in model.parameters()])
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, own)
@@ -130,11 +135,16 @@ def same_everywhere(rows):
 # ------------------------------------------------------------------------------------- what runs on the ranks
 
 
-def _against_clean(rank, report, code, transport, attacks):
-    """For every attack: whether all ranks agree, how far from the clean run, who was found."""
-    for attack, bad in [("reversed", ()), *attacks]:
-        rows, guard, outcomes = train(rank, code, transport, bad=bad, attack=attack)
-        report((f"{attack} {bad}", same_everywhere(rows), rows[0].tolist(), guard.report(), set(outcomes)))
+TRANSPORTS = ("allreduce", "allgather", "server")
+
+
+def _against_clean(rank, report, code, attacks):
+    """For every transport and attack: whether all ranks agree, how far from the clean run, who was found."""
+    for transport in TRANSPORTS:
+        for attack, bad in [("reversed", ()), *attacks]:
+            rows, guard, outcomes = train(rank, code, transport, bad=bad, attack=attack)
+            name = f"{transport}, {attack} {bad}"
+            report((name, same_everywhere(rows), rows[0].tolist(), guard.report(), set(outcomes)))
 
 
 CASES = [
@@ -145,16 +155,14 @@ CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", ["allreduce", "allgather"])
 @pytest.mark.parametrize(("code", "attacks"), CASES, ids=[repr(code) for code, _ in CASES])
-def test_bad_ranks_change_nothing(code, attacks, transport):
-    results = list(run_local(_against_clean, code.workers, code, transport, attacks))
-    clean = torch.tensor(results[0][2])
-    assert clean.isfinite().all()
-    for (name, same, parameters, report, outcomes), (attack, bad) in zip(
-        results, [("reversed", ()), *attacks], strict=True
-    ):
+def test_bad_ranks_change_nothing(code, attacks):
+    results = list(run_local(_against_clean, code.workers, code, attacks))
+    runs = [("reversed", ()), *attacks] * len(TRANSPORTS)
+    for i, ((name, same, parameters, report, outcomes), (attack, bad)) in enumerate(zip(results, runs, strict=True)):
+        clean = torch.tensor(results[i - i % (1 + len(attacks))][2])
         parameters = torch.tensor(parameters)
+        assert clean.isfinite().all()
         assert report.steps == STEPS
         assert same, name
         assert outcomes == {None}, name
@@ -163,54 +171,58 @@ def test_bad_ranks_change_nothing(code, attacks, transport):
         else:
             assert (parameters - clean).norm() / clean.norm() < 1e-5, name
         steps = [step for step in range(STEPS) if attack != "every second step" or step % 2]
-        assert {suspect.worker: suspect.steps for suspect in report.suspects.values()} == dict.fromkeys(bad, steps)
+        found = {suspect.worker: suspect.steps for suspect in report.suspects.values()}
+        assert found == dict.fromkeys(bad, steps), name
         assert report.failed_steps == ()
+        assert report.missing == {}
+        assert report.trust.startswith(name.split(",")[0])
 
 
-def _plain(rank, report, code, transport):
+def _plain(rank, report):
     """The same batches with DDP alone and with a code for no bad rank."""
-    plain, _, _ = train(rank, code, transport, plain=True)
-    coded, _, _ = train(rank, code, transport, dropout=False)
-    report((plain[0].tolist(), coded[0].tolist(), same_everywhere(coded)))
+    for code in (RepetitionCode(3, 0), CyclicCode(3, 0)):
+        plain, _, _ = train(rank, code, None, plain=True)
+        for transport in TRANSPORTS:
+            coded, _, _ = train(rank, code, transport, dropout=False)
+            report((code, transport, plain[0].tolist(), coded[0].tolist(), same_everywhere(coded)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", ["allreduce", "allgather"])
-@pytest.mark.parametrize("kind", [RepetitionCode, CyclicCode])
-def test_without_adversaries_it_is_plain_ddp(kind, transport):
-    [(plain, coded, same)] = run_local(_plain, 3, kind(3, 0), transport)
-    assert same
-    plain, coded = torch.tensor(plain), torch.tensor(coded)
-    if kind is RepetitionCode and transport == "allreduce":
-        assert torch.equal(plain.view(torch.int32), coded.view(torch.int32))
-    assert (plain - coded).norm() / plain.norm() < 1e-6
+def test_without_adversaries_it_is_plain_ddp():
+    for code, transport, plain, coded, same in run_local(_plain, 3):
+        assert same
+        plain, coded = torch.tensor(plain), torch.tensor(coded)
+        if isinstance(code, RepetitionCode) and transport == "allreduce":
+            assert torch.equal(plain.view(torch.int32), coded.view(torch.int32))
+        assert (plain - coded).norm() / plain.norm() < 1e-6
 
 
-def _too_many(rank, report, code, transport, bad):
+def _too_many(rank, report, code, bad):
     """More bad ranks than can be corrected, from step 2 to step 4."""
 
     def adversary(step, message):
         return torch.full_like(message, float(rank + step)) if 2 <= step <= 4 else message
 
-    for on_failure in ("raise", "skip"):
-        ATTACKS["too many"] = adversary
-        rows, guard, outcomes = train(
-            rank, code, transport, bad=bad, attack="too many", on_failure=on_failure, optimizer="adamw"
-        )
-        everybody = [None] * code.workers
-        dist.all_gather_object(everybody, outcomes)
-        report((same_everywhere(rows), rows[0].tolist(), everybody, guard.report()))
-    # The same run without the steps that failed: batches are taken from the loader all the same.
-    rows, _, _ = train(rank, code, transport, optimizer="adamw", without=(2, 3, 4))
-    report(rows[0].tolist())
+    ATTACKS["too many"] = adversary
+    for transport in TRANSPORTS:
+        # The same run without the steps that failed: batches are taken from the loader all the same.
+        rows, _, _ = train(rank, code, transport, optimizer="adamw", without=(2, 3, 4))
+        without = rows[0].tolist()
+        for on_failure in ("raise", "skip"):
+            rows, guard, outcomes = train(
+                rank, code, transport, bad=bad, attack="too many", on_failure=on_failure, optimizer="adamw"
+            )
+            everybody = [None] * code.workers
+            dist.all_gather_object(everybody, outcomes)
+            report((on_failure, same_everywhere(rows), rows[0].tolist() == without, everybody, guard.report()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", ["allreduce", "allgather"])
 @pytest.mark.parametrize(("code", "bad"), [(RepetitionCode(3, 1), (1, 2)), (CyclicCode(4, 1), (0, 2, 3))], ids=repr)
-def test_too_many_bad_ranks_stop_all(code, bad, transport):
-    *results, without = run_local(_too_many, code.workers, code, transport, bad)
-    for (same, parameters, outcomes, report), on_failure in zip(results, ("raise", "skip"), strict=True):
+def test_too_many_bad_ranks_stop_all(code, bad):
+    results = list(run_local(_too_many, code.workers, code, bad))
+    assert len(results) == 2 * len(TRANSPORTS)
+    for on_failure, same, untouched, outcomes, report in results:
         assert same
         assert all(of_rank == outcomes[0] for of_rank in outcomes)
         failed = [step for step, error in enumerate(outcomes[0]) if error is not None]
@@ -220,7 +232,7 @@ def test_too_many_bad_ranks_stop_all(code, bad, transport):
         assert report.suspects == {}  # who was bad is not certain
         assert report.steps == STEPS
         # No update: neither parameters nor the optimizer's state have seen the failed steps.
-        assert parameters == without
+        assert untouched
 
 
 def _bookkeeping(rank, report, folder):
@@ -340,7 +352,7 @@ def test_mistakes_are_named():
         "TypeError: code must be a RepetitionCode or CyclicCode, got int",
         "ValueError: code must be for the 3 ranks of the model's process group, got "
         "RepetitionCode(workers=4, adversaries=1)",
-        "ValueError: transport must be 'allgather' or 'allreduce', got 'pigeons'",
+        "ValueError: transport must be 'allreduce' or 'allgather' or 'server', got 'pigeons'",
         "ValueError: on_failure must be 'raise' or 'skip', got 'hope'",
         "ValueError: atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'allgather'",
         "TypeError: parameters must have a dtype that CyclicCode(workers=3, adversaries=1) takes, "

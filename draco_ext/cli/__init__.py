@@ -1,4 +1,4 @@
-"""The ``draco`` command: train, plan."""
+"""The ``draco`` command: train, plan, doctor."""
 
 from __future__ import annotations
 

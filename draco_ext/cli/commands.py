@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from math import inf, isfinite
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from draco_ext.aggregators import AGGREGATORS
 from draco_ext.attacks import ATTACKS
+from draco_ext.cli import doctor as doctors
 from draco_ext.cli import planning, report
 from draco_ext.cli.digits import TRAIN_SAMPLES
 from draco_ext.cli.faults import BAD_CHOICES
@@ -203,3 +205,25 @@ def plan(workers: int, adversaries: int, parameters: int, dtype: str) -> None:
     """Print what each code costs at this size, and what it cannot survive."""
     _check_workers(workers, adversaries)
     Console().print(planning.make_table(workers, adversaries, parameters, dtype))
+
+
+@draco.command(context_settings={"show_default": True})
+@click.option("--workers", type=click.IntRange(2), default=3, help="Ranks to start on this machine; not for torchrun.")
+def doctor(workers: int) -> None:
+    """Test whether ranks compute the same bits.
+
+    Every rank computes the gradient of the same batch twice. The repetition code convicts ranks that differ in a bit,
+    so honest ones must not. For the ranks of a real job: torchrun ... -m draco_ext.cli doctor. Exits with 1 if
+    gradients differ, and says where and what to switch on. Your own model: Guard.self_test.
+    """
+    console = Console()
+    try:
+        diagnosis = doctors.diagnose(workers)
+    except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
+        raise click.ClickException(f"a rank stopped: {error}") from error
+    if not doctors.under_torchrun() or int(os.environ["RANK"]) == 0:
+        console.print(doctors.make_table(diagnosis.facts))
+        colour = "green" if diagnosis.result.reproducible else "red"
+        console.print(f"[{colour}]{diagnosis.result}[/{colour}]", soft_wrap=True)
+    if not diagnosis.result.reproducible:
+        raise SystemExit(1)

@@ -38,6 +38,9 @@ class Digits:
     Args:
         seed: Seed of the split, of the shuffles and of the net.
         batch_size: Size of the global batch.
+
+    Attributes:
+        net: The net.
     """
 
     def __init__(self, seed: int, batch_size: int) -> None:
@@ -51,8 +54,8 @@ class Digits:
         self._test = images[test], labels[test]
         self._batches = GlobalBatches(TRAIN_SAMPLES, batch_size, seed)
         torch.manual_seed(seed)
-        self._net = make_net()
-        self._parameters = list(self._net.parameters())
+        self.net = make_net()
+        self._parameters = list(self.net.parameters())
         self._initial = parameters_to_vector(self._parameters).detach().clone()
 
     def initial_parameters(self) -> Tensor:
@@ -63,11 +66,17 @@ class Digits:
         """Take the flat parameter vector as the net's."""
         vector_to_parameters(parameters, self._parameters)
 
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of a step's global batch."""
+        samples = self._batches.indices(step)
+        images, labels = self._train
+        return images[samples], labels[samples]
+
     def gradient(self, step: int, part: int, parts: int) -> tuple[float, Tensor]:
         """Mean loss of one part of a step's batch, and its flat gradient, scaled to the batch."""
         samples = self._batches.part(step, part, parts)
         images, labels = self._train
-        loss = cross_entropy(self._net(images[samples]), labels[samples], reduction="sum")
+        loss = cross_entropy(self.net(images[samples]), labels[samples], reduction="sum")
         # Parts may differ by one sample: divide by their mean size, not by their own.
         scaled = loss * (parts / self._batches.batch_size)
         gradients = torch.autograd.grad(scaled, self._parameters)
@@ -78,6 +87,6 @@ class Digits:
         """Accuracy and mean loss on the test samples."""
         self.load(parameters)
         images, labels = self._test
-        outputs = self._net(images)
+        outputs = self.net(images)
         accuracy = (outputs.argmax(1) == labels).float().mean().item()
         return accuracy, cross_entropy(outputs, labels).item()

@@ -187,12 +187,17 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _machine() -> dict[str, Any]:
-    processor = platform.processor() or platform.machine()
+def processor() -> str:
+    """This machine's processor, by name."""
     with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((x.split(":")[1].strip() for x in lines if "model name" in x), processor)
-    return {"system": platform.platform(), "processor": processor, "cores": os.cpu_count()}
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if "model name" in line:
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _machine() -> dict[str, Any]:
+    return {"system": platform.platform(), "processor": processor(), "cores": os.cpu_count()}
 
 
 # Okabe and Ito's colours, which every kind of colour vision can tell apart.

@@ -18,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode, DecodingError, RepetitionCode
 from draco_ext.distributed.placement import ranks_per_host, worker_of
-from draco_ext.distributed.transports import Outcome, Peers, make_transport
+from draco_ext.distributed.reproducibility import SelfTest, fingerprint, gather, odd_ones_out, self_test
+from draco_ext.distributed.server_transport import ServerTransport
+from draco_ext.distributed.transports import AllGather, AllReduceCyclic, AllReduceRepetition, Outcome, Peers, Transport
 
 logger = logging.getLogger("draco_ext")
 
@@ -26,9 +28,20 @@ logger = logging.getLogger("draco_ext")
 Adversary = Callable[[int, Tensor], Tensor]
 
 
+TRANSPORTS = ("allreduce", "allgather", "server")
+
+
+def _make_transport(name: str, peers: Peers, *, deadline: float, **tolerance: float) -> Transport:
+    if name == "server":
+        return ServerTransport(peers, deadline=deadline, **tolerance)
+    if name == "allgather":
+        return AllGather(peers, **tolerance)
+    return (AllReduceCyclic if isinstance(peers.code, CyclicCode) else AllReduceRepetition)(peers, **tolerance)
+
+
 @dataclass(frozen=True)
 class Finding:
-    """One worker's wrong message in one bucket of one step; a line of the ledger.
+    """One worker's wrong or missing message in one bucket of one step; a line of the ledger.
 
     Attributes:
         time: seconds since the epoch.
@@ -41,6 +54,7 @@ class Finding:
         first: the first of them.
         largest: the largest absolute deviation; None also where it is not finite.
         failed: whether the bucket could not be decoded: then the suspicion is not certain, and stands here only.
+        missing: whether the message did not come in time, which is no suspicion.
     """
 
     time: float
@@ -53,6 +67,7 @@ class Finding:
     first: int | None
     largest: float | None
     failed: bool
+    missing: bool = False
 
 
 @dataclass
@@ -75,12 +90,14 @@ class Report:
         steps: how many steps were taken or failed.
         suspects: by rank; none on account of a step that failed.
         failed_steps: steps without an update, because the guarantee did not cover what came in.
+        missing: by rank, the steps in which messages of it did not come in time.
     """
 
     trust: str
     steps: int
     suspects: dict[int, Suspect]
     failed_steps: tuple[int, ...]
+    missing: dict[int, list[int]] = field(default_factory=dict)
 
 
 class Guard:
@@ -90,6 +107,8 @@ class Guard:
         code: the code.
         worker: the worker that this rank is.
         step: the step that comes next.
+        failed: whether the last step failed. With ``on_failure="skip"`` and a GradScaler leave out its ``step`` and
+            ``update`` then: it refuses to work without gradients.
     """
 
     def __init__(
@@ -106,10 +125,12 @@ class Guard:
         rtol: float,
         seed: int,
         ranks_on_host: int | None,
+        deadline: float,
     ) -> None:
         group = model.process_group
         self.code = code
         self.step = 0
+        self.failed = False
         self._seed = seed
         self._model = model
         self._on_failure = on_failure
@@ -128,6 +149,7 @@ class Guard:
             "atol": atol,
             "rtol": rtol,
             "seed": seed,
+            "deadline": deadline,
         }
         mine = {"setup": setup, "host": socket.gethostname(), "key": secrets.randbits(62)}
         everybody: list[dict[str, Any]] = [{}] * code.workers
@@ -142,7 +164,7 @@ class Guard:
         self._hosts = [other["host"] for other in everybody]
         key = sum(other["key"] for other in everybody) % 2**62  # no rank alone chooses it
         peers = Peers(group, code, self.worker, self._ranks, key)
-        self._transport = make_transport(transport, peers, atol=atol, rtol=rtol)
+        self._transport = _make_transport(transport, peers, deadline=deadline, atol=atol, rtol=rtol)
         self._ledger = None
         if ledger is not None and (self._rank == 0 or "{rank}" in str(ledger)):
             self._ledger = Path(str(ledger).replace("{rank}", str(self._rank)))
@@ -151,13 +173,18 @@ class Guard:
 
         self._exchanges = 0
         self._suspects: dict[int, Suspect] = {}
+        self._missing: dict[int, list[int]] = {}
         self._failed_steps: list[int] = []
         self._failure: str | None = None  # of the step that runs
         self._part = 0  # of this worker's, in the step that runs
         self._forwards = 0  # of that part
         self._in_steps = False
         self._messages: dict[Tensor, Tensor] = {}  # of each parameter, while parts are being added up
-        model.register_forward_pre_hook(self._seed_part)
+        self._inputs: list[Tensor] = []  # fingerprints of the first step's mini-batches
+        # DDP's own map of unused parameters is of a step's last pass only, and believes every rank.
+        self._may_be_unused = model.find_unused_parameters or model.static_graph
+        self._decoded: list[tuple[Tensor, Tensor]] = []  # parameters and gradients, where some may be unused
+        model.register_forward_pre_hook(torch.compiler.disable(self._seed_part), with_kwargs=True)
         model.register_comm_hook(None, self._hook)
 
     # ------------------------------------------------------------------------------------------------ a step
@@ -195,12 +222,14 @@ class Guard:
             except StopIteration:
                 raise RuntimeError(f"the loader ended within a step of {parts} mini-batches") from None
 
-    def _seed_part(self, module: torch.nn.Module, arguments: Any) -> None:
+    def _seed_part(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> None:
         """Before every forward pass in training: dropout and the like draw the same for all ranks with this part."""
         if not (module.training and torch.is_grad_enabled()):
             return
         if not self._in_steps and len(self.code.assignment(self.worker)) > 1:
             raise RuntimeError(f"{self.code!r} has several parts for each rank: loop over guard.steps(loader)")
+        if self._exchanges == 0 and self._forwards == 0:
+            self._inputs.append(fingerprint((arguments, keywords)))
         part = self.code.assignment(self.worker)[self._part]
         words = torch.tensor([self.step, part, self._forwards], dtype=torch.int64).view(torch.uint8)
         torch.manual_seed(int(ops.digest(words, self._seed)[0]))
@@ -216,6 +245,8 @@ class Guard:
             # DDP hands the gradients over in a callback of its own, queued after this one: ours comes behind it.
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(lambda: engine.queue_callback(self._finish))
+            if self._exchanges == 0:
+                self._compare_inputs(buffer.device)
         if isinstance(self.code, CyclicCode):
             message = self._add_part(bucket, last)
             if last:
@@ -223,21 +254,49 @@ class Guard:
         else:
             message = buffer if self._adversary is None else buffer.clone()
             buffer.copy_(self._exchange(message, bucket.index()).gradient)
+        if last and self._may_be_unused:
+            self._decoded += zip(bucket.parameters(), bucket.gradients(), strict=True)
         future = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
         future.set_result(buffer)
         return future
+
+    def _compare_inputs(self, device: torch.device) -> None:
+        """In the first step: whether ranks that share a part have the same mini-batch of it.
+
+        More than s that have not are a mistake. Fewer may be one, or bad; they cannot stop the others.
+        """
+        rows = gather(torch.stack(self._inputs), self._model.process_group, device)
+        odd: dict[int, int] = {}  # worker -> first part of which it has another mini-batch
+        for part in range(self.code.parts):
+            holders = [j for j in range(self.code.workers) if part in self.code.assignment(j)]
+            ours = [rows[self._ranks[j], self.code.assignment(j).index(part)] for j in holders]
+            for i in odd_ones_out(torch.stack(ours)):
+                odd.setdefault(holders[i], part)
+        ranks = {self._ranks[j]: part for j, part in odd.items()}
+        if len(odd) > self.code.adversaries:
+            raise ValueError(
+                "loader must give ranks that share a part the same mini-batches of it, those of a "
+                f"RedundantBatchSampler with the same seed and data; got others on ranks {sorted(ranks)}"
+            )
+        for rank, part in ranks.items():
+            logger.warning(
+                "rank %d on %s has another mini-batch of part %d than others: sampler, seed and data must be the same",
+                rank,
+                self._hosts[rank],
+                part,
+            )
 
     def _exchange(self, message: Tensor, bucket: int) -> Outcome:
         if self._adversary is not None:
             message = self._adversary(self.step, message).contiguous()
         outcome = self._transport.exchange(message, self._exchanges)
         self._exchanges += 1
-        if outcome.suspects:
-            self._note(outcome, bucket)
+        self._note(outcome, bucket)
         if outcome.failed and self._failure is None:
+            suspected, missing = ([self._ranks[j] for j in workers] for workers in (outcome.suspects, outcome.missing))
             self._failure = (
                 f"no gradient in step {self.step}, bucket {bucket}: more ranks are bad than {self.code!r} can correct; "
-                f"suspected: {[self._ranks[j] for j in outcome.suspects]}"
+                f"suspected: {suspected}" + (f", missing: {missing}" if missing else "")
             )
         return outcome
 
@@ -269,7 +328,11 @@ class Guard:
         failure, self._failure = self._failure, None
         step, self.step = self.step, self.step + 1
         self._part = self._forwards = 0
+        self.failed = failure is not None
+        decoded, self._decoded = self._decoded, []
         if failure is None:
+            if decoded:
+                _leave_out_unused(decoded)
             return
         self._failed_steps.append(step)
         for parameter in self._model.parameters():
@@ -278,13 +341,38 @@ class Guard:
             raise DecodingError(failure)
         logger.warning("%s; the step is skipped", failure)
 
+    def self_test(self, batch: Any, loss: Callable[[torch.nn.Module, Any], Tensor] | None = None) -> SelfTest:
+        """Whether honest ranks compute the same bits: the repetition code convicts those that do not.
+
+        Every rank computes the gradient of rank 0's batch twice, with the same random numbers, and all are compared.
+        To be called on all ranks, before training or between steps; changes neither the model nor its gradients.
+
+        Args:
+            batch: what the loader gives, of the same shape on all ranks.
+            loss: f(module, batch) -> scalar; default: mean squares of what the module makes of the batch, or of its
+                first element where it is a tuple or list.
+
+        Returns:
+            Whether all agree; if not, the first parameter whose gradient does not, where, and what to switch on. Also
+            logged as a warning.
+
+        Raises:
+            ValueError: the batch has not the same shape on all ranks.
+        """
+        result = self_test(self._model.module, self._model.process_group, batch, loss)
+        if not result.reproducible:
+            logger.warning("%s", result)
+        return result
+
     # ------------------------------------------------------------------------------------------------ verdicts
 
     def _note(self, outcome: Outcome, bucket: int) -> None:
-        for worker, differs in outcome.suspects.items():
+        now = time.time()
+        for worker in (*outcome.suspects, *outcome.missing):
             rank = self._ranks[worker]
+            differs = outcome.suspects.get(worker)
             finding = Finding(
-                time=time.time(),
+                time=now,
                 step=self.step,
                 bucket=bucket,
                 worker=worker,
@@ -294,14 +382,24 @@ class Guard:
                 first=differs and differs.first,
                 largest=differs.largest if differs and differs.largest < float("inf") else None,
                 failed=outcome.failed,
+                missing=worker in outcome.missing,
             )
-            if not outcome.failed:
+            if finding.missing:
+                self._miss(finding)
+            elif not outcome.failed:
                 self._accuse(finding)
             if self._ledger is not None:
                 with self._ledger.open("a") as file:
                     file.write(json.dumps(asdict(finding)) + "\n")
             if self._callback is not None:
                 self._callback(finding)
+
+    def _miss(self, finding: Finding) -> None:
+        steps = self._missing.setdefault(finding.rank, [])
+        if not steps:
+            logger.warning("rank %d on %s is missing in step %d", finding.rank, finding.host, finding.step)
+        if finding.step not in steps[-1:]:
+            steps.append(finding.step)
 
     def _accuse(self, finding: Finding) -> None:
         if finding.rank not in self._suspects:
@@ -312,9 +410,38 @@ class Guard:
         if finding.step not in suspect.steps[-1:]:
             suspect.steps.append(finding.step)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on exactly, dropout included, and to remember who was bad."""
+        return {
+            "step": self.step,
+            "suspects": {rank: asdict(suspect) for rank, suspect in self._suspects.items()},
+            "failed_steps": list(self._failed_steps),
+            "missing": {rank: list(steps) for rank, steps in self._missing.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` stood; the same on all ranks."""
+        ops.check_int("state['step']", state["step"], 0)
+        self.step = state["step"]
+        self._suspects = {rank: Suspect(**suspect) for rank, suspect in state["suspects"].items()}
+        self._failed_steps = list(state["failed_steps"])
+        self._missing = {rank: list(steps) for rank, steps in state["missing"].items()}
+
     def report(self) -> Report:
         """Who was suspected, in which steps and how many buckets, and which steps failed; the same on all ranks."""
-        return Report(self._transport.trust, self.step, dict(self._suspects), tuple(self._failed_steps))
+        return Report(
+            self._transport.trust, self.step, dict(self._suspects), tuple(self._failed_steps), dict(self._missing)
+        )
+
+
+def _leave_out_unused(decoded: list[tuple[Tensor, Tensor]]) -> None:
+    """Parameters whose decoded gradient is 0 get none, as DDP gives none to those that no rank has used; others one."""
+    used = torch.stack([gradient.any() for _, gradient in decoded]).tolist()
+    for (parameter, gradient), is_used in zip(decoded, used, strict=True):
+        if not is_used:
+            parameter.grad = None
+        elif parameter.grad is None:
+            parameter.grad = gradient.clone()
 
 
 def protect(
@@ -330,6 +457,7 @@ def protect(
     rtol: float = 0.0,
     seed: int = 0,
     ranks_per_host: int | None = None,
+    deadline: float = 60.0,
 ) -> Guard:
     """Puts a code between a DistributedDataParallel model's gradients and its optimizer.
 
@@ -343,14 +471,21 @@ def protect(
       moves and a little more. The repetition code votes on digests; the cyclic one checks projections.
     * "allgather": up to s ranks may compute and send anything; a rank must send the same message to all, and nobody
       else is trusted. Moves n messages to every rank.
+    * "server": rank 0 is trusted; up to s ranks may compute and send anything, and twice as many may be missing (e bad
+      and f missing while 2e + f <= 2s). A rank that hangs, dies or is late is an erasure, not the end of the job, from
+      the third step on (DDP itself talks to all ranks before) as long as the launcher lets the others live (torchrun
+      stops all ranks when one dies, but not when one hangs) and DDP does not talk to all ranks in every step (it does
+      with find_unused_parameters, and with buffers unless broadcast_buffers=False; a warning says so). Rank 0 must
+      live. Moves a message per rank to the server and back.
 
     Before every forward pass in training torch's global generator is seeded, the same on all ranks with the part, so
-    that dropout agrees.
+    that dropout agrees. With find_unused_parameters or static_graph a parameter whose decoded gradient is exactly 0
+    counts as unused: its ``grad`` is None.
 
     Args:
-        model: on every rank, with a process group of ``code.workers`` ranks.
+        model: on every rank, with a process group of ``code.workers`` ranks; torch.compile it before or afterwards.
         code: who computes which part. A code with several parts for each rank (cyclic) needs `Guard.steps`.
-        transport: "allreduce" or "allgather".
+        transport: "allreduce", "allgather" or "server".
         on_failure: where the code's guarantee does not cover what came in, all gradients become None, on all ranks, so
             that an optimizer changes nothing; and "raise" makes ``backward()`` raise DecodingError, "skip" logs a
             warning.
@@ -363,13 +498,16 @@ def protect(
         rtol: the same, relative.
         seed: of the generator's seeds; the same on all ranks.
         ranks_per_host: see `RedundantBatchSampler`; default: what torchrun says.
+        deadline: seconds that the server waits for the others' messages once it has its own. A rank that was late is
+            not waited for again until it has caught up.
 
     Returns:
         The guard.
 
     Raises:
         TypeError: an argument has the wrong type; parameters have a dtype that the code does not take.
-        ValueError: an argument has a wrong value, or not the same on all ranks.
+        ValueError: an argument has a wrong value, or not the same on all ranks. In the first step ``backward()`` raises
+            one, too, where more than s ranks have other mini-batches than those with which they share a part.
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")
@@ -380,8 +518,11 @@ def protect(
         raise ValueError(f"code must be for the {ranks} ranks of the model's process group, got {code!r}")
     if on_failure not in ("raise", "skip"):
         raise ValueError(f"on_failure must be 'raise' or 'skip', got {on_failure!r}")
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport must be {' or '.join(map(repr, TRANSPORTS))}, got {transport!r}")
     ops.check_tolerance("atol", atol)
     ops.check_tolerance("rtol", rtol)
+    ops.check_tolerance("deadline", deadline)
     ops.check_int("seed", seed, 0, 2**63 - 1)
     if isinstance(code, RepetitionCode) and transport == "allreduce" and (atol > 0 or rtol > 0):
         raise ValueError("atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'allgather'")
@@ -389,6 +530,13 @@ def protect(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype not in accepted:
             raise TypeError(f"parameters must have a dtype that {code!r} takes, got {parameter.dtype} for {name}")
+    if transport == "server" and (
+        model.find_unused_parameters or (model.broadcast_buffers and next(model.buffers(), None) is not None)
+    ):
+        logger.warning(
+            "a rank that dies or hangs will stop all: with buffers and broadcast_buffers, or with "
+            "find_unused_parameters, DistributedDataParallel itself talks to all ranks in every step"
+        )
     return Guard(
         model,
         code,
@@ -401,4 +549,5 @@ def protect(
         rtol=rtol,
         seed=seed,
         ranks_on_host=ranks_per_host,
+        deadline=deadline,
     )

@@ -35,8 +35,9 @@ def run_local(function: Callable[..., None], ranks: int, *args: Any) -> Iterator
         torch.multiprocessing.ProcessRaisedException: A rank raised; the others are stopped.
         torch.multiprocessing.ProcessExitedException: A rank died; the others are stopped.
     """
-    # Forked from one server that has imported torch once, instead of importing it in every rank.
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", function.__module__])
+    # Forked from one server that has imported torch once, instead of importing it in every rank; torch.optim's first
+    # optimizer imports torch._dynamo.
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", function.__module__])
     # The store lives here and on a port that the system picks, so that two runs never collide.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     receiver, sender = multiprocessing.Pipe(duplex=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from draco_ext import ops
-from draco_ext.codes import Code, CyclicCode, RepetitionCode, decode
+from draco_ext.codes import Code, Decoded, RepetitionCode, decode
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,13 @@ class Outcome:
         gradient: mean over the parts, of the message's length; NaN everywhere if `failed`.
         suspects: workers whose messages were wrong, each with the difference where the right message is known.
         failed: the code's guarantee does not cover what came in.
+        missing: workers whose messages did not come in time.
     """
 
     gradient: Tensor
     suspects: dict[int, Difference | None]
     failed: bool
+    missing: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,17 +135,7 @@ class AllGather(Transport):
     def _exchange(self, message: Tensor, number: int) -> Outcome:
         rows = self.peers.gather(message)
         decoded = decode(rows, self.code, **self.tolerance)
-        suspects = decoded.suspects.nonzero().flatten().tolist()
-        right = {}
-        if suspects and not decoded.failed and isinstance(self.code, RepetitionCode):
-            right = {j: rows[self._agreeing(j, suspects)] for j in suspects}
-        found = {j: difference(rows[j], right[j]) if j in right else None for j in suspects}
-        return Outcome(decoded.gradient, found, bool(decoded.failed))
-
-    def _agreeing(self, suspect: int, suspects: list[int]) -> int:
-        """A worker with the suspect's assignment who is none."""
-        part = self.code.assignment(suspect)
-        return next(j for j in range(self.code.workers) if self.code.assignment(j) == part and j not in suspects)
+        return Outcome(decoded.gradient, differences(rows, decoded), bool(decoded.failed))
 
 
 class AllReduceRepetition(Transport):
@@ -242,15 +235,11 @@ def difference(sent: Tensor, right: Tensor) -> Difference:
     return Difference(len(differing), int(differing[0]), largest if largest < float("inf") else float("inf"))
 
 
-def make_transport(name: str, peers: Peers, **tolerance: float) -> Transport:
-    """The transport of that name for the code."""
-    kinds = {
-        ("allgather", RepetitionCode): AllGather,
-        ("allgather", CyclicCode): AllGather,
-        ("allreduce", RepetitionCode): AllReduceRepetition,
-        ("allreduce", CyclicCode): AllReduceCyclic,
-    }
-    names = sorted({kind for kind, _ in kinds})
-    if name not in names:
-        raise ValueError(f"transport must be {' or '.join(map(repr, names))}, got {name!r}")
-    return kinds[name, type(peers.code)](peers, **tolerance)
+def differences(rows: Tensor, decoded: Decoded, missing: Collection[int] = ()) -> dict[int, Difference | None]:
+    """The suspects among decoded messages, with what differs where the code tells what the message should have been."""
+    code = decoded.code
+    suspects = decoded.suspects.nonzero().flatten().tolist()
+    if decoded.failed or not isinstance(code, RepetitionCode):
+        return dict.fromkeys(suspects)
+    good = {code.assignment(j): j for j in range(code.workers) if j not in suspects and j not in missing}
+    return {j: difference(rows[j], rows[good[code.assignment(j)]]) for j in suspects}
