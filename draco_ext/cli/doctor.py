@@ -1,0 +1,104 @@
+"""``draco doctor``: whether the ranks that are there compute the same bits."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich import box
+from rich.table import Table
+from torch.nn.functional import cross_entropy
+
+from draco_ext.cli.digits import Digits
+from draco_ext.cli.report import processor
+from draco_ext.distributed.local import run_local
+from draco_ext.distributed.reproducibility import SelfTest, self_test
+from draco_ext.ops import build_info
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one rank: what decides about the last bits of a gradient."""
+
+    host: str
+    processor: str
+    instruction_set: str
+    torch: str
+    threads: int
+    python: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the ranks found together."""
+
+    facts: list[Facts]
+    result: SelfTest
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or a launcher like it, has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def diagnose(workers: int) -> Diagnosis:
+    """By local ranks; under torchrun by its ranks, which all get the answer."""
+    if not under_torchrun():
+        (diagnosis,) = run_local(_rank, workers)
+        return diagnosis
+    found: list[Diagnosis] = []
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        _rank(int(os.environ["RANK"]), found.append)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    return found[0]
+
+
+def _rank(rank: int, report: Callable[[Any], None]) -> None:
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    data = Digits(seed=0, batch_size=256)
+    name = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    facts = Facts(
+        socket.gethostname(),
+        name,
+        str(build_info()["instruction_set"]),
+        torch.__version__,
+        torch.get_num_threads(),
+        platform.python_version(),
+    )
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, facts)
+    batch = tuple(tensor.to(device) for tensor in data.batch(0))
+    result = self_test(
+        data.net.to(device), dist.group.WORLD, batch, lambda net, batch: cross_entropy(net(batch[0]), batch[1])
+    )
+    report(Diagnosis(everybody, result))
+
+
+def make_table(facts: list[Facts]) -> Table:
+    """The ranks; what is not everywhere the same is marked."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("rank", justify="right")
+    names = list(Facts.__dataclass_fields__)
+    for name in names:
+        table.add_column(name.replace("_", " "))
+    usual = {name: max(values := [getattr(f, name) for f in facts], key=values.count) for name in names}
+    for rank, fact in enumerate(facts):
+        cells = []
+        for name in names:
+            value = getattr(fact, name)
+            differs = name != "host" and value != usual[name]
+            cells.append(f"[red]{value}[/red]" if differs else str(value))
+        table.add_row(str(rank), *cells)
+    return table

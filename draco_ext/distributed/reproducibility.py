@@ -1,0 +1,119 @@
+"""What must agree between honest ranks, and a test that it does: a vote on bits convicts whoever differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from draco_ext import ops
+
+SAME_RANK = (
+    "switch on torch.use_deterministic_algorithms(True), torch.backends.cudnn.benchmark = False and "
+    "CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment, and take nothing from outside torch's generator into the model"
+)
+ACROSS_RANKS = (
+    "within a group use the same kind of processor, the same torch and libraries, and the same number of threads "
+    "(OMP_NUM_THREADS); or accept small deviations with transport='allgather' or 'server' and atol=, rtol="
+)
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What `Guard.self_test` found; the same on all ranks.
+
+    Attributes:
+        reproducible: whether all gradients agree in all bits.
+        parameter: the first parameter whose gradient does not.
+        ranks: the ranks whose gradient of it differs between two runs; if there are none, the ranks in the minority.
+        advice: what to switch on.
+    """
+
+    reproducible: bool
+    parameter: str | None = None
+    ranks: tuple[int, ...] = ()
+    advice: str | None = None
+
+    def __str__(self) -> str:
+        if self.reproducible:
+            return "gradients are bit-reproducible, on each rank and across ranks"
+        return f"the gradient of {self.parameter} is not bit-reproducible on ranks {list(self.ranks)}: {self.advice}"
+
+
+def fingerprint(values: Any) -> Tensor:
+    """(2,) int64 on the CPU: stands for the bits of all tensors in a nest of containers, in order."""
+    digests = [_digest(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    return _digest(torch.stack(digests)) if digests else torch.zeros(2, dtype=torch.int64)
+
+
+def _digest(values: Tensor) -> Tensor:
+    bits = values.detach().contiguous().view(-1).view(torch.uint8)
+    return ops.digest(bits if bits.is_cuda else bits.cpu(), 0).cpu()
+
+
+def gather(values: Tensor, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+    """Everybody's values, by rank, on the CPU; the group talks on that device."""
+    rows = [torch.empty_like(values, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, values.to(device), group=group)
+    return torch.stack(rows).cpu()
+
+
+def odd_ones_out(rows: Tensor) -> list[int]:
+    """Rows that are not the most frequent one."""
+    keys = [tuple(row.flatten().tolist()) for row in rows]
+    usual = max(keys, key=keys.count)
+    return [i for i, key in enumerate(keys) if key != usual]
+
+
+def self_test(
+    module: torch.nn.Module,
+    group: dist.ProcessGroup,
+    batch: Any,
+    loss: Callable[[torch.nn.Module, Any], Tensor] | None = None,
+) -> SelfTest:
+    """Runs rank 0's batch twice on every rank and compares all gradients; see `Guard.self_test`."""
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    device = next(iter(parameters.values())).device
+    leaves, structure = pytree.tree_flatten(batch)
+    shapes = torch.tensor([len(leaves), *(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))])
+    if odd := odd_ones_out(gather(fingerprint(shapes), group, device)):
+        raise ValueError(f"batch must have the same shape on all ranks, got another on ranks {odd}")
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            leaves[i] = leaf.to(device, copy=True).contiguous()
+            dist.broadcast(leaves[i], group=group, group_src=0)
+    batch = pytree.tree_unflatten(leaves, structure)
+    if odd := odd_ones_out(gather(fingerprint(list(parameters.values())), group, device)):
+        return SelfTest(False, "(the parameters themselves)", tuple(odd), "start all ranks from the same parameters")
+
+    runs = []
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for _ in range(2):
+            torch.manual_seed(0)
+            value = (loss or _sum_of_squares)(module, batch)
+            gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            runs.append(torch.stack([fingerprint(gradient) for gradient in gradients]))
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+    rows = gather(torch.stack(runs), group, device)  # (ranks, runs, parameters, 2)
+    for i, name in enumerate(parameters):
+        if unstable := [rank for rank, row in enumerate(rows) if not torch.equal(row[0, i], row[1, i])]:
+            return SelfTest(False, name, tuple(unstable), SAME_RANK)
+        if odd := odd_ones_out(rows[:, 0, i]):
+            return SelfTest(False, name, tuple(odd), ACROSS_RANKS)
+    return SelfTest(True)
+
+
+def _sum_of_squares(module: torch.nn.Module, batch: Any) -> Tensor:
+    """Of everything that the model makes of a batch, or of its first element where it is (inputs, targets)."""
+    inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
+    outputs = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return sum(leaf.float().square().mean() for leaf in leaves)

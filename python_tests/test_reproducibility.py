@@ -1,0 +1,110 @@
+"""Mistakes in set-up are named in the first step; `Guard.self_test` names what is not bit-reproducible."""
+
+import logging
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import draco_ext
+from draco_ext import CyclicCode, RepetitionCode
+from draco_ext.distributed.local import run_local
+
+
+class Net(nn.Module):
+    """With dropout and buffers; the gradient of `first` or `second` can be made to differ."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.norm, self.second = nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)
+        self.unstable, self.scale, self.calls = False, 1.0, 0
+
+    def forward(self, x):
+        self.calls += 1
+        hidden = nn.functional.dropout(self.norm(self.first(x)), 0.5)
+        return self.second(hidden) * (self.calls if self.unstable else self.scale)
+
+
+def _self_test(rank, report):
+    torch.set_num_threads(1)
+    model = DistributedDataParallel(Net(), broadcast_buffers=False)
+    guard = draco_ext.protect(model, RepetitionCode(3, 1))
+    net = model.module
+    batch = (torch.randn(8, 4), torch.zeros(8))  # other numbers on each rank: rank 0's count
+    before = [torch.random.get_rng_state(), *(b.clone() for b in net.buffers())]
+    report(guard.self_test(batch))
+    after = [torch.random.get_rng_state(), *net.buffers()]
+    report(all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+    report(all(p.grad is None for p in net.parameters()))
+    net.unstable = rank == 1
+    report(guard.self_test(batch))
+    net.unstable, net.scale = False, 2.0 if rank == 2 else 1.0
+    report(guard.self_test(batch))
+    report(guard.self_test(batch, lambda module, batch: module.first(batch[0]).sum()))
+    net.scale = 1.0
+    with torch.no_grad():
+        net.second.bias += rank == 0
+    report(guard.self_test(batch))
+    try:
+        guard.self_test(torch.zeros(8 + (rank == 1), 4))
+    except ValueError as error:
+        report(str(error))
+
+
+def test_self_test():
+    fine, untouched, no_gradients, unstable, minority, custom, parameters, shapes = run_local(_self_test, 3)
+    assert fine.reproducible, fine
+    assert untouched
+    assert no_gradients
+    assert (unstable.reproducible, unstable.parameter, unstable.ranks) == (False, "first.weight", (1,))
+    assert "use_deterministic_algorithms" in unstable.advice
+    assert (minority.reproducible, minority.parameter, minority.ranks) == (False, "first.weight", (2,))
+    assert "same number of threads" in minority.advice
+    assert custom.reproducible
+    assert (parameters.parameter, parameters.ranks) == ("(the parameters themselves)", (0,))
+    assert "batch must have the same shape on all ranks, got another on ranks [1]" in shapes
+
+
+def _other_batches(rank, report):
+    torch.set_num_threads(1)
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("draco_ext").addHandler(handler)
+
+    def step(code, x):
+        model = DistributedDataParallel(nn.Linear(4, 2))
+        guard = draco_ext.protect(model, code)
+        error = None
+        try:
+            for parts in guard.steps(x):
+                for part in parts:
+                    model(part).square().sum().backward()
+        except ValueError as caught:
+            error = str(caught)
+        said, lines[:] = list(lines), []
+        report((error, said, sorted(guard.report().suspects)))
+
+    ones = torch.ones(2, 4)
+    step(RepetitionCode(3, 1), [ones * rank])  # as from a DistributedSampler
+    step(RepetitionCode(3, 1), [ones * (rank == 2)])  # one rank with another seed
+    step(RepetitionCode(3, 0), [ones * rank])  # every rank has a part of its own
+    code = CyclicCode(3, 1)
+    step(code, [ones * part for part in code.assignment(rank)])
+    step(code, [ones * (part + 5 * (rank == 1)) for part in code.assignment(rank)])
+    step(code, [ones * (part + 5 * rank) for part in code.assignment(rank)])
+
+
+def test_other_mini_batches_are_named():
+    several, one, disjoint, cyclic, cyclic_one, cyclic_several = run_local(_other_batches, 3)
+    assert "loader must give ranks that share a part the same mini-batches" in several[0]
+    assert "got others on ranks [1, 2]" in several[0]
+    assert one[0] is None
+    assert one[1][0].startswith("rank 2 on ")
+    assert "has another mini-batch of part 0 than others" in one[1][0]
+    assert one[2] == [2]
+    assert disjoint == cyclic == (None, [], [])
+    assert cyclic_one[0] is None
+    assert cyclic_one[2] == [1]
+    assert "got others on ranks [1, 2]" in cyclic_several[0]
