@@ -21,7 +21,7 @@ import draco_ext
 class Row:
     """One measured rule; medians over the rounds."""
 
-    device: str  # "cpu" or "cuda"
+    device: str  # "cpu", "cuda" or, for a whole step, "step"
     n: int
     d: int
     rule: str
@@ -109,6 +109,13 @@ REPORTS = {
         "of copy",
         lambda ratio: f"{1 / ratio:.0%}",
     ),
+    "step": Report(
+        "communication and decoding of a step of n ranks over gloo on this machine, d parameters",
+        "ms: median, of the backward pass that communicates, on rank 0, less one that does not. GB/s: bytes that "
+        "all ranks sent together / ms. x DDP: time over plain DistributedDataParallel's in the same round; median.",
+        "x DDP",
+        lambda ratio: f"{ratio:.2f}",
+    ),
 }
 
 
@@ -116,7 +123,7 @@ def table(rows: list[Row]) -> list[str]:
     """Markdown that is also aligned as plain text."""
     report = REPORTS[rows[0].device]
     means = {(row.n, row.d): row.to_yardstick for row in rows if row.rule == "mean"}
-    header = ["n", "d", "rule", "ms", "GB/s", report.column, "x mean", "error"]
+    header = ["n", "d", "rule", "ms", "MB", "GB/s", report.column, "x mean", "error"]
     cells = [header]
     for row in rows:
         mean = means.get((row.n, row.d))
@@ -126,6 +133,7 @@ def table(rows: list[Row]) -> list[str]:
                 f"{row.d:.3g}".replace("e+0", "e"),
                 row.rule,
                 f"{1e3 * row.seconds:.3f}",
+                f"{row.bytes / 1e6:.1f}",
                 f"{row.bytes / row.seconds / 1e9:.2f}",
                 report.show(row.to_yardstick),
                 "" if mean is None or row.error is None else f"{row.to_yardstick / mean:.2f}",

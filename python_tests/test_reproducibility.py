@@ -1,14 +1,21 @@
 """Mistakes in set-up are named in the first step; `Guard.self_test` names what is not bit-reproducible."""
 
 import logging
+import os
+import subprocess
+import sys
 
+import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode
+from draco_ext.cli import commands, doctor
 from draco_ext.distributed.local import run_local
+from draco_ext.distributed.reproducibility import SelfTest
 
 
 class Net(nn.Module):
@@ -108,3 +115,22 @@ def test_other_mini_batches_are_named():
     assert cyclic_one[0] is None
     assert cyclic_one[2] == [1]
     assert "got others on ranks [1, 2]" in cyclic_several[0]
+
+
+@pytest.mark.slow
+def test_doctor_under_torchrun():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "draco_ext.cli", "doctor"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    run = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("gradients are bit-reproducible, on each rank and across ranks") == 1
+    assert len([line for line in run.stdout.splitlines() if torch.__version__ in line]) == 2
+
+
+def test_doctor_says_what_is_wrong(monkeypatch):
+    facts = [doctor.Facts("here", "a processor", "avx2", "2.13.0", threads, "3.11") for threads in (1, 1, 2)]
+    result = SelfTest(False, "0.weight", (2,), "use the same number of threads")
+    monkeypatch.setattr(doctor, "diagnose", lambda workers: doctor.Diagnosis(facts, result))
+    run = CliRunner().invoke(commands.draco, ["doctor"])
+    assert run.exit_code == 1
+    assert "the gradient of 0.weight is not bit-reproducible on ranks [2]: use the same number of threads" in run.output

@@ -1,0 +1,116 @@
+"""A training step's communication and decoding, under plain DistributedDataParallel and under `protect`.
+
+    pytest bench/test_step.py [--quick] [--bench-output FOLDER]
+
+Six ranks over gloo on this machine, a model of which computing the gradient costs next to nothing; all variants take
+turns, round by round. Timed on rank 0 from a barrier: the backward pass that communicates, less one that does not.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import draco_ext
+from draco_ext import CyclicCode, RepetitionCode
+from draco_ext.distributed.local import run_local
+
+RANKS = 6
+SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
+PLAIN = "DistributedDataParallel"
+VARIANTS = {
+    PLAIN: None,
+    "allreduce, repetition s=0": ("allreduce", RepetitionCode(RANKS, 0)),
+    "allreduce, repetition s=1": ("allreduce", RepetitionCode(RANKS, 1)),
+    "allreduce, cyclic s=1": ("allreduce", CyclicCode(RANKS, 1)),
+    "allgather, repetition s=1": ("allgather", RepetitionCode(RANKS, 1)),
+    "allgather, cyclic s=1": ("allgather", CyclicCode(RANKS, 1)),
+    "server, repetition s=1": ("server", RepetitionCode(RANKS, 1)),
+    "server, cyclic s=1": ("server", CyclicCode(RANKS, 1)),
+}
+
+
+class Scales(nn.Module):
+    """d parameters in ten tensors; the gradient is a constant."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList(torch.zeros(d // 10) for _ in range(10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(scale.sum() for scale in self.scales) * x.sum()
+
+
+class Variant:
+    def __init__(self, d: int, protection) -> None:
+        self.model = DistributedDataParallel(Scales(d))
+        self.guard = None
+        if protection is not None:
+            transport, code = protection
+            self.guard = draco_ext.protect(self.model, code, transport=transport)
+
+    def step(self) -> tuple[float, int]:
+        """Seconds and bytes of the backward pass that communicates."""
+        x = torch.ones(1)
+        if self.guard is None:
+            return self.backward(x)
+        parts = len(self.guard.code.assignment(self.guard.worker))
+        for step in self.guard.steps([x] * parts):
+            for part in step:
+                measured = self.backward(part)
+        return measured
+
+    def backward(self, x: torch.Tensor) -> tuple[float, int]:
+        self.model.zero_grad()
+        loss = self.model(x)
+        dist.barrier()
+        sent = int(SENT.read_text()) if SENT.exists() else 0
+        begin = time.perf_counter()
+        loss.backward()
+        seconds = time.perf_counter() - begin
+        dist.barrier()
+        return seconds, (int(SENT.read_text()) if SENT.exists() else 0) - sent
+
+    def alone(self) -> float:
+        """Seconds of a backward pass that does not communicate; of a model without a guard."""
+        with self.model.no_sync():
+            return self.backward(torch.ones(1))[0]
+
+
+def _rank(rank, report, d, rounds):
+    torch.set_num_threads(1)
+    variants = {name: Variant(d, protection) for name, protection in VARIANTS.items()}
+    for _ in range(2):  # DDP makes new buckets after the first
+        for variant in variants.values():
+            variant.step()
+    for _ in range(rounds):
+        alone = variants[PLAIN].alone()
+        report((alone, {name: variant.step() for name, variant in variants.items()}))
+
+
+@pytest.mark.parametrize("d", [10**6, 25 * 10**6])
+def test_step(request, d, add_row):
+    quick = request.config.option.quick
+    if quick and d > 10**6:
+        pytest.skip("--quick")
+    rounds = list(run_local(_rank, RANKS, d, 3 if quick else 15))
+    for name in VARIANTS:
+        own = [measured[name][0] - alone for alone, measured in rounds]
+        plain = [measured[PLAIN][0] - alone for alone, measured in rounds]
+        add_row(
+            device="step",
+            n=RANKS,
+            d=d,
+            rule=name,
+            seconds=statistics.median(own),
+            to_yardstick=statistics.median(a / b for a, b in zip(own, plain, strict=True)),
+            bytes=int(statistics.median(measured[name][1] for _, measured in rounds)),
+            error=None,
+        )
