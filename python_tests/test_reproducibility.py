@@ -80,8 +80,8 @@ def _other_batches(rank, report):
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("draco_ext").addHandler(handler)
 
-    def step(code, x):
-        model = DistributedDataParallel(nn.Linear(4, 2))
+    def step(code, x, training=True):
+        model = DistributedDataParallel(nn.Linear(4, 2)).train(training)
         guard = draco_ext.protect(model, code)
         error = None
         try:
@@ -96,17 +96,26 @@ def _other_batches(rank, report):
     ones = torch.ones(2, 4)
     step(RepetitionCode(3, 1), [ones * rank])  # as from a DistributedSampler
     step(RepetitionCode(3, 1), [ones * (rank == 2)])  # one rank with another seed
+    step(RepetitionCode(3, 1), [ones * rank], training=False)  # as for fine-tuning with frozen statistics
     step(RepetitionCode(3, 0), [ones * rank])  # every rank has a part of its own
     code = CyclicCode(3, 1)
     step(code, [ones * part for part in code.assignment(rank)])
     step(code, [ones * (part + 5 * (rank == 1)) for part in code.assignment(rank)])
     step(code, [ones * (part + 5 * rank) for part in code.assignment(rank)])
+    model = DistributedDataParallel(nn.Linear(4, 2)).eval()
+    draco_ext.protect(model, code)
+    try:
+        model(ones).sum().backward()
+    except RuntimeError as error:
+        report(str(error))
 
 
 def test_other_mini_batches_are_named():
-    several, one, disjoint, cyclic, cyclic_one, cyclic_several = run_local(_other_batches, 3)
+    several, one, evaluating, disjoint, cyclic, cyclic_one, cyclic_several, no_steps = run_local(_other_batches, 3)
     assert "loader must give ranks that share a part the same mini-batches" in several[0]
     assert "got others on ranks [1, 2]" in several[0]
+    assert evaluating[0] == several[0]
+    assert "loop over guard.steps(loader)" in no_steps
     assert one[0] is None
     assert one[1][0].startswith("rank 2 on ")
     assert "has another mini-batch of part 0 than others" in one[1][0]

@@ -224,21 +224,27 @@ class Guard:
 
     def _seed_part(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> None:
         """Before every forward pass in training: dropout and the like draw the same for all ranks with this part."""
-        if not (module.training and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return
-        if not self._in_steps and len(self.code.assignment(self.worker)) > 1:
-            raise RuntimeError(f"{self.code!r} has several parts for each rank: loop over guard.steps(loader)")
         if self._exchanges == 0 and self._forwards == 0:
-            self._inputs.append(fingerprint((arguments, keywords)))
+            self._inputs[self._part :] = [fingerprint((arguments, keywords))]
+        if not module.training:
+            return
+        self._check_in_steps()
         part = self.code.assignment(self.worker)[self._part]
         words = torch.tensor([self.step, part, self._forwards], dtype=torch.int64).view(torch.uint8)
         torch.manual_seed(int(ops.digest(words, self._seed)[0]))
         self._forwards += 1
 
+    def _check_in_steps(self) -> None:
+        if not self._in_steps and len(self.code.assignment(self.worker)) > 1:
+            raise RuntimeError(f"{self.code!r} has several parts for each rank: loop over guard.steps(loader)")
+
     # ------------------------------------------------------------------------------------------------ DDP's hook
 
     def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Called by DDP for every bucket of a backward pass, in the same order on all ranks."""
+        self._check_in_steps()
         buffer = bucket.buffer()
         last = self._part == len(self.code.assignment(self.worker)) - 1
         if bucket.index() == 0 and last:

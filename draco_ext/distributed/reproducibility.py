@@ -46,8 +46,9 @@ class SelfTest:
 
 
 def fingerprint(values: Any) -> Tensor:
-    """(2,) int64 on the CPU: stands for the bits of all tensors in a nest of containers, in order."""
-    digests = [_digest(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    """(2,) int64 on the CPU: stands for the bits of all dense tensors in a nest of containers, in order."""
+    leaves = (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and leaf.layout == torch.strided)
+    digests = [_digest(leaf) for leaf in leaves]
     return _digest(torch.stack(digests)) if digests else torch.zeros(2, dtype=torch.int64)
 
 
