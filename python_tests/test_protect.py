@@ -2,11 +2,13 @@
 
 import contextlib
 import difflib
+import gc
 import json
 import logging
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -299,6 +301,20 @@ def _accumulation(rank, report):
 def test_gradient_accumulation():
     [[clean, attacked]] = run_local(_accumulation, 3)
     assert clean == attacked
+
+
+def _freed(rank, report):
+    model = DistributedDataParallel(network(), **bucket_cap())
+    guard = draco_ext.protect(model, RepetitionCode(3, 1))
+    model(torch.ones(2, 64)).sum().backward()
+    references = [weakref.ref(thing) for thing in (model, guard, model.module)]
+    del model, guard
+    gc.collect()
+    report([reference() for reference in references])
+
+
+def test_a_guarded_model_is_freed():
+    assert list(run_local(_freed, 3)) == [[None, None, None]]
 
 
 def _mistakes(rank, report):

@@ -5,6 +5,7 @@ import logging
 import secrets
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -132,7 +133,8 @@ class Guard:
         self.step = 0
         self.failed = False
         self._seed = seed
-        self._model = model
+        # DDP keeps its hook where Python's collector does not look: held by the guard, the model would never be freed.
+        self._model_ref = weakref.ref(model)
         self._on_failure = on_failure
         self._callback = callback
         self._adversary = adversary
@@ -186,6 +188,13 @@ class Guard:
         self._decoded: list[tuple[Tensor, Tensor]] = []  # parameters and gradients, where some may be unused
         model.register_forward_pre_hook(torch.compiler.disable(self._seed_part), with_kwargs=True)
         model.register_comm_hook(None, self._hook)
+
+    @property
+    def _model(self) -> DistributedDataParallel:
+        model = self._model_ref()
+        if model is None:
+            raise RuntimeError("the guarded model is gone")
+        return model
 
     # ------------------------------------------------------------------------------------------------ a step
 
