@@ -55,7 +55,7 @@ class ServerTransport(Transport):
             weakref.finalize(self, _close, list(self._lines.values()))
 
     def _exchange(self, message: Tensor, number: int) -> Outcome:
-        if self._lines:
+        if self.peers.worker == self._server:
             return self._serve(message, number)
         verdict = torch.empty(self.code.workers + 1, len(_COLUMNS), dtype=torch.float64)
         gradient = torch.empty_like(message, device="cpu")
