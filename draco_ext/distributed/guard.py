@@ -7,7 +7,7 @@ import socket
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode, DecodingError, RepetitionCode
+from draco_ext.distributed.encoder import GradientEncoder
 from draco_ext.distributed.placement import ranks_per_host, worker_of
 from draco_ext.distributed.reproducibility import SelfTest, fingerprint, gather, odd_ones_out, self_test
 from draco_ext.distributed.server_transport import ServerTransport
-from draco_ext.distributed.transports import AllGather, AllReduceCyclic, AllReduceRepetition, Outcome, Peers, Transport
+from draco_ext.distributed.transports import (
+    AllGather,
+    AllReduceCyclic,
+    AllReduceRepetition,
+    Exchange,
+    Outcome,
+    Peers,
+    Pending,
+    Seconds,
+    Transport,
+)
 
 logger = logging.getLogger("draco_ext")
 
@@ -92,6 +103,7 @@ class Report:
         suspects: by rank; none on account of a step that failed.
         failed_steps: steps without an update, because the guarantee did not cover what came in.
         missing: by rank, the steps in which messages of it did not come in time.
+        seconds: where this rank's time went in all steps together.
     """
 
     trust: str
@@ -99,6 +111,18 @@ class Report:
     suspects: dict[int, Suspect]
     failed_steps: tuple[int, ...]
     missing: dict[int, list[int]] = field(default_factory=dict)
+    seconds: Seconds = field(default_factory=Seconds, compare=False)
+
+
+@dataclass
+class _Flight:
+    """An exchange that is not yet at its end: what it waits for, and whom it serves."""
+
+    exchange: Exchange
+    bucket: int
+    buffer: Tensor
+    future: torch.futures.Future[Tensor]
+    pending: Pending | None = None
 
 
 class Guard:
@@ -165,8 +189,8 @@ class Guard:
                     )
         self._hosts = [other["host"] for other in everybody]
         key = sum(other["key"] for other in everybody) % 2**62  # no rank alone chooses it
-        peers = Peers(group, code, self.worker, self._ranks, key)
-        self._transport = _make_transport(transport, peers, deadline=deadline, atol=atol, rtol=rtol)
+        self._peers = Peers(group, code, self.worker, self._ranks, key)
+        self._transport = _make_transport(transport, self._peers, deadline=deadline, atol=atol, rtol=rtol)
         self._ledger = None
         if ledger is not None and (self._rank == 0 or "{rank}" in str(ledger)):
             self._ledger = Path(str(ledger).replace("{rank}", str(self._rank)))
@@ -181,7 +205,8 @@ class Guard:
         self._part = 0  # of this worker's, in the step that runs
         self._forwards = 0  # of that part
         self._in_steps = False
-        self._messages: dict[Tensor, Tensor] = {}  # of each parameter, while parts are being added up
+        self._encoder = GradientEncoder(code, self.worker)
+        self._flights: list[_Flight] = []  # of the step that runs
         self._inputs: list[Tensor] = []  # fingerprints of the first step's mini-batches
         # DDP's own map of unused parameters is of a step's last pass only, and believes every rank.
         self._may_be_unused = model.find_unused_parameters or model.static_graph
@@ -255,25 +280,56 @@ class Guard:
         """Called by DDP for every bucket of a backward pass, in the same order on all ranks."""
         self._check_in_steps()
         buffer = bucket.buffer()
-        last = self._part == len(self.code.assignment(self.worker)) - 1
-        if bucket.index() == 0 and last:
-            # DDP hands the gradients over in a callback of its own, queued after this one: ours comes behind it.
-            engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(lambda: engine.queue_callback(self._finish))
-            if self._exchanges == 0:
-                self._compare_inputs(buffer.device)
-        if isinstance(self.code, CyclicCode):
-            message = self._add_part(bucket, last)
-            if last:
-                self._spread(bucket, self._exchange(message, bucket.index()).gradient)
-        else:
-            message = buffer if self._adversary is None else buffer.clone()
-            buffer.copy_(self._exchange(message, bucket.index()).gradient)
-        if last and self._may_be_unused:
-            self._decoded += zip(bucket.parameters(), bucket.gradients(), strict=True)
         future = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
-        future.set_result(buffer)
+        last = self._part == len(self.code.assignment(self.worker)) - 1
+        if last and self._exchanges == 0:
+            self._compare_inputs(buffer.device)
+        begin = time.perf_counter()
+        self._encoder.add(bucket, self._part)
+        self._peers.seconds.encode += time.perf_counter() - begin
+        if not last:
+            future.set_result(buffer)
+            return future
+        if bucket.index() == 0:
+            self._flights = []
+        if self._may_be_unused:
+            self._decoded += zip(bucket.parameters(), bucket.gradients(), strict=True)
+        message = self._encoder.message(bucket)
+        if self._adversary is not None:
+            message = replace(message, values=self._adversary(self.step, message.values.clone()).contiguous())
+        exchange = self._transport.exchange(message, self._exchanges)
+        self._exchanges += 1
+        # What the exchanges before have begun runs meanwhile; the order is the same on all ranks.
+        earlier = [flight for flight in self._flights if flight.pending is not None and flight.pending.soon]
+        self._flights.append(_Flight(exchange, bucket.index(), buffer, future))
+        for flight in (self._flights[-1], *earlier):
+            self._advance(flight)
+        if bucket.is_last():
+            # DDP has not queued its own callback yet, in which it waits for the futures.
+            torch.autograd.Variable._execution_engine.queue_callback(self._land)
         return future
+
+    def _advance(self, flight: "_Flight") -> None:
+        """To the next thing that an exchange must wait for, or to its end."""
+        seconds = self._peers.seconds
+        begin, waited = time.perf_counter(), seconds.communicate
+        try:
+            value = None if flight.pending is None else flight.pending.wait()
+            flight.pending = flight.exchange.send(value)
+        except StopIteration as stop:
+            self._flights.remove(flight)
+            self._note(stop.value, flight.bucket)
+            flight.future.set_result(flight.buffer)
+        seconds.decode += time.perf_counter() - begin - (seconds.communicate - waited)
+
+    def _land(self) -> None:
+        """After the last backward pass of a step: brings all exchanges to their end, before DDP waits for them."""
+        while self._flights:
+            soon = [flight for flight in self._flights if flight.pending is not None and flight.pending.soon]
+            for flight in soon or list(self._flights):
+                self._advance(flight)
+        # DDP hands the gradients over in the callback that is queued by now; ours comes behind it.
+        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _compare_inputs(self, device: torch.device) -> None:
         """In the first step: whether ranks that share a part have the same mini-batch of it.
@@ -300,43 +356,6 @@ class Guard:
                 self._hosts[rank],
                 part,
             )
-
-    def _exchange(self, message: Tensor, bucket: int) -> Outcome:
-        if self._adversary is not None:
-            message = self._adversary(self.step, message).contiguous()
-        outcome = self._transport.exchange(message, self._exchanges)
-        self._exchanges += 1
-        self._note(outcome, bucket)
-        if outcome.failed and self._failure is None:
-            suspected, missing = ([self._ranks[j] for j in workers] for workers in (outcome.suspects, outcome.missing))
-            self._failure = (
-                f"no gradient in step {self.step}, bucket {bucket}: more ranks are bad than {self.code!r} can correct; "
-                f"suspected: {suspected}" + (f", missing: {missing}" if missing else "")
-            )
-        return outcome
-
-    def _add_part(self, bucket: dist.GradBucket, last: bool) -> Tensor | None:
-        """Adds the bucket's gradients into this rank's messages, one of even length for each parameter.
-
-        For each parameter: DDP makes other buckets after the first pass. Returns the bucket's message after the last.
-        """
-        part = self.code.assignment(self.worker)[self._part]
-        parameters = bucket.parameters()
-        pieces = bucket.buffer().split([p.numel() for p in parameters])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            if self._part == 0:
-                self._messages[parameter] = piece.new_zeros(piece.numel() + piece.numel() % 2)
-            ops.cyclic_encode_add_(
-                self._messages[parameter], piece, self.code.workers, self.code.adversaries, self.worker, part
-            )
-        return torch.cat([self._messages.pop(parameter) for parameter in parameters]) if last else None
-
-    @staticmethod
-    def _spread(bucket: dist.GradBucket, gradient: Tensor) -> None:
-        """Puts the decoded gradient of the bucket's message in its place, without the padding."""
-        sizes = [p.numel() for p in bucket.parameters()]
-        pieces = gradient.split([size + size % 2 for size in sizes])
-        torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)], out=bucket.buffer())
 
     def _finish(self) -> None:
         """After the last backward pass of a step, when the gradients are in place."""
@@ -383,6 +402,12 @@ class Guard:
 
     def _note(self, outcome: Outcome, bucket: int) -> None:
         now = time.time()
+        if outcome.failed and self._failure is None:
+            suspected, missing = ([self._ranks[j] for j in workers] for workers in (outcome.suspects, outcome.missing))
+            self._failure = (
+                f"no gradient in step {self.step}, bucket {bucket}: more ranks are bad than {self.code!r} can correct; "
+                f"suspected: {suspected}" + (f", missing: {missing}" if missing else "")
+            )
         for worker in (*outcome.suspects, *outcome.missing):
             rank = self._ranks[worker]
             differs = outcome.suspects.get(worker)
@@ -443,9 +468,17 @@ class Guard:
         self._missing = {rank: list(steps) for rank, steps in state["missing"].items()}
 
     def report(self) -> Report:
-        """Who was suspected, in which steps and how many buckets, and which steps failed; the same on all ranks."""
+        """Who was suspected, in which steps and how many buckets, and which steps failed: the same on all ranks.
+
+        Also how many seconds were spent on it: each rank's own.
+        """
         return Report(
-            self._transport.trust, self.step, dict(self._suspects), tuple(self._failed_steps), dict(self._missing)
+            self._transport.trust,
+            self.step,
+            dict(self._suspects),
+            tuple(self._failed_steps),
+            dict(self._missing),
+            replace(self._peers.seconds),
         )
 
 

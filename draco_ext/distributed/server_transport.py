@@ -15,7 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from draco_ext.codes import decode
-from draco_ext.distributed.transports import Difference, Outcome, Peers, Transport, differences
+from draco_ext.distributed.transports import (
+    Difference,
+    Exchange,
+    Message,
+    Outcome,
+    Peers,
+    Transport,
+    differences,
+)
 
 SERVER = 0  # rank
 # How many results wait for a rank that is behind before it is given up: each of them is a bucket in memory.
@@ -54,13 +62,15 @@ class ServerTransport(Transport):
             self._lines = {j: _Line(self.peers.group, peers.ranks[j], j, self._arrived) for j in others}
             weakref.finalize(self, _close, list(self._lines.values()))
 
-    def _exchange(self, message: Tensor, number: int) -> Outcome:
+    def exchange(self, message: Message, number: int) -> Exchange:
+        """Sends to the server and waits for its answer."""
+        yield from ()  # in one go: a rank's messages and results take turns on its connection
         if self.peers.worker == self._server:
             return self._serve(message, number)
         verdict = torch.empty(self.code.workers + 1, len(_COLUMNS), dtype=torch.float64)
-        gradient = torch.empty_like(message, device="cpu")
+        gradient = torch.empty_like(message.values, device="cpu")
         try:
-            self.peers.send(message.cpu(), self._server)
+            self.peers.send(message.values.cpu(), self._server)
             self.peers.receive(verdict, self._server)
             if verdict[0, 0] == _DECODED:
                 self.peers.receive(gradient, self._server)
@@ -69,15 +79,21 @@ class ServerTransport(Transport):
         if verdict[0, 0] == _GIVEN_UP:
             raise RuntimeError(f"this rank was {MOST_UNCLAIMED} buckets behind the others, and was given up")
         failed = bool(verdict[0, 0] == _FAILED)
+        if failed:
+            message.bucket.fill_(torch.nan)
+        else:
+            message.put(gradient.to(message.bucket.device))
         found, missing = _read(verdict)
-        return Outcome(gradient.fill_(torch.nan) if failed else gradient, found, failed, missing)
+        return Outcome(found, failed, missing)
 
-    def _serve(self, message: Tensor, number: int) -> Outcome:
-        rows = torch.zeros(self.code.workers, message.numel(), dtype=message.dtype, device=message.device)
-        rows[self._server] = message
+    def _serve(self, message: Message, number: int) -> Outcome:
+        begin = time.perf_counter()
+        values = message.values
+        rows = values.new_zeros(self.code.workers, values.numel())
+        rows[self._server] = values
         awaited = set()
         for j, line in self._lines.items():
-            line.begin(number, torch.empty_like(message, device="cpu"))
+            line.begin(number, torch.empty_like(values, device="cpu"))
             if line.in_time:
                 awaited.add(j)
         absent = set(self._lines)
@@ -93,15 +109,17 @@ class ServerTransport(Transport):
                 rows[j] = values
                 awaited.discard(j)
                 absent.discard(j)
-        missing = torch.zeros(self.code.workers, dtype=torch.bool, device=message.device)
+        self.peers.seconds.communicate += time.perf_counter() - begin
+        missing = torch.zeros(self.code.workers, dtype=torch.bool, device=values.device)
         missing[list(absent)] = True
         decoded = decode(rows, self.code, missing=missing if absent else None, **self.tolerance)
         failed = bool(decoded.failed)
-        outcome = Outcome(decoded.gradient, differences(rows, decoded, absent), failed, tuple(sorted(absent)))
+        outcome = Outcome(differences(rows, decoded, absent), failed, tuple(sorted(absent)))
         verdict = _write(outcome, self.code.workers)
         result = (verdict,) if failed else (verdict, decoded.gradient.cpu())
         for j, line in self._lines.items():
             line.end(result, late=j in absent)
+        message.put(decoded.gradient)
         return outcome
 
 

@@ -7,8 +7,10 @@ the verdict. All calls are collective: every rank makes the same ones in the sam
 from __future__ import annotations
 
 import abc
-from collections import Counter
-from collections.abc import Collection
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
 
 import torch
@@ -39,16 +41,82 @@ class Outcome:
     """What a transport makes of the messages for one bucket.
 
     Attributes:
-        gradient: mean over the parts, of the message's length; NaN everywhere if `failed`.
         suspects: workers whose messages were wrong, each with the difference where the right message is known.
         failed: the code's guarantee does not cover what came in.
         missing: workers whose messages did not come in time.
     """
 
-    gradient: Tensor
     suspects: dict[int, Difference | None]
     failed: bool
     missing: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Message:
+    """What this rank sends for one bucket.
+
+    Attributes:
+        values: the message. A cyclic code's has every parameter padded to an even length.
+        bucket: DDP's bucket, in which the decoded gradient is to be; the repetition code's message may be the same.
+        lengths: of the parameters in the bucket.
+    """
+
+    values: Tensor
+    bucket: Tensor
+    lengths: tuple[int, ...]
+
+    def put(self, values: Tensor, factor: float = 1.0) -> Tensor:
+        """Puts so many times `values`, which are laid out like the message, into the bucket; returns that."""
+        if values.numel() == self.bucket.numel():
+            pairs = [(values, self.bucket)]
+        else:
+            pieces = values.split([length + length % 2 for length in self.lengths])
+            places = self.bucket.split(list(self.lengths))
+            pairs = [(piece[: place.numel()], place) for piece, place in zip(pieces, places, strict=True)]
+        for piece, place in pairs:
+            if factor == 1:
+                place.copy_(piece)
+            else:
+                torch.mul(piece, factor, out=place)
+        return self.bucket
+
+
+@dataclass
+class Seconds:
+    """Where a rank's time went: of its host; on a GPU work may go on behind it.
+
+    Attributes:
+        encode: adding gradients up to messages.
+        communicate: waiting for others.
+        decode: digests, projections, votes, and putting results in place.
+    """
+
+    encode: float = 0.0
+    communicate: float = 0.0
+    decode: float = 0.0
+
+
+class Pending:
+    """Values on their way.
+
+    Attributes:
+        soon: whether they are to be waited for when the next bucket begins, or not before all have begun.
+    """
+
+    def __init__(self, peers: Peers, work: dist.Work, result: Tensor, kept: tuple[Tensor, ...], *, soon: bool) -> None:
+        self.soon = soon
+        self._peers = peers
+        self._work = work
+        self._result = result
+        self._kept = kept
+
+    def wait(self) -> Tensor:
+        """The values."""
+        begin = time.perf_counter()
+        self._work.wait()
+        self._peers.seconds.communicate += time.perf_counter() - begin
+        self._peers.held.append(self._kept)
+        return self._result
 
 
 @dataclass(frozen=True)
@@ -61,8 +129,9 @@ class Peers:
         worker: the worker that this rank is.
         ranks: of every worker, its rank within the group.
         key: of the digests, the same on all ranks and new in every run.
-        held: tensors of the exchange that runs or was the last. A thread of gloo may still refer to them after it is
-            done; were its reference the last, it would need Python's lock, and abort where Python is ending.
+        seconds: that were spent.
+        held: tensors of the last exchanges. A thread of gloo may still refer to them after it is done; were its
+            reference the last, it would need Python's lock, and abort where Python is ending.
     """
 
     group: dist.ProcessGroup
@@ -70,30 +139,38 @@ class Peers:
     worker: int
     ranks: tuple[int, ...]
     key: int
-    held: list[Tensor] = field(default_factory=list)
+    seconds: Seconds = field(default_factory=Seconds)
+    held: deque[tuple[Tensor, ...]] = field(default_factory=lambda: deque(maxlen=2))
 
-    def gather(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor) -> Pending:
         """Everybody's values, (workers, *values.shape), row j from worker j."""
         rows = values.new_empty((self.code.workers, *values.shape))
         by_rank = [rows[self.ranks.index(rank)] for rank in range(self.code.workers)]
-        self.held.extend((values, *by_rank))
-        dist.all_gather(by_rank, values, group=self.group)
-        return rows
+        work = dist.all_gather(by_rank, values, group=self.group, async_op=True)
+        return Pending(self, work, rows, (values, *by_rank), soon=True)
 
-    def sum(self, values: Tensor) -> None:
+    def sum(self, values: Tensor) -> Pending:
         """Everybody's values added up, in place."""
-        self.held.append(values)
-        dist.all_reduce(values, group=self.group)
+        work = dist.all_reduce(values, group=self.group, async_op=True)
+        return Pending(self, work, values, (values,), soon=False)
 
     def send(self, values: Tensor, worker: int) -> None:
-        """To one worker."""
-        self.held.append(values)
+        """To one worker; until they have left."""
+        begin = time.perf_counter()
+        self.held.append((values,))
         dist.send(values, group=self.group, group_dst=self.ranks[worker])
+        self.seconds.communicate += time.perf_counter() - begin
 
     def receive(self, values: Tensor, worker: int) -> None:
-        """From one worker, in place."""
-        self.held.append(values)
+        """From one worker, in place; until they are there."""
+        begin = time.perf_counter()
+        self.held.append((values,))
         dist.recv(values, group=self.group, group_src=self.ranks[worker])
+        self.seconds.communicate += time.perf_counter() - begin
+
+
+# Yields what it waits for, so that other buckets begin meanwhile, and is sent the values; returns the outcome.
+Exchange = Generator[Pending, Tensor, Outcome]
 
 
 class Transport(abc.ABC):
@@ -110,32 +187,33 @@ class Transport(abc.ABC):
         self.code = peers.code
         self.tolerance = {"atol": atol, "rtol": rtol}
 
-    def exchange(self, message: Tensor, number: int) -> Outcome:
+    @abc.abstractmethod
+    def exchange(self, message: Message, number: int) -> Exchange:
         """Sends this rank's message and decodes everybody's.
 
         Args:
-            message: contiguous vector; may be overwritten.
+            message: its values and its bucket may be overwritten; in the end the bucket is the decoded gradient.
             number: of this exchange, the same on all ranks, never used before.
         """
-        self.peers.held.clear()
-        return self._exchange(message, number)
-
-    @abc.abstractmethod
-    def _exchange(self, message: Tensor, number: int) -> Outcome: ...
 
 
 class AllGather(Transport):
-    """Every rank collects all messages and decodes by itself. Moves n messages to every rank, holds n x d elements."""
+    """Every rank collects all messages and decodes by itself.
+
+    Moves n messages to every rank; holds those of two buckets.
+    """
 
     trust = (
         "allgather: up to s ranks may compute and send anything; a rank must send the same message to all, "
         "and nobody else is trusted."
     )
 
-    def _exchange(self, message: Tensor, number: int) -> Outcome:
-        rows = self.peers.gather(message)
+    def exchange(self, message: Message, number: int) -> Exchange:
+        """Gathers, then decodes."""
+        rows = yield self.peers.gather(message.values)
         decoded = decode(rows, self.code, **self.tolerance)
-        return Outcome(decoded.gradient, differences(rows, decoded), bool(decoded.failed))
+        message.put(decoded.gradient)
+        return Outcome(differences(rows, decoded), bool(decoded.failed))
 
 
 class AllReduceRepetition(Transport):
@@ -148,9 +226,11 @@ class AllReduceRepetition(Transport):
 
     trust = "allreduce: up to s ranks may compute anything wrong; what ranks send is not altered on the way."
 
-    def _exchange(self, message: Tensor, number: int) -> Outcome:
+    def exchange(self, message: Message, number: int) -> Exchange:
+        """Gathers digests, votes, mends, adds up."""
         code, peers = self.code, self.peers
-        digests = [tuple(row) for row in peers.gather(ops.digest(message, peers.key + number)).tolist()]
+        gathered = yield peers.gather(ops.digest(message.values, peers.key + number))
+        digests = [tuple(row) for row in gathered.tolist()]
         first_of_group, suspects, helpers, failed = [], [], {}, False
         begin = 0
         for size in code.group_sizes:
@@ -165,64 +245,70 @@ class AllReduceRepetition(Transport):
                     suspects.append(j)
                     helpers[j] = helper
         if failed:
-            return Outcome(message.fill_(torch.nan), dict.fromkeys(suspects), True)
-        found = self._hand_over(message, suspects, helpers)
+            message.bucket.fill_(torch.nan)
+            return Outcome(dict.fromkeys(suspects), True)
+        found = self._hand_over(message.values, suspects, helpers)
         if peers.worker in first_of_group:
-            message.mul_(1 / code.parts)  # as DDP does, to the last bit
+            message.put(message.values, 1 / code.parts)  # as DDP does, to the last bit
         else:
-            message.zero_()
-        peers.sum(message)
-        return Outcome(message, found, False)
+            message.bucket.zero_()
+        yield peers.sum(message.bucket)
+        return Outcome(found, False)
 
-    def _hand_over(self, message: Tensor, suspects: list[int], helpers: dict[int, int]) -> dict[int, Difference | None]:
+    def _hand_over(self, values: Tensor, suspects: list[int], helpers: dict[int, int]) -> dict[int, Difference | None]:
         """Gives every suspect the message that it should have had; in place."""
         if not suspects:
             return {}
         peers, own = self.peers, Difference(0, 0, 0.0)
         for j in suspects:
             if peers.worker == helpers[j]:
-                peers.send(message, j)
+                peers.send(values, j)
             elif peers.worker == j:
-                right = torch.empty_like(message)
+                right = torch.empty_like(values)
                 peers.receive(right, helpers[j])
-                own = difference(message, right)
-                message.copy_(right)
-        told = torch.tensor([own.elements, own.first, own.largest], dtype=torch.float64, device=message.device)
-        rows = peers.gather(told).tolist()
+                own = difference(values, right)
+                values.copy_(right)
+        told = torch.tensor([own.elements, own.first, own.largest], dtype=torch.float64, device=values.device)
+        rows = peers.gather(told).wait().tolist()
         return {j: Difference(int(rows[j][0]), int(rows[j][1]), rows[j][2]) for j in suspects}
 
 
 class AllReduceCyclic(Transport):
     """All-reduce of the messages, whose plain sum is the answer, and a check of their projections.
 
-    Moves what a plain all-reduce moves and the projections, 32 bytes for every 32768 elements and rank; holds one more
-    message. Only where the projections object, the messages are all-reduced again, with weights.
+    Moves what a plain all-reduce moves, the projections, 40 bytes for every 32768 elements and rank, and 8 bytes per
+    rank and bucket. Only where the projections object, the messages are all-reduced again, with weights.
     """
 
     trust = AllReduceRepetition.trust
 
-    def _exchange(self, message: Tensor, number: int) -> Outcome:
-        code, peers = self.code, self.peers
-        n, length = code.workers, message.numel()
-        total = message.clone()
-        peers.sum(total)
-        # The projection must not be known before all messages are in; what came of them, everybody has.
-        seed = int(ops.digest(total, peers.key + number)[0])
-        projections, energy = ops.cyclic_project(message[None], seed)
-        gathered = peers.gather(torch.view_as_real(projections[0]))
-        energies = peers.gather(energy[0])
+    def exchange(self, message: Message, number: int) -> Exchange:
+        """Adds up, and meanwhile gathers projections; where they object, adds up with weights."""
+        code, peers, values = self.code, self.peers, message.values
+        # The projection must not be known before all messages are made: everybody has a share in its seed.
+        share = torch.tensor([secrets.randbits(48)], device=values.device)
+        seeds = peers.gather(share)
+        total = peers.sum(message.put(values, 1 / code.workers))
+        seed = int((yield seeds).sum())
+        projections, energy = ops.cyclic_project(values[None], seed)
+        own = torch.cat([torch.view_as_real(projections[0]).flatten(), energy[0]])
+        rows = yield peers.gather(own)
+        pairs, energies = (half.contiguous() for half in rows.tensor_split([2 * projections.numel()], dim=1))
+        gathered = torch.view_as_complex(pairs.view(code.workers, *projections.shape[1:], 2))
         weights, suspects, failed = ops.cyclic_locate(
-            torch.view_as_complex(gathered), energies, code.adversaries, length, dtype=message.dtype, **self.tolerance
+            gathered, energies, code.adversaries, values.numel(), dtype=values.dtype, **self.tolerance
         )
         found = suspects.nonzero().flatten().tolist()
+        yield total
         if failed or weights.isnan().any():
-            return Outcome(total.fill_(torch.nan), dict.fromkeys(found), bool(failed))
-        if not found:
-            return Outcome(total.div_(n), {}, False)
-        own = ops.cyclic_combine(message[None], weights[peers.worker, None]) if peers.worker not in found else None
-        total = torch.zeros_like(message) if own is None else own
-        peers.sum(total)
-        return Outcome(total, dict.fromkeys(found), False)
+            message.bucket.fill_(torch.nan)
+        elif found:
+            if peers.worker in found:
+                message.bucket.zero_()
+            else:
+                message.put(ops.cyclic_combine(values[None], weights[peers.worker, None]))
+            yield peers.sum(message.bucket)
+        return Outcome(dict.fromkeys(found), bool(failed))
 
 
 def difference(sent: Tensor, right: Tensor) -> Difference:

@@ -1,0 +1,82 @@
+"""From the gradients in DistributedDataParallel's buckets to this rank's messages."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from draco_ext import ops
+from draco_ext.codes import Code, CyclicCode
+from draco_ext.distributed.transports import Message
+
+
+class GradientEncoder:
+    """Adds the gradients of a step's parts up into messages, bucket by bucket, as the backward passes yield them.
+
+    The repetition code's message is the bucket itself. The cyclic code's needs one buffer of the gradient's size, kept
+    from step to step, in which every parameter is padded to an even length.
+
+    Args:
+        code: the code.
+        worker: the worker that this rank is.
+    """
+
+    def __init__(self, code: Code, worker: int) -> None:
+        self._code = code
+        self._worker = worker
+        self._parts = code.assignment(worker)
+        # Of each parameter: DDP makes other buckets after its first pass, which may be in the middle of a step.
+        self._sums: dict[Tensor, Tensor] = {}
+
+    def add(self, bucket: dist.GradBucket, part: int) -> None:
+        """Adds the gradients of this rank's `part`-th part; the first begins a message, the last completes it."""
+        if not isinstance(self._code, CyclicCode):
+            return
+        parameters = bucket.parameters()
+        lengths = [p.numel() for p in parameters]
+        pieces = bucket.buffer().split(lengths)
+        if part == 0:
+            if _joined(parameters, self._sums) is None:
+                whole = bucket.buffer().new_empty(sum(length + length % 2 for length in lengths))
+                rooms = whole.split([length + length % 2 for length in lengths])
+                self._sums.update(zip(parameters, rooms, strict=True))
+            for parameter in parameters:
+                self._sums[parameter].zero_()
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            ops.cyclic_encode_add_(
+                self._sums[parameter],
+                piece,
+                self._code.workers,
+                self._code.adversaries,
+                self._worker,
+                self._parts[part],
+            )
+
+    def message(self, bucket: dist.GradBucket) -> Message:
+        """This rank's message for a bucket, to be used up before the next step."""
+        buffer, parameters = bucket.buffer(), bucket.parameters()
+        values = buffer
+        if isinstance(self._code, CyclicCode):
+            values = _joined(parameters, self._sums)
+            if values is None:
+                values = torch.cat([self._sums[parameter] for parameter in parameters])
+        return Message(values, buffer, tuple(p.numel() for p in parameters))
+
+
+def _joined(parameters: list[Tensor], sums: dict[Tensor, Tensor]) -> Tensor | None:
+    """The sums of these parameters as one vector, where they lie one behind the other."""
+    pieces = [sums.get(parameter) for parameter in parameters]
+    first = pieces[0]
+    if first is None:
+        return None
+    end = first.storage_offset()
+    for piece in pieces:
+        if (
+            piece is None
+            or piece.storage_offset() != end
+            or piece.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
+            return None
+        end += piece.numel()
+    return first.as_strided((end - first.storage_offset(),), (1,))
