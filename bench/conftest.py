@@ -28,7 +28,8 @@ class Row:
     seconds: float
     to_yardstick: float  # seconds / those of the device's yardstick, around every round
     bytes: int
-    error: float | None  # relative to the honest mean, with reversed messages
+    error: float | None = None  # relative to the honest mean, with reversed messages
+    split: dict[str, float] | None = None  # seconds that are part of the others
 
 
 ROWS = pytest.StashKey[list[Row]]()
@@ -111,8 +112,10 @@ REPORTS = {
     ),
     "step": Report(
         "communication and decoding of a step of n ranks over gloo on this machine, d parameters",
-        "ms: median, of the backward pass that communicates, on rank 0, less one that does not. GB/s: bytes that "
-        "all ranks sent together / ms. x DDP: time over plain DistributedDataParallel's in the same round; median.",
+        "ms: median, of the backward pass that communicates, on rank 0, less one that does not but encodes. MB: "
+        "what all ranks sent together. GB/s: that / ms. x DDP: time over plain DistributedDataParallel's in the same "
+        "round; median. encode, communicate, decode: ms of rank 0 in that pass, which shares the cores with the "
+        "others; communicate: waiting for them.",
         "x DDP",
         lambda ratio: f"{ratio:.2f}",
     ),
@@ -123,7 +126,8 @@ def table(rows: list[Row]) -> list[str]:
     """Markdown that is also aligned as plain text."""
     report = REPORTS[rows[0].device]
     means = {(row.n, row.d): row.to_yardstick for row in rows if row.rule == "mean"}
-    header = ["n", "d", "rule", "ms", "MB", "GB/s", report.column, "x mean", "error"]
+    split = list(rows[0].split or ())
+    header = ["n", "d", "rule", "ms", "MB", "GB/s", report.column, *(split or ("x mean", "error"))]
     cells = [header]
     for row in rows:
         mean = means.get((row.n, row.d))
@@ -136,10 +140,15 @@ def table(rows: list[Row]) -> list[str]:
                 f"{row.bytes / 1e6:.1f}",
                 f"{row.bytes / row.seconds / 1e9:.2f}",
                 report.show(row.to_yardstick),
-                "" if mean is None or row.error is None else f"{row.to_yardstick / mean:.2f}",
-                "" if row.error is None else f"{row.error:.1e}",
             ]
         )
+        if split:
+            cells[-1] += [f"{1e3 * seconds:.1f}" for seconds in row.split.values()]
+            continue
+        cells[-1] += [
+            "" if mean is None or row.error is None else f"{row.to_yardstick / mean:.2f}",
+            "" if row.error is None else f"{row.error:.1e}",
+        ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     left = header.index("rule")
     lines = [

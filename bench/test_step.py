@@ -4,7 +4,7 @@
 
 Six ranks over gloo on this machine, a model of which computing the gradient costs next to nothing; every variant takes
 turns with the plain one, round by round. Timed on rank 0 from a barrier: the backward pass that communicates, less one
-that does not.
+that does not, but encodes where a code has several parts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from draco_ext.distributed.local import run_local
 
 RANKS = 6
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
+SPLIT = ("encode", "communicate", "decode")
 PLAIN = "DistributedDataParallel"
 VARIANTS = {
     PLAIN: None,
@@ -49,6 +51,20 @@ class Scales(nn.Module):
         return sum(scale.sum() for scale in self.scales) * x.sum()
 
 
+class Step(NamedTuple):
+    """Seconds of a backward pass that does not communicate and of one that does, its bytes, and where its time went."""
+
+    alone: float
+    seconds: float
+    sent: int
+    split: dict[str, float]
+
+    @property
+    def exchange(self) -> float:
+        """Seconds of communication and decoding."""
+        return self.seconds - self.alone
+
+
 class Variant:
     def __init__(self, d: int, protection) -> None:
         self.model = DistributedDataParallel(Scales(d))
@@ -57,20 +73,25 @@ class Variant:
             transport, code = protection
             self.guard = draco_ext.protect(self.model, code, transport=transport)
 
-    def step(self) -> tuple[float, int]:
-        """Seconds and bytes of the backward pass that communicates."""
-        x = torch.ones(1)
+    def step(self) -> Step:
+        parts = 1 if self.guard is None else len(self.guard.code.assignment(self.guard.worker))
+        if parts == 1:
+            with self.model.no_sync():
+                alone, _ = self.backward()
         if self.guard is None:
-            return self.backward(x)
-        parts = len(self.guard.code.assignment(self.guard.worker))
-        for step in self.guard.steps([x] * parts):
+            return Step(alone, *self.backward(), {})
+        for step in self.guard.steps(range(parts)):
             for part in step:
-                measured = self.backward(part)
-        return measured
+                before = vars(self.guard.report().seconds)
+                seconds, sent = self.backward()
+                if part < parts - 1:
+                    alone = seconds  # encodes, as the last one does
+        after = vars(self.guard.report().seconds)
+        return Step(alone, seconds, sent, {name: after[name] - before[name] for name in after})
 
-    def backward(self, x: torch.Tensor) -> tuple[float, int]:
+    def backward(self) -> tuple[float, int]:
         self.model.zero_grad()
-        loss = self.model(x)
+        loss = self.model(torch.ones(1))
         dist.barrier()
         sent = int(SENT.read_text()) if SENT.exists() else 0
         begin = time.perf_counter()
@@ -79,18 +100,13 @@ class Variant:
         dist.barrier()
         return seconds, (int(SENT.read_text()) if SENT.exists() else 0) - sent
 
-    def alone(self) -> float:
-        """Seconds of a backward pass that does not communicate; of a model without a guard."""
-        with self.model.no_sync():
-            return self.backward(torch.ones(1))[0]
-
 
 def _rank(rank, report, d, name, rounds):
     torch.set_num_threads(1)
     plain = Variant(d, None)
     variant = Variant(d, VARIANTS[name])
     for i in range(2 + rounds):
-        measured = plain.alone(), plain.step(), variant.step()
+        measured = plain.step(), variant.step()
         if i >= 2:  # DDP makes new buckets after the first
             report(measured)
 
@@ -107,8 +123,8 @@ def test_step(request, d, name, add_row):
         n=RANKS,
         d=d,
         rule=name,
-        seconds=statistics.median(own - alone for alone, _, (own, _) in rounds),
-        to_yardstick=statistics.median((own - alone) / (plain - alone) for alone, (plain, _), (own, _) in rounds),
-        bytes=int(statistics.median(sent for _, _, (_, sent) in rounds)),
-        error=None,
+        seconds=statistics.median(own.exchange for _, own in rounds),
+        to_yardstick=statistics.median(own.exchange / plain.exchange for plain, own in rounds),
+        bytes=int(statistics.median(own.sent for _, own in rounds)),
+        split={part: statistics.median(own.split.get(part, 0.0) for _, own in rounds) for part in SPLIT},
     )

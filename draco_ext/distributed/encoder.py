@@ -10,6 +10,8 @@ from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode
 from draco_ext.distributed.transports import Message
 
+PORTION = 2**17  # elements; even
+
 
 class GradientEncoder:
     """Adds the gradients of a step's parts up into messages, bucket by bucket, as the backward passes yield them.
@@ -20,10 +22,12 @@ class GradientEncoder:
     Args:
         code: the code.
         worker: the worker that this rank is.
+        ready: the last part also leaves the message / workers in the bucket, where an all-reduce makes it the mean.
     """
 
-    def __init__(self, code: Code, worker: int) -> None:
+    def __init__(self, code: Code, worker: int, *, ready: bool) -> None:
         self._code = code
+        self._ready = ready
         self._worker = worker
         self._parts = code.assignment(worker)
         # Of each parameter: DDP makes other buckets after its first pass, which may be in the middle of a step.
@@ -43,15 +47,21 @@ class GradientEncoder:
                 self._sums.update(zip(parameters, rooms, strict=True))
             for parameter in parameters:
                 self._sums[parameter].zero_()
+        ready = self._ready and part == len(self._parts) - 1
         for parameter, piece in zip(parameters, pieces, strict=True):
-            ops.cyclic_encode_add_(
-                self._sums[parameter],
-                piece,
-                self._code.workers,
-                self._code.adversaries,
-                self._worker,
-                self._parts[part],
-            )
+            # By portions, so that the second operation finds in the cache what the first has read and written.
+            portion = PORTION if ready and piece.device.type == "cpu" else max(1, piece.numel())
+            for total, gradient in zip(self._sums[parameter].split(portion), piece.split(portion), strict=True):
+                ops.cyclic_encode_add_(
+                    total,
+                    gradient,
+                    self._code.workers,
+                    self._code.adversaries,
+                    self._worker,
+                    self._parts[part],
+                )
+                if ready:
+                    torch.mul(total[: gradient.numel()], 1 / self._code.workers, out=gradient)
 
     def message(self, bucket: dist.GradBucket) -> Message:
         """This rank's message for a bucket, to be used up before the next step."""
@@ -61,7 +71,7 @@ class GradientEncoder:
             values = _joined(parameters, self._sums)
             if values is None:
                 values = torch.cat([self._sums[parameter] for parameter in parameters])
-        return Message(values, buffer, tuple(p.numel() for p in parameters))
+        return Message(values, buffer, tuple(p.numel() for p in parameters), self._ready)
 
 
 def _joined(parameters: list[Tensor], sums: dict[Tensor, Tensor]) -> Tensor | None:

@@ -205,7 +205,7 @@ class Guard:
         self._part = 0  # of this worker's, in the step that runs
         self._forwards = 0  # of that part
         self._in_steps = False
-        self._encoder = GradientEncoder(code, self.worker)
+        self._encoder = GradientEncoder(code, self.worker, ready=isinstance(self._transport, AllReduceCyclic))
         self._flights: list[_Flight] = []  # of the step that runs
         self._inputs: list[Tensor] = []  # fingerprints of the first step's mini-batches
         # DDP's own map of unused parameters is of a step's last pass only, and believes every rank.
@@ -296,7 +296,8 @@ class Guard:
             self._decoded += zip(bucket.parameters(), bucket.gradients(), strict=True)
         message = self._encoder.message(bucket)
         if self._adversary is not None:
-            message = replace(message, values=self._adversary(self.step, message.values.clone()).contiguous())
+            altered = self._adversary(self.step, message.values.clone()).contiguous()
+            message = replace(message, values=altered, ready=False)
         exchange = self._transport.exchange(message, self._exchanges)
         self._exchanges += 1
         # What the exchanges before have begun runs meanwhile; the order is the same on all ranks.
