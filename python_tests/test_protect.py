@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -24,8 +25,9 @@ from draco_ext import CyclicCode, DecodingError, RedundantBatchSampler, Repetiti
 from draco_ext.distributed.local import run_local
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-STEPS = 8
+STEPS = 20
 BATCH = 84  # a multiple of every code's parts
+SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
 
 
 def digits():
@@ -150,8 +152,9 @@ def _against_clean(rank, report, code, attacks):
 
 
 CASES = [
-    (RepetitionCode(6, 1), [("reversed", (0,)), ("one bit", (1, 3)), ("nan", (2, 5)), ("every second step", (0, 4))]),
-    (RepetitionCode(7, 2), [("constant", (0, 1)), ("one bit", (3, 6)), ("nan", (0, 4))]),
+    (RepetitionCode(9, 1), [("reversed", (0,)), ("one bit", (1, 3, 8)), ("every second step", (0, 4, 7))]),
+    (RepetitionCode(7, 1), [("one bit", (3, 6)), ("nan", (2, 4))]),  # groups of 4 and 3
+    (RepetitionCode(6, 2), [("constant", (0, 1)), ("one bit", (0, 5))]),  # one group
     (CyclicCode(7, 2), [("reversed", (0, 1)), ("nan", (2, 5)), ("every second step", (3,))]),
 ]
 
@@ -180,21 +183,75 @@ def test_bad_ranks_change_nothing(code, attacks):
         assert report.trust.startswith(name.split(",")[0])
 
 
+def _one_element(rank, report):
+    """A bucket that is smaller than a group."""
+    for code in (RepetitionCode(6, 1), RepetitionCode(6, 0), RepetitionCode(6, 2), CyclicCode(6, 1)):
+        for transport in TRANSPORTS:
+            model = DistributedDataParallel(nn.Linear(1, 1, bias=False))
+            adversary = (lambda step, z: z + 5) if rank == 4 and code.adversaries else None
+            guard = draco_ext.protect(model, code, transport=transport, adversary=adversary)
+            for step in guard.steps([torch.full((1, 1), float(part)) for part in code.assignment(rank)]):
+                for x in step:
+                    model(x).sum().backward()
+            report((code, transport, model.module.weight.grad.item(), sorted(guard.report().suspects)))
+
+
+def test_a_bucket_of_one_element():
+    for code, transport, gradient, suspects in run_local(_one_element, 6):
+        assert gradient == pytest.approx((code.parts - 1) / 2, rel=1e-6), (code, transport)
+        assert suspects == ([4] if code.adversaries else [])
+
+
+def _bytes(rank, report):
+    """Sent by all ranks in three steps, the first ones left out, after which DDP makes new buckets."""
+    torch.set_num_threads(1)
+
+    def sent():
+        dist.barrier()
+        count = int(SENT.read_text())
+        dist.barrier()
+        return count
+
+    for code in (None, RepetitionCode(6, 0), RepetitionCode(6, 1), RepetitionCode(6, 2), CyclicCode(6, 1)):
+        model = DistributedDataParallel(nn.Linear(1000, 1000))
+        parts = [0]
+        if code is not None:
+            guard = draco_ext.protect(model, code)
+            parts = code.assignment(rank)
+        for i in range(5):
+            if i == 2:
+                before = sent()
+            for step in [parts] if code is None else guard.steps(parts):
+                for _ in step:
+                    model(torch.ones(1, 1000)).sum().backward()
+        report((code, sent() - before))
+
+
+@pytest.mark.skipif(not SENT.exists(), reason="needs Linux's count of bytes")
+def test_bytes_on_the_wire():
+    (_, plain), *others = run_local(_bytes, 6)
+    of_plain = {code: sent / plain for code, sent in others}
+    assert plain > 3 * 10 * 4e6  # 2 (n - 1) d floats
+    assert of_plain.pop(RepetitionCode(6, 1)) < 0.62  # n + G - 2 instead of 2 n - 2
+    assert of_plain.pop(RepetitionCode(6, 2)) < 0.02  # one group
+    assert max(of_plain.values()) < 1.02
+
+
 def _plain(rank, report):
     """The same batches with DDP alone and with a code for no bad rank."""
     for code in (RepetitionCode(3, 0), CyclicCode(3, 0)):
         plain, _, _ = train(rank, code, None, plain=True)
         for transport in TRANSPORTS:
             coded, _, _ = train(rank, code, transport, dropout=False)
-            report((code, transport, plain[0].tolist(), coded[0].tolist(), same_everywhere(coded)))
+            report((transport, plain[0].tolist(), coded[0].tolist(), same_everywhere(coded)))
 
 
 @pytest.mark.slow
 def test_without_adversaries_it_is_plain_ddp():
-    for code, transport, plain, coded, same in run_local(_plain, 3):
+    for transport, plain, coded, same in run_local(_plain, 3):
         assert same
         plain, coded = torch.tensor(plain), torch.tensor(coded)
-        if isinstance(code, RepetitionCode) and transport == "allreduce":
+        if transport == "allreduce":
             assert torch.equal(plain.view(torch.int32), coded.view(torch.int32))
         assert (plain - coded).norm() / plain.norm() < 1e-6
 
@@ -315,6 +372,42 @@ def _freed(rank, report):
 
 def test_a_guarded_model_is_freed():
     assert list(run_local(_freed, 3)) == [[None, None, None]]
+
+
+def _part_of_a_job(rank, report):
+    """The model is on ranks 1 to 6 of 7, which are in as many process groups, and then are not."""
+    group = dist.new_group(range(1, 7))
+    for transport in TRANSPORTS:
+        suspects = None
+        if rank:
+            model = DistributedDataParallel(nn.Linear(3, 3), process_group=group)
+            adversary = (lambda step, z: z + 5) if rank == 4 else None
+            guard = draco_ext.protect(model, RepetitionCode(6, 1), transport=transport, adversary=adversary)
+            model(torch.ones(1, 3)).sum().backward()
+            suspects = sorted(guard.report().suspects)
+        everybody = [None] * 7
+        dist.all_gather_object(everybody, suspects)
+        report(everybody)
+    dist.new_group([1, 2])
+    error = None
+    if rank:
+        try:
+            draco_ext.protect(DistributedDataParallel(nn.Linear(3, 3), process_group=group), RepetitionCode(6, 1))
+        except ValueError as caught:
+            error = str(caught)
+    everybody = [None] * 7
+    dist.all_gather_object(everybody, error)
+    report(everybody)
+
+
+def test_a_group_within_a_larger_job():
+    *suspects, errors = run_local(_part_of_a_job, 7)
+    assert suspects == [[None] + [[3]] * 6] * len(TRANSPORTS)  # its rank in the group
+    assert errors[0] is None
+    said = (
+        "the number of process groups that a rank is in must be the same on all ranks, got . on rank 2 and . on rank 0"
+    )
+    assert all(re.fullmatch(said, error) for error in errors[1:])
 
 
 def _mistakes(rank, report):

@@ -50,8 +50,9 @@ class GradientEncoder:
         ready = self._ready and part == len(self._parts) - 1
         for parameter, piece in zip(parameters, pieces, strict=True):
             # By portions, so that the second operation finds in the cache what the first has read and written.
-            portion = PORTION if ready and piece.device.type == "cpu" else max(1, piece.numel())
-            for total, gradient in zip(self._sums[parameter].split(portion), piece.split(portion), strict=True):
+            sums = self._sums[parameter]
+            portion = PORTION if ready and piece.device.type == "cpu" else max(1, sums.numel())
+            for total, gradient in zip(sums.split(portion), piece.split(portion), strict=True):
                 ops.cyclic_encode_add_(
                     total,
                     gradient,

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode, DecodingError, RepetitionCode
 from draco_ext.distributed.encoder import GradientEncoder
+from draco_ext.distributed.groups import membership
 from draco_ext.distributed.placement import ranks_per_host, worker_of
 from draco_ext.distributed.reproducibility import SelfTest, fingerprint, gather, odd_ones_out, self_test
 from draco_ext.distributed.server_transport import ServerTransport
@@ -176,6 +177,7 @@ class Guard:
             "rtol": rtol,
             "seed": seed,
             "deadline": deadline,
+            "the number of process groups that a rank is in": membership(group),
         }
         mine = {"setup": setup, "host": socket.gethostname(), "key": secrets.randbits(62)}
         everybody: list[dict[str, Any]] = [{}] * code.workers
@@ -306,8 +308,10 @@ class Guard:
         for flight in (self._flights[-1], *earlier):
             self._advance(flight)
         if bucket.is_last():
-            # DDP has not queued its own callback yet, in which it waits for the futures.
-            torch.autograd.Variable._execution_engine.queue_callback(self._land)
+            self._land()
+            # DDP hands the gradients over in a callback of its own, queued after this one: ours comes behind it.
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: engine.queue_callback(self._finish))
         return future
 
     def _advance(self, flight: "_Flight") -> None:
@@ -324,13 +328,11 @@ class Guard:
         seconds.decode += time.perf_counter() - begin - (seconds.communicate - waited)
 
     def _land(self) -> None:
-        """After the last backward pass of a step: brings all exchanges to their end, before DDP waits for them."""
+        """All buckets have come: brings their exchanges to an end."""
         while self._flights:
             soon = [flight for flight in self._flights if flight.pending is not None and flight.pending.soon]
             for flight in soon or list(self._flights):
                 self._advance(flight)
-        # DDP hands the gradients over in the callback that is queued by now; ours comes behind it.
-        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _compare_inputs(self, device: torch.device) -> None:
         """In the first step: whether ranks that share a part have the same mini-batch of it.

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from draco_ext.codes import decode
+from draco_ext.distributed.groups import divide
 from draco_ext.distributed.transports import (
     Difference,
     Exchange,
@@ -50,8 +51,7 @@ class ServerTransport(Transport):
 
     def __init__(self, peers: Peers, *, deadline: float, atol: float = 0.0, rtol: float = 0.0) -> None:
         # Of its own, and gloo: its connections stand between two ranks each, so that one that breaks is one rank's.
-        ranks = dist.get_process_group_ranks(peers.group)
-        group = dist.new_group(ranks, timeout=NEVER, backend="gloo", use_local_synchronization=True)
+        group = divide(peers.group, [range(peers.code.workers)], backend="gloo", timeout=NEVER)
         super().__init__(replace(peers, group=group), atol=atol, rtol=rtol)
         self._server = peers.ranks.index(SERVER)
         self._deadline = deadline
@@ -100,13 +100,13 @@ class ServerTransport(Transport):
         until = time.monotonic() + self._deadline
         while awaited:
             try:
-                j, exchange, values = self._arrived.get(timeout=max(0.0, until - time.monotonic()))
+                j, exchange, came = self._arrived.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
                 break
-            if values is None:
+            if came is None:
                 awaited.discard(j)
             elif exchange == number:
-                rows[j] = values
+                rows[j] = came
                 awaited.discard(j)
                 absent.discard(j)
         self.peers.seconds.communicate += time.perf_counter() - begin

@@ -11,7 +11,7 @@ import itertools
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from draco_ext import ops
 from draco_ext.codes import Code, Decoded, RepetitionCode, decode
+from draco_ext.distributed.groups import divide
 
 
 @dataclass(frozen=True)
@@ -163,15 +164,6 @@ class Peers:
         work = dist.broadcast(values, source, group=group, async_op=True)
         return Pending(self, work, values, (values,), soon=False)
 
-    def subgroup(self, workers: Sequence[int]) -> dist.ProcessGroup:
-        """A process group of these workers, this one among them; to be called by all of them."""
-        ranks = dist.get_process_group_ranks(self.group)
-        return dist.new_group(
-            sorted(ranks[self.ranks[j]] for j in workers),
-            backend=dist.get_backend_config(self.group),
-            use_local_synchronization=True,
-        )
-
     def send(self, values: Tensor, worker: int) -> None:
         """To one worker; until they have left."""
         begin = time.perf_counter()
@@ -262,9 +254,13 @@ class AllReduceRepetition(Transport):
         if self._shards == 1:
             self._ring = peers.group
             return
-        self._circle = peers.subgroup(self._own)
+        self._circle = divide(peers.group, [[peers.ranks[j] for j in members] for members in self._groups])
+        rings = [[members.start + shard for members in self._groups] for shard in range(self._shards)]
+        spare = [j for members in self._groups for j in members[self._shards :]]
+        parts = [[peers.ranks[j] for j in workers] for workers in (*rings, spare) if workers]
+        ring = divide(peers.group, parts)
         if self._shard < self._shards:
-            self._ring = peers.subgroup([members.start + self._shard for members in self._groups])
+            self._ring = ring
 
     def exchange(self, message: Message, number: int) -> Exchange:
         """Gathers digests, votes, mends, adds up."""
