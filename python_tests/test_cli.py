@@ -18,6 +18,7 @@ from draco_ext.codes import CyclicCode, RepetitionCode
 
 CONFIG = Config(
     rules=commands.DEFAULT_RULES,
+    transport="allreduce",
     workers=9,
     adversaries=1,
     attack="reversed",
@@ -62,7 +63,12 @@ def runs(monkeypatch):
         ("train --rule hearsay", "'hearsay' is not one of 'mean', "),
         ("train --bad everybody", "'everybody' is not one of 'fixed', 'random', 'adjacent'"),
         ("train --steps 0", "0 is not in the range x>=1"),
-        ("train --batch-size 8", "--batch-size must be at least 9, a sample for every part, got 8"),
+        (
+            "train --batch-size 8",
+            "--batch-size must be a multiple of 9, so that parts are even, and at most 1437, got 8",
+        ),
+        ("train --workers 1500 --adversaries 1", "--batch-size must be a multiple of 1500, so that"),
+        ("train --transport pigeons", "'pigeons' is not one of 'allreduce', 'allgather', 'server'"),
         ("train --batch-size 0", "0 is not in the range 1<=x<=1437"),
         ("train --batch-size 5000", "5000 is not in the range 1<=x<=1437"),
         ("train --learning-rate 0", "0.0 is not in the range 0<x<inf"),
@@ -98,6 +104,26 @@ def test_default_leaves_krum_out_where_it_cannot_be_and_says_so(runs, tmp_path):
     assert result.exit_code == 0
     assert "Without Krum: Krum needs n >= 2s+3" in result.output
     assert runs[0].rules == ("mean", "geometric-median-gram", "repetition", "cyclic")
+
+
+def test_default_batch_has_even_parts_and_says_so(runs, tmp_path):
+    result = invoke(*f"train --workers 7 --adversaries 1 --output {tmp_path}".split())
+    assert result.exit_code == 0
+    assert "With --batch-size 84: it must be a multiple of 14, so that parts are even" in result.output
+    assert runs[0].batch_size == 84
+
+
+def test_under_torchrun_its_ranks_are_the_workers_and_rank_0_speaks(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("RANK", "0")
+    result = invoke("train", "--adversaries", "1", "--output", str(tmp_path))
+    assert result.exit_code == 0
+    assert (runs[0].workers, runs[0].batch_size) == (6, 90)
+    assert "checks against theory hold" in result.output
+    assert "--workers must be torchrun's 6 ranks, got 7" in invoke("train", "--workers", "7").output
+    monkeypatch.setenv("RANK", "1")
+    result = invoke("train", "--adversaries", "1", "--output", str(tmp_path))
+    assert (result.exit_code, result.output) == (0, "")
 
 
 def test_rules_are_run_in_the_order_asked_and_once(runs, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from math import inf, isfinite
+from math import inf, isfinite, lcm
 from pathlib import Path
 
 import click
@@ -19,9 +19,10 @@ from draco_ext.cli import doctor as doctors
 from draco_ext.cli import planning, report
 from draco_ext.cli.digits import TRAIN_SAMPLES
 from draco_ext.cli.faults import BAD_CHOICES
-from draco_ext.cli.training import Config, Outcome, Training, list_trainings, run
+from draco_ext.cli.training import CODES, Config, Outcome, Training, code_for, list_trainings, run
 from draco_ext.cli.verdict import judge
-from draco_ext.distributed.schemes import CODES, make_scheme
+from draco_ext.distributed.guard import TRANSPORTS
+from draco_ext.distributed.local import under_torchrun
 
 DEFAULT_RULES = ("mean", "geometric-median-gram", "krum", "repetition", "cyclic")
 # Rules that need more than the 2s+1 workers of a code: 2s+3.
@@ -46,7 +47,13 @@ def draco() -> None:
     type=click.Choice([*AGGREGATORS, *CODES]),
     help="Code or rule to train with; may be repeated.",
 )
-@click.option("--workers", type=int, default=9, help="Number of workers, n.")
+@click.option(
+    "--transport",
+    type=click.Choice(TRANSPORTS),
+    default="allreduce",
+    help="How the codes' messages travel, and who is trusted; see draco_ext.protect.",
+)
+@click.option("--workers", type=int, default=9, help="Number of workers, n; under torchrun its ranks.")
 @click.option("--adversaries", type=int, default=3, help="Number of bad workers, s.")
 @click.option("--attack", type=click.Choice([*ATTACKS]), default="constant", help="What they send.")
 @click.option(
@@ -60,7 +67,7 @@ def draco() -> None:
     "--batch-size",
     type=click.IntRange(1, TRAIN_SAMPLES),
     default=LEARNING["batch_size"],
-    help="Samples per step, of all workers together.",
+    help="Samples per step, of all workers together; by default less where the parts must be even.",
 )
 @click.option(
     "--learning-rate",
@@ -85,13 +92,13 @@ def draco() -> None:
 def train(context: click.Context, output: Path, **options: object) -> None:
     """Train through an attack, with several rules side by side.
 
-    A small convolutional net learns scikit-learn's handwritten digits in real processes: one
-    trusted server and the workers, some of them bad. Every code is trained with and without bad
-    workers. Exits with 1 if a line is not what theory says.
+    A small convolutional net learns scikit-learn's handwritten digits in real processes, with
+    DistributedDataParallel and draco_ext.protect. Every code is trained with and without bad
+    workers. Exits with 1 if a line is not what theory says. On ranks of several hosts:
+    torchrun ... -m draco_ext.cli train.
     """
-    console = Console()
-    asked = context.get_parameter_source("rules") is not click.core.ParameterSource.DEFAULT
-    config = _check(Config(**options), asked, console)
+    console = Console(quiet=not _speaks())
+    config = _check(Config(**options), context, console)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -99,6 +106,8 @@ def train(context: click.Context, output: Path, **options: object) -> None:
 
     start = time.perf_counter()
     outcomes = _run_with_progress(config, console)
+    if not _speaks():
+        return
     seconds = time.perf_counter() - start
     checks = judge(config, outcomes, learns=_learns(config))
     for table in report.make_tables(config, outcomes):
@@ -114,14 +123,28 @@ def train(context: click.Context, output: Path, **options: object) -> None:
     console.print(f"All {len(checks)} checks against theory hold.")
 
 
-def _check(config: Config, asked: bool, console: Console) -> Config:
-    """The same, or without Krum where the default has it in vain; raises if it cannot be run.
+def _speaks() -> bool:
+    """Whether this process is the one that reports: rank 0 under torchrun."""
+    return not under_torchrun() or int(os.environ["RANK"]) == 0
+
+
+def _check(config: Config, context: click.Context, console: Console) -> Config:
+    """The same, with defaults that can be run; raises if it cannot be.
 
     Args:
         config: What the options say.
-        asked: The rules were named, they are not the default.
-        console: For the note that Krum was left out.
+        context: Tells which of them are defaults.
+        console: For notes on defaults that were left.
     """
+
+    def asked(option: str) -> bool:
+        return context.get_parameter_source(option) is not click.core.ParameterSource.DEFAULT
+
+    if under_torchrun():
+        ranks = int(os.environ["WORLD_SIZE"])
+        if asked("workers") and config.workers != ranks:
+            raise click.UsageError(f"--workers must be torchrun's {ranks} ranks, got {config.workers}")
+        config = dataclasses.replace(config, workers=ranks)
     for option in ("learning_rate", "momentum"):
         if not isfinite(getattr(config, option)):
             name = "--" + option.replace("_", "-")
@@ -131,16 +154,22 @@ def _check(config: Config, asked: bool, console: Console) -> Config:
     rules = tuple(dict.fromkeys(config.rules))
     if n < 2 * s + 3 and not set(rules).isdisjoint(KRUM_RULES):
         problem = f"Krum needs n >= 2s+3: {2 * s + 3} --workers for {s} --adversaries, got {n}"
-        if asked:
+        if asked("rules"):
             raise click.UsageError(problem)
         console.print(f"Without Krum: {problem}.")
         rules = tuple(rule for rule in rules if rule not in KRUM_RULES)
-    parts = max(make_scheme(rule, n, s).parts for rule in rules)
-    if config.batch_size < parts:
+    parts = lcm(*(code_for(rule, n, s).parts for rule in rules))
+    batch_size = config.batch_size
+    if not asked("batch_size"):
+        batch_size = max(parts, batch_size // parts * parts)
+    if batch_size % parts or batch_size > TRAIN_SAMPLES:
         raise click.UsageError(
-            f"--batch-size must be at least {parts}, a sample for every part, got {config.batch_size}"
+            f"--batch-size must be a multiple of {parts}, so that parts are even, and at most {TRAIN_SAMPLES}, "
+            f"got {batch_size}"
         )
-    return dataclasses.replace(config, rules=rules)
+    if batch_size != config.batch_size:
+        console.print(f"With --batch-size {batch_size}: it must be a multiple of {parts}, so that parts are even.")
+    return dataclasses.replace(config, rules=rules, batch_size=batch_size)
 
 
 def _check_workers(workers: int, adversaries: int) -> None:
@@ -154,7 +183,7 @@ def _check_workers(workers: int, adversaries: int) -> None:
         )
     try:
         for rule in CODES:
-            make_scheme(rule, workers, adversaries)
+            code_for(rule, workers, adversaries)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
@@ -221,7 +250,7 @@ def doctor(workers: int) -> None:
         diagnosis = doctors.diagnose(workers)
     except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
         raise click.ClickException(f"a rank stopped: {error}") from error
-    if not doctors.under_torchrun() or int(os.environ["RANK"]) == 0:
+    if _speaks():
         console.print(doctors.make_table(diagnosis.facts))
         colour = "green" if diagnosis.result.reproducible else "red"
         console.print(f"[{colour}]{diagnosis.result}[/{colour}]", soft_wrap=True)

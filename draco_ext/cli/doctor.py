@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import socket
 from collections.abc import Callable
@@ -15,9 +14,9 @@ from rich import box
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 
-from draco_ext.cli.digits import Digits
+from draco_ext.cli.digits import Digits, make_net
 from draco_ext.cli.report import processor
-from draco_ext.distributed.local import run_local
+from draco_ext.distributed.local import own_device, run_ranks
 from draco_ext.distributed.reproducibility import SelfTest, self_test
 from draco_ext.ops import build_info
 
@@ -42,32 +41,15 @@ class Diagnosis:
     result: SelfTest
 
 
-def under_torchrun() -> bool:
-    """Whether torchrun, or a launcher like it, has started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def diagnose(workers: int) -> Diagnosis:
     """By local ranks; under torchrun by its ranks, which all get the answer."""
-    if not under_torchrun():
-        (diagnosis,) = run_local(_rank, workers)
-        return diagnosis
     found: list[Diagnosis] = []
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        _rank(int(os.environ["RANK"]), found.append)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    run_ranks(_rank, workers, found.append)
     return found[0]
 
 
 def _rank(rank: int, report: Callable[[Any], None]) -> None:
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    data = Digits(seed=0, batch_size=256)
+    device = own_device()
     name = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
     facts = Facts(
         socket.gethostname(),
@@ -79,10 +61,9 @@ def _rank(rank: int, report: Callable[[Any], None]) -> None:
     )
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, facts)
-    batch = tuple(tensor.to(device) for tensor in data.batch(0))
-    result = self_test(
-        data.net.to(device), dist.group.WORLD, batch, lambda net, batch: cross_entropy(net(batch[0]), batch[1])
-    )
+    batch = Digits(seed=0, device=device).train[:256]
+    net = make_net(seed=0).to(device)
+    result = self_test(net, dist.group.WORLD, batch, lambda net, batch: cross_entropy(net(batch[0]), batch[1]))
     report(Diagnosis(everybody, result))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from draco_ext import attacks
-from draco_ext.distributed.schemes import Scheme
-from draco_ext.distributed.server import Replica
 
 # How the bad workers are chosen, and what that means.
 BAD_CHOICES = {
@@ -32,43 +33,53 @@ def bad_workers(choice: str, workers: int, adversaries: int, step: int, seed: in
 class Corruption:
     """What one worker really sends; it is honest in the steps in which it is not among the bad.
 
-    Attacks that look at the honest messages get all of them: every worker holds the data and the
-    parameters, so a bad one computes by itself what the good ones are about to send.
+    Attacks that look at the honest messages are given all of them: in reality a bad worker computes them itself, since
+    it holds the data and the parameters; here every rank hands its own over, so that all ranks must make one.
+
+    Args:
+        attack: One of `attacks.ATTACKS`.
+        choice: One of `BAD_CHOICES`.
+        adversaries: How many are bad.
+        seed: Of the choice and the attack.
+        workers: Of every rank, its worker.
+
+    Attributes:
+        seconds: That were spent on being bad, in the step that runs.
+        change: How far the sent message was off, relative to the honest one; inf unless finite.
+        changed: Whether any bit of it was.
     """
 
-    def __init__(
-        self,
-        attack: str,
-        choice: str,
-        scheme: Scheme,
-        worker: int,
-        adversaries: int,
-        seed: int,
-        replica: Replica,
-    ) -> None:
+    def __init__(self, attack: str, choice: str, adversaries: int, seed: int, workers: list[int]) -> None:
+        self.seconds, self.change, self.changed = 0.0, 0.0, False
         self._attack = attacks.ATTACKS[attack]
         self._choice = choice
-        self._scheme = scheme
-        self._worker = worker
         self._adversaries = adversaries
         self._seed = seed
-        self._replica = replica
+        self._workers = workers
+        self._worker = workers[dist.get_rank()]
 
     def __call__(self, step: int, message: Tensor) -> Tensor:
         """The message that this worker sends instead."""
-        scheme = self._scheme
-        bad = bad_workers(self._choice, scheme.workers, self._adversaries, step, self._seed)
-        if self._worker not in bad:
-            return message
-        stream = np.random.SeedSequence((self._seed, step, self._worker)).generate_state(1)
-        generator = torch.Generator().manual_seed(int(stream[0]))
-        honest = self._honest_messages(step, bad) if self._attack.omniscient else None
-        return self._attack(message, generator=generator, honest=honest)
+        begin = time.perf_counter()
+        bad = bad_workers(self._choice, len(self._workers), self._adversaries, step, self._seed)
+        honest = None
+        if self._attack.omniscient:
+            rows = [torch.empty_like(message) for _ in self._workers]
+            dist.all_gather(rows, message)
+            honest = torch.stack([rows[self._workers.index(j)] for j in range(len(rows)) if j not in bad])
+        sent = message
+        if self._worker in bad:
+            stream = np.random.SeedSequence((self._seed, step, self._worker)).generate_state(1)
+            generator = torch.Generator(message.device).manual_seed(int(stream[0]))
+            sent = self._attack(message, generator=generator, honest=honest)
+        self.changed = not torch.equal(sent.view(torch.uint8), message.view(torch.uint8))
+        self.change = _relative_change(message, sent) if self.changed else 0.0
+        self.seconds = time.perf_counter() - begin
+        return sent
 
-    def _honest_messages(self, step: int, bad: tuple[int, ...]) -> Tensor:
-        """The messages of the good workers, (workers - adversaries, length)."""
-        scheme = self._scheme
-        parts = range(scheme.parts)
-        gradients = torch.stack([self._replica.gradient(step, part, scheme.parts)[1] for part in parts])
-        good = [worker for worker in range(scheme.workers) if worker not in bad]
-        return torch.stack([scheme.encode(worker, gradients[list(scheme.assignment(worker))]) for worker in good])
+
+def _relative_change(message: Tensor, sent: Tensor) -> float:
+    """Norm of the difference over the norm of the message, in double; inf unless finite."""
+    honest = message.double()
+    change = ((sent.double() - honest).norm() / honest.norm()).item()
+    return change if change < float("inf") else float("inf")

@@ -18,9 +18,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from draco_ext.cli.training import Config, Outcome, Training
+from draco_ext.cli.training import CODES, Config, Outcome, Training
 from draco_ext.cli.verdict import Check
-from draco_ext.distributed.schemes import CODES
 from draco_ext.ops import build_info
 
 matplotlib.use("Agg")
@@ -66,8 +65,8 @@ _RESULTS_CAPTION = (
     "for all others that of plain averaging."
 )
 _TIMES_CAPTION = (
-    "Work: samples per worker, in multiples of plain averaging's. {} workers and the server share "
-    "{} cores: times are wall time of the slowest worker under that load."
+    "Work: samples per worker, in multiples of plain averaging's. Times are wall time of the worker "
+    "that waited least for the others; {} workers, {} cores on this machine."
 )
 
 

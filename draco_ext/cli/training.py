@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader
 
-from draco_ext.cli.digits import Digits
+from draco_ext.cli.averages import Averaging
+from draco_ext.cli.digits import TRAIN_SAMPLES, Digits, make_net
 from draco_ext.cli.faults import Corruption, bad_workers
-from draco_ext.distributed.local import run_local
-from draco_ext.distributed.schemes import CODES, Scheme, make_scheme
-from draco_ext.distributed.server import ParameterServer, Work, Worker
+from draco_ext.codes import Code, CyclicCode, RepetitionCode
+from draco_ext.distributed.batches import RedundantBatchSampler
+from draco_ext.distributed.guard import Finding, Guard, protect
+from draco_ext.distributed.local import own_device, run_ranks
+from draco_ext.distributed.placement import ranks_per_host, worker_of
+from draco_ext.distributed.transports import Seconds
 
+CODES = {"repetition": RepetitionCode, "cyclic": CyclicCode}
 LABELS = {
     "mean": "plain averaging",
     "coordinate-median": "coordinate median",
@@ -37,6 +50,7 @@ class Config:
     """Everything that a comparison depends on."""
 
     rules: tuple[str, ...]
+    transport: str
     workers: int
     adversaries: int
     attack: str
@@ -135,20 +149,30 @@ def list_trainings(config: Config) -> list[Training]:
     return list(dict.fromkeys(trainings))
 
 
+def code_for(rule: str, workers: int, adversaries: int) -> Code:
+    """The code of that name; for an average, what tells each worker to compute a part of its own."""
+    return CODES[rule](workers, adversaries) if rule in CODES else RepetitionCode(workers, 0)
+
+
 def run(config: Config, on_step: Callable[[Training], None]) -> list[Outcome]:
-    """Run all trainings one after another, in processes that are started once.
+    """Run all trainings one after another, in processes that are started once, or on torchrun's ranks.
 
     Args:
         config: The comparison.
         on_step: Called after every step with its training.
+
+    Returns:
+        What came of them; under torchrun on rank 0, nothing on the others.
     """
-    trainings = list_trainings(config)
     outcomes: list[Outcome] = []
-    for report in run_local(_rank, config.workers + 1, config, trainings):
+
+    def take(report: Training | Outcome) -> None:
         if isinstance(report, Outcome):
             outcomes.append(report)
         else:
             on_step(report)
+
+    run_ranks(_rank, config.workers, take, config, list_trainings(config))
     clean = {o.training.rule: o for o in outcomes if not o.training.attacked}
     for outcome in outcomes:
         reference = clean["mean"]
@@ -169,95 +193,174 @@ def _distance(parameters: np.ndarray, reference: np.ndarray) -> float:
 
 
 def _rank(rank: int, report: Callable[[Any], None], config: Config, trainings: list[Training]) -> None:
-    """One process: the server if rank is 0, else worker rank - 1."""
+    """One process, worker and learner."""
     # The ranks share the cores; a thread pool for each would only make them wait for each other.
     torch.set_num_threads(1)
-    data = Digits(config.seed, config.batch_size)
-    # The first call of anything is slow and belongs to no training.
-    data.gradient(0, 0, 1)
-    data.evaluate(data.initial_parameters())
+    logging.getLogger("draco_ext").setLevel(logging.ERROR)  # the report says who was bad
+    data = Digits(config.seed, own_device())
     for training in trainings:
+        learner = Learner(config, training, data)
+        for _ in range(config.steps):
+            learner.step()
+            if rank == 0:
+                report(training)
+        outcome = learner.outcome()
         if rank == 0:
-            for message in _serve(config, training, data):
-                report(message)
-        else:
-            _work(config, training, data, rank - 1)
+            report(outcome)
 
 
-def _work(config: Config, training: Training, data: Digits, worker: int) -> None:
-    """One training, as a worker."""
-    scheme = make_scheme(training.rule, config.workers, config.adversaries)
-    corrupt = None
-    if training.attacked:
-        corrupt = Corruption(config.attack, config.bad, scheme, worker, config.adversaries, config.seed, data)
-    member = Worker(scheme, worker, data.initial_parameters(), data, corrupt)
-    for _ in range(config.steps):
-        member.step()
-    member.send_work()
+class Work(NamedTuple):
+    """One step as a worker saw it. Times in seconds.
 
-
-def _serve(config: Config, training: Training, data: Digits) -> Iterator[Training | Outcome]:
-    """One training, as the server: yields itself after every step, at last its outcome."""
-    scheme = make_scheme(training.rule, config.workers, config.adversaries)
-    parameters = data.initial_parameters()
-    optimizer = torch.optim.SGD([parameters], lr=config.learning_rate, momentum=config.momentum)
-    server = ParameterServer(scheme, parameters, optimizer)
-    every = max(1, config.steps // EVALUATIONS)
-    evaluations = [(0, *data.evaluate(parameters))]
-    suspects, failed, total, decode = [], [], [], []
-    for step in range(config.steps):
-        done = server.step()
-        suspects.append(done.verdict.suspects)
-        if done.verdict.failed:
-            failed.append(step)
-        total.append(done.seconds)
-        decode.append(done.decode)
-        if (step + 1) % every == 0 or step + 1 == config.steps:
-            evaluations.append((step + 1, *data.evaluate(parameters)))
-        yield training
-    work = server.collect_work(config.steps).numpy()
-    bad = [
-        bad_workers(config.bad, config.workers, config.adversaries, step, config.seed) if training.attacked else ()
-        for step in range(config.steps)
-    ]
-    yield Outcome(
-        training=training,
-        parts=scheme.parts,
-        compute_factor=_compute_factor(scheme),
-        message_bytes=scheme.message_length(parameters.numel()) * parameters.element_size(),
-        parameters=parameters.numpy(),
-        losses=_losses(work, bad),
-        seconds=_split_seconds(work, np.array(total), np.array(decode)),
-        suspects=suspects,
-        failed=failed,
-        bad=bad,
-        changes=_changes(work),
-        evaluations=evaluations,
-    )
-
-
-def _compute_factor(scheme: Scheme) -> float:
-    """Samples that the busiest worker computes, in multiples of an n-th of the batch."""
-    busiest = max(len(scheme.assignment(worker)) for worker in range(scheme.workers))
-    return busiest * scheme.workers / scheme.parts
-
-
-def _split_seconds(work: np.ndarray, total: np.ndarray, decode: np.ndarray) -> dict[str, list[float]]:
-    """Where each step's time went, by the worker that kept the server waiting longest.
-
-    What remains is communication: sending the parameters, the wait for a free core or for the
-    network, receiving, and the optimizer's step. The time that an attacker spends on its attack is
-    left out.
+    Attributes:
+        total: From the first mini-batch to the optimizer's step.
+        encode: From gradients to message.
+        communicate: Waiting for others.
+        decode: From messages to gradient.
+        attack: What a bad worker spent on being bad.
+        loss: Mean loss over the worker's parts.
+        change: How far the sent message was off, relative to the honest one.
+        changed: 1 if any bit of the message was changed, else 0.
     """
-    compute, encode, attack = (work[:, :, Work._fields.index(name)] for name in ("compute", "encode", "attack"))
-    busy = compute + encode + attack
-    last = busy.argmax(axis=0), np.arange(len(total))
-    return {
-        "compute": compute[last].tolist(),
-        "encode": encode[last].tolist(),
-        "communicate": np.maximum(total - decode - busy[last], 0).tolist(),
-        "decode": decode.tolist(),
-    }
+
+    total: float
+    encode: float
+    communicate: float
+    decode: float
+    attack: float
+    loss: float
+    change: float
+    changed: float
+
+
+class Learner:
+    """One rank in one training: the loop that a user has, with `protect` or a hook that averages."""
+
+    def __init__(self, config: Config, training: Training, data: Digits) -> None:
+        n, s, rank = config.workers, config.adversaries, dist.get_rank()
+        self._config, self._training, self._data = config, training, data
+        self._code = code_for(training.rule, n, s)
+        self._net = make_net(config.seed).to(data.train.tensors[0].device)
+        self._model = DistributedDataParallel(self._net)
+        self._optimizer = torch.optim.SGD(self._net.parameters(), lr=config.learning_rate, momentum=config.momentum)
+        on_host = ranks_per_host(self._code)
+        self._workers = [worker_of(other, self._code, on_host) for other in range(n)]
+        batches = RedundantBatchSampler(
+            TRAIN_SAMPLES, self._code, batch_size=config.batch_size, rank=rank, seed=config.seed
+        )
+        loader = DataLoader(data.train, batch_sampler=batches)
+        bad = s if training.attacked else 0
+        self._corruption = Corruption(config.attack, config.bad, bad, config.seed, self._workers)
+        self._findings: list[Finding] = []
+        self._guard: Guard | None = None
+        if training.rule in CODES:
+            self._guard = protect(
+                self._model,
+                self._code,
+                transport=config.transport,
+                on_failure="skip",
+                callback=self._findings.append,
+                adversary=self._corruption if bad else None,
+            )
+            self._steps = (step for _ in itertools.count() for step in self._guard.steps(loader))
+        else:
+            self._average = Averaging(training.rule, s, self._corruption)
+            self._model.register_comm_hook(None, self._average.hook)
+            self._steps = (iter([batch]) for _ in itertools.count() for batch in loader)
+        self._work: list[Work] = []
+        self._every = max(1, config.steps // EVALUATIONS)
+        self._evaluations: list[tuple[int, float, float]] = []
+        self._evaluate()
+
+    def step(self) -> None:
+        """One step, or none where decoding fails."""
+        before = self._seconds()
+        begin = time.perf_counter()
+        losses = []
+        self._optimizer.zero_grad()
+        for images, labels in next(self._steps):
+            loss = cross_entropy(self._model(images), labels)
+            loss.backward()
+            losses.append(loss.detach())
+        self._optimizer.step()
+        total = time.perf_counter() - begin
+        after = self._seconds()
+        self._work.append(
+            Work(
+                total=total,
+                encode=after.encode - before.encode,
+                communicate=after.communicate - before.communicate,
+                decode=after.decode - before.decode,
+                attack=self._corruption.seconds,
+                loss=torch.stack(losses).mean().item(),
+                change=self._corruption.change,
+                changed=self._corruption.changed,
+            )
+        )
+        if len(self._work) % self._every == 0 or len(self._work) == self._config.steps:
+            self._evaluate()
+
+    def _seconds(self) -> Seconds:
+        return replace(self._average.seconds) if self._guard is None else self._guard.report().seconds
+
+    def _evaluate(self) -> None:
+        if dist.get_rank() == 0:
+            self._evaluations.append((len(self._work), *self._data.evaluate(self._net)))
+
+    def outcome(self) -> Outcome | None:
+        """What this training came to: on rank 0; to be called on all."""
+        config, training, code = self._config, self._training, self._code
+        parameters = parameters_to_vector(self._net.parameters()).detach()
+        own = torch.tensor(self._work, dtype=torch.float64, device=parameters.device)
+        rows = [torch.empty_like(own) for _ in self._workers]
+        dist.all_gather(rows, own)
+        if dist.get_rank() > 0:
+            return None
+        work = torch.stack([rows[self._workers.index(j)] for j in range(code.workers)]).cpu().numpy()
+        bad = [
+            bad_workers(config.bad, config.workers, config.adversaries, step, config.seed) if training.attacked else ()
+            for step in range(config.steps)
+        ]
+        suspects: list[tuple[int, ...] | None] = [None] * config.steps
+        failed = []
+        if self._guard is not None:
+            failed = list(self._guard.report().failed_steps)
+            found = [
+                {f.worker for f in self._findings if f.step == step and not f.missing} for step in range(config.steps)
+            ]
+            suspects = [tuple(sorted(workers)) for workers in found]
+        return Outcome(
+            training=training,
+            parts=code.parts,
+            compute_factor=_compute_factor(code),
+            message_bytes=code.message_length(parameters.numel()) * parameters.element_size(),
+            parameters=parameters.cpu().numpy(),
+            losses=_losses(work, bad),
+            seconds=_split_seconds(work),
+            suspects=suspects,
+            failed=failed,
+            bad=bad,
+            changes=_changes(work),
+            evaluations=self._evaluations,
+        )
+
+
+def _compute_factor(code: Code) -> float:
+    """Samples that the busiest worker computes, in multiples of an n-th of the batch."""
+    busiest = max(len(code.assignment(worker)) for worker in range(code.workers))
+    return busiest * code.workers / code.parts
+
+
+def _split_seconds(work: np.ndarray) -> dict[str, list[float]]:
+    """Where each step's time went, by the worker that waited least for the others.
+
+    The time that an attacker spends on its attack is left out.
+    """
+    spent = {name: work[:, :, i] for i, name in enumerate(Work._fields)}
+    last = spent["communicate"].argmin(axis=0), np.arange(work.shape[1])
+    split = {name: spent[name][last] for name in ("encode", "communicate", "decode")}
+    compute = (spent["total"] - spent["attack"])[last] - sum(split.values())
+    return {"compute": np.maximum(compute, 0).tolist()} | {name: seconds.tolist() for name, seconds in split.items()}
 
 
 def _losses(work: np.ndarray, bad: list[tuple[int, ...]]) -> list[float]:

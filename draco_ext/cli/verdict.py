@@ -8,8 +8,7 @@ from math import inf
 
 import numpy as np
 
-from draco_ext.cli.training import Config, Outcome
-from draco_ext.distributed.schemes import CODES
+from draco_ext.cli.training import CODES, Config, Outcome
 
 # A smaller change, relative to the message, the cyclic code may take for rounding.
 VISIBLE = 1e-4

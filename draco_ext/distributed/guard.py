@@ -269,7 +269,11 @@ class Guard:
         self._check_in_steps()
         part = self.code.assignment(self.worker)[self._part]
         words = torch.tensor([self.step, part, self._forwards], dtype=torch.int64).view(torch.uint8)
-        torch.manual_seed(int(ops.digest(words, self._seed)[0]))
+        seed = int(ops.digest(words, self._seed)[0])
+        # torch.manual_seed would format a stack trace for every kind of device that is not in use.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
         self._forwards += 1
 
     def _check_in_steps(self) -> None:

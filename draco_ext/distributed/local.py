@@ -1,4 +1,4 @@
-"""Ranks on this machine: torch.multiprocessing starts them, gloo connects them."""
+"""Ranks: torchrun's, or on this machine, where torch.multiprocessing starts them and gloo connects them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,44 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
 # A rank that hears nothing for this long gives up: longer than any pause of a busy machine.
 SILENCE = timedelta(minutes=5)
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or a launcher like it, has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def own_device() -> torch.device:
+    """The GPU of this rank, made the current one; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", dist.get_rank())) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def run_ranks(function: Callable[..., None], ranks: int, report: Callable[[Any], None], *args: Any) -> None:
+    """Run ``function(rank, report, *args)`` on the ranks that torchrun has started, each with its own report.
+
+    Without torchrun, on so many local ranks: then ``report`` gets what rank 0 reports, see `run_local`.
+    """
+    if not under_torchrun():
+        for value in run_local(function, ranks, *args):
+            report(value)
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        function(dist.get_rank(), report, *args)
+        # Nobody hangs up while another rank still reads.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 def run_local(function: Callable[..., None], ranks: int, *args: Any) -> Iterator[Any]:
