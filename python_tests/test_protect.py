@@ -71,6 +71,7 @@ def train(
     bad=(),
     attack="reversed",
     steps=STEPS,
+    batch_size=BATCH,
     plain=False,
     dropout=True,
     optimizer="sgd",
@@ -90,7 +91,7 @@ def train(
     kind, settings = kinds[optimizer]
     opt = kind(model.parameters(), lr=0.01, **settings)
     ranks_per_host = options.get("ranks_per_host")
-    batches = RedundantBatchSampler(1797, code, batch_size=BATCH, rank=rank, seed=3, ranks_per_host=ranks_per_host)
+    batches = RedundantBatchSampler(1797, code, batch_size=batch_size, rank=rank, seed=3, ranks_per_host=ranks_per_host)
     adversary = custom or (ATTACKS[attack] if batches.worker in bad else None)
     guard = None if plain else draco_ext.protect(model, code, transport=transport, adversary=adversary, **options)
     loader = DataLoader(digits(), batch_sampler=batches)
