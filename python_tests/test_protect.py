@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import draco_ext
 from draco_ext import CyclicCode, DecodingError, RedundantBatchSampler, RepetitionCode
+from draco_ext.distributed.groups import gather_json
 from draco_ext.distributed.local import run_local
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -409,6 +410,34 @@ def test_a_group_within_a_larger_job():
         "the number of process groups that a rank is in must be the same on all ranks, got . on rank 2 and . on rank 0"
     )
     assert all(re.fullmatch(said, error) for error in errors[1:])
+
+
+def _without_pickle(rank, report):
+    def refuse(*arguments):
+        raise AssertionError("something from a peer was unpickled")
+
+    dist.distributed_c10d._unpickler = refuse
+    with contextlib.suppress(AssertionError):
+        dist.all_gather_object([None] * 3, "noticed")
+        report("not noticed")
+    for transport in TRANSPORTS:
+        model = DistributedDataParallel(nn.Linear(3, 3))
+        guard = draco_ext.protect(model, RepetitionCode(3, 1), transport=transport)
+        model(torch.ones(1, 3)).sum().backward()
+        report((guard.step, guard.self_test(torch.ones(1, 3)).reproducible))
+    device = torch.device("cpu")
+    report(gather_json({"ä": rank}, dist.group.WORLD, device))
+    try:
+        gather_json("x" * 2**16 * (rank == 1), dist.group.WORLD, device)
+    except ValueError as error:
+        report(str(error))
+
+
+def test_nothing_from_a_peer_is_unpickled():
+    *transports, everybody, error = run_local(_without_pickle, 3)
+    assert transports == [(1, True)] * len(TRANSPORTS)
+    assert everybody == [{"ä": rank} for rank in range(3)]
+    assert error == "ranks must send from 1 to 65536 bytes, got [2, 65538, 2]"
 
 
 def _mistakes(rank, report):

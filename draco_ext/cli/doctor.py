@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from draco_ext.cli.digits import Digits, make_net
 from draco_ext.cli.report import processor
+from draco_ext.distributed.groups import gather_json
 from draco_ext.distributed.local import own_device, run_ranks
 from draco_ext.distributed.reproducibility import SelfTest, self_test
 from draco_ext.ops import build_info
@@ -59,8 +60,7 @@ def _rank(rank: int, report: Callable[[Any], None]) -> None:
         torch.get_num_threads(),
         platform.python_version(),
     )
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, facts)
+    everybody = [Facts(**other) for other in gather_json(asdict(facts), dist.group.WORLD, device)]
     batch = Digits(seed=0, device=device).train[:256]
     net = make_net(seed=0).to(device)
     result = self_test(net, dist.group.WORLD, batch, lambda net, batch: cross_entropy(net(batch[0]), batch[1]))

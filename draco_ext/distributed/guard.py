@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode, DecodingError, RepetitionCode
 from draco_ext.distributed.encoder import GradientEncoder
-from draco_ext.distributed.groups import membership
+from draco_ext.distributed.groups import gather, gather_json, membership
 from draco_ext.distributed.placement import ranks_per_host, worker_of
-from draco_ext.distributed.reproducibility import SelfTest, fingerprint, gather, odd_ones_out, self_test
+from draco_ext.distributed.reproducibility import SelfTest, fingerprint, odd_ones_out, self_test
 from draco_ext.distributed.server_transport import ServerTransport
 from draco_ext.distributed.transports import (
     AllGather,
@@ -180,8 +180,7 @@ class Guard:
             "the number of process groups that a rank is in": membership(group),
         }
         mine = {"setup": setup, "host": socket.gethostname(), "key": secrets.randbits(62)}
-        everybody: list[dict[str, Any]] = [{}] * code.workers
-        dist.all_gather_object(everybody, mine, group=group)
+        everybody = gather_json(mine, group, next(model.parameters()).device)
         for rank, other in enumerate(everybody):
             for name, value in everybody[0]["setup"].items():
                 if other["setup"][name] != value:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from draco_ext import ops
+from draco_ext.distributed.groups import gather
 
 SAME_RANK = (
     "switch on torch.use_deterministic_algorithms(True), torch.backends.cudnn.benchmark = False and "
@@ -55,13 +56,6 @@ def fingerprint(values: Any) -> Tensor:
 def _digest(values: Tensor) -> Tensor:
     bits = values.detach().contiguous().view(-1).view(torch.uint8)
     return ops.digest(bits if bits.is_cuda else bits.cpu(), 0).cpu()
-
-
-def gather(values: Tensor, group: dist.ProcessGroup, device: torch.device) -> Tensor:
-    """Everybody's values, by rank, on the CPU; the group talks on that device."""
-    rows = [torch.empty_like(values, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, values.to(device), group=group)
-    return torch.stack(rows).cpu()
 
 
 def odd_ones_out(rows: Tensor) -> list[int]:
