@@ -14,7 +14,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 import torch.distributed as dist
-from test_protect import TRANSPORTS, same_everywhere, train
+from test_protect import TRANSPORTS, Injector, same_everywhere, train
 
 from draco_ext import CyclicCode, RepetitionCode
 
@@ -31,7 +31,9 @@ def _ranks(file):
     for code, bad in CASES:
         for transport in TRANSPORTS:
             clean, guard, _ = train(dist.get_rank(), code, transport, batch_size=80)
-            rows, guard, outcomes = train(dist.get_rank(), code, transport, bad=bad, attack="reversed", batch_size=80)
+            rows, guard, outcomes = train(
+                dist.get_rank(), code, transport, injector=Injector("reversed", bad), batch_size=80
+            )
             everybody = [None] * code.workers
             dist.all_gather_object(everybody, (socket.gethostname(), guard.worker))
             suspects = guard.report().suspects.values()

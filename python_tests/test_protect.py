@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import draco_ext
-from draco_ext import CyclicCode, DecodingError, RedundantBatchSampler, RepetitionCode
+from draco_ext import CyclicCode, DecodingError, RedundantBatchSampler, RepetitionCode, ops
 from draco_ext.distributed.groups import gather_json
 from draco_ext.distributed.local import run_local
 
@@ -60,8 +61,31 @@ ATTACKS = {
     "constant": lambda step, z: torch.full_like(z, -100.0),
     "nan": lambda step, z: torch.full_like(z, torch.nan),
     "one bit": _flip,
-    "every second step": lambda step, z: z + 1 if step % 2 else z,
+    "plus one": lambda step, z: z + 1,
 }
+
+
+@dataclass(frozen=True)
+class Injector:
+    """Who is bad when, by workers and steps, and what they send.
+
+    moves: in every step those so many workers further on. every: in one of so many steps.
+    """
+
+    attack: str = "reversed"
+    workers: tuple[int, ...] = ()
+    moves: int = 0
+    every: int = 1
+
+    def at(self, worker, step, workers):
+        """Whether a worker, of so many, is bad in a step."""
+        return step % self.every == 0 and worker in [(j + self.moves * step) % workers for j in self.workers]
+
+    def adversary(self, worker, workers):
+        return lambda step, z: ATTACKS[self.attack](step, z) if self.at(worker, step, workers) else z
+
+
+HONEST = Injector()
 
 
 def train(
@@ -69,8 +93,7 @@ def train(
     code,
     transport,
     *,
-    bad=(),
-    attack="reversed",
+    injector=HONEST,
     steps=STEPS,
     batch_size=BATCH,
     plain=False,
@@ -93,7 +116,7 @@ def train(
     opt = kind(model.parameters(), lr=0.01, **settings)
     ranks_per_host = options.get("ranks_per_host")
     batches = RedundantBatchSampler(1797, code, batch_size=batch_size, rank=rank, seed=3, ranks_per_host=ranks_per_host)
-    adversary = custom or (ATTACKS[attack] if batches.worker in bad else None)
+    adversary = custom or injector.adversary(batches.worker, code.workers)
     guard = None if plain else draco_ext.protect(model, code, transport=transport, adversary=adversary, **options)
     loader = DataLoader(digits(), batch_sampler=batches)
     if plain or not dropout:
@@ -144,30 +167,36 @@ def same_everywhere(rows):
 TRANSPORTS = ("allreduce", "allgather", "server")
 
 
-def _against_clean(rank, report, code, attacks):
-    """For every transport and attack: whether all ranks agree, how far from the clean run, who was found."""
+def _against_clean(rank, report, code, injectors):
+    """For every transport and injector: whether all ranks agree, how far from the clean run, who was found."""
     for transport in TRANSPORTS:
-        for attack, bad in [("reversed", ()), *attacks]:
-            rows, guard, outcomes = train(rank, code, transport, bad=bad, attack=attack)
-            name = f"{transport}, {attack} {bad}"
+        for injector in (HONEST, *injectors):
+            rows, guard, outcomes = train(rank, code, transport, injector=injector)
+            name = f"{transport}, {injector}"
             report((name, same_everywhere(rows), rows[0].tolist(), guard.report(), set(outcomes)))
 
 
 CASES = [
-    (RepetitionCode(9, 1), [("reversed", (0,)), ("one bit", (1, 3, 8)), ("every second step", (0, 4, 7))]),
-    (RepetitionCode(7, 1), [("one bit", (3, 6)), ("nan", (2, 4))]),  # groups of 4 and 3
-    (RepetitionCode(6, 2), [("constant", (0, 1)), ("one bit", (0, 5))]),  # one group
-    (CyclicCode(7, 2), [("reversed", (0, 1)), ("nan", (2, 5)), ("every second step", (3,))]),
+    (
+        RepetitionCode(9, 1),  # three groups of three
+        [Injector("reversed", (2,), moves=4), Injector("one bit", (1, 3, 8)), Injector("plus one", (0, 4, 7), every=2)],
+    ),
+    (RepetitionCode(7, 1), [Injector("one bit", (3, 6)), Injector("nan", (2, 4))]),  # groups of four and three
+    (RepetitionCode(6, 2), [Injector("constant", (0, 1)), Injector("one bit", (0, 5), moves=1)]),  # one group
+    (
+        CyclicCode(7, 2),
+        [Injector("reversed", (0, 1), moves=3), Injector("nan", (2, 5)), Injector("plus one", (3,), every=2)],
+    ),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("code", "attacks"), CASES, ids=[repr(code) for code, _ in CASES])
-def test_bad_ranks_change_nothing(code, attacks):
-    results = list(run_local(_against_clean, code.workers, code, attacks))
-    runs = [("reversed", ()), *attacks] * len(TRANSPORTS)
-    for i, ((name, same, parameters, report, outcomes), (attack, bad)) in enumerate(zip(results, runs, strict=True)):
-        clean = torch.tensor(results[i - i % (1 + len(attacks))][2])
+@pytest.mark.parametrize(("code", "injectors"), CASES, ids=[repr(code) for code, _ in CASES])
+def test_bad_ranks_change_nothing(code, injectors):
+    results = list(run_local(_against_clean, code.workers, code, injectors))
+    runs = [HONEST, *injectors] * len(TRANSPORTS)
+    for i, ((name, same, parameters, report, outcomes), injector) in enumerate(zip(results, runs, strict=True)):
+        clean = torch.tensor(results[i - i % (1 + len(injectors))][2])
         parameters = torch.tensor(parameters)
         assert clean.isfinite().all()
         assert report.steps == STEPS
@@ -177,9 +206,9 @@ def test_bad_ranks_change_nothing(code, attacks):
             assert torch.equal(parameters.view(torch.int32), clean.view(torch.int32)), name
         else:
             assert (parameters - clean).norm() / clean.norm() < 1e-5, name
-        steps = [step for step in range(STEPS) if attack != "every second step" or step % 2]
         found = {suspect.worker: suspect.steps for suspect in report.suspects.values()}
-        assert found == dict.fromkeys(bad, steps), name
+        bad = {j: [step for step in range(STEPS) if injector.at(j, step, code.workers)] for j in range(code.workers)}
+        assert found == {j: steps for j, steps in bad.items() if steps}, name
         assert report.failed_steps == ()
         assert report.missing == {}
         assert report.trust.startswith(name.split(",")[0])
@@ -262,16 +291,15 @@ def _too_many(rank, report, code, bad):
     """More bad ranks than can be corrected, from step 2 to step 4."""
 
     def adversary(step, message):
-        return torch.full_like(message, float(rank + step)) if 2 <= step <= 4 else message
+        return torch.full_like(message, float(rank + step)) if rank in bad and 2 <= step <= 4 else message
 
-    ATTACKS["too many"] = adversary
     for transport in TRANSPORTS:
         # The same run without the steps that failed: batches are taken from the loader all the same.
         rows, _, _ = train(rank, code, transport, optimizer="adamw", without=(2, 3, 4))
         without = rows[0].tolist()
         for on_failure in ("raise", "skip"):
             rows, guard, outcomes = train(
-                rank, code, transport, bad=bad, attack="too many", on_failure=on_failure, optimizer="adamw"
+                rank, code, transport, custom=adversary, on_failure=on_failure, optimizer="adamw"
             )
             everybody = [None] * code.workers
             dist.all_gather_object(everybody, outcomes)
@@ -303,7 +331,7 @@ def _bookkeeping(rank, report, folder):
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("draco_ext").addHandler(handler)
     options = {"callback": findings.append, "ledger": f"{folder}/ledger-{{rank}}.jsonl", "ranks_per_host": 3}
-    _, guard, _ = train(rank, code, "allreduce", bad=(2, 3), attack="one bit", steps=3, **options)
+    _, guard, _ = train(rank, code, "allreduce", injector=Injector("one bit", (2, 3)), steps=3, **options)
     everybody = [None] * 6
     dist.all_gather_object(everybody, ([vars(finding) for finding in findings], lines, guard.report()))
     report(everybody)
@@ -465,6 +493,9 @@ def _mistakes(rank, report):
     report(protect(model(torch.float16), CyclicCode(3, 1)))
     report(protect(model(), code, seed=rank))
     report(protect(model(), code if rank else CyclicCode(3, 1)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "build_info", lambda: {"instruction_set": "baseline" if rank == 1 else "avx2"})
+        report(protect(model(), CyclicCode(3, 1)))
     unguarded = model()
     draco_ext.protect(unguarded, CyclicCode(3, 1))
     report(error(lambda: unguarded(torch.zeros(1, 64))))
@@ -499,6 +530,8 @@ def test_mistakes_are_named():
         "ValueError: seed must be the same on all ranks, got 1 on rank 1 and 0 on rank 0",
         "ValueError: code must be the same on all ranks, got 'RepetitionCode(workers=3, adversaries=1)' on rank 1 and "
         "'CyclicCode(workers=3, adversaries=1)' on rank 0",
+        "ValueError: instruction set (DRACO_ISA) must be the same on all ranks, got 'baseline' on rank 1 and 'avx2' on "
+        "rank 0",
         "RuntimeError: CyclicCode(workers=3, adversaries=1) has several parts for each rank: loop over "
         "guard.steps(loader)",
         "RuntimeError: step 0 is not complete: each of its 3 mini-batches needs one backward pass",
