@@ -28,15 +28,15 @@ RANKS = 6
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
 SPLIT = ("encode", "communicate", "decode")
 PLAIN = "DistributedDataParallel"
-VARIANTS = {
-    PLAIN: None,
-    "allreduce, repetition s=0": ("allreduce", RepetitionCode(RANKS, 0)),
-    "allreduce, repetition s=1": ("allreduce", RepetitionCode(RANKS, 1)),
-    "allreduce, cyclic s=1": ("allreduce", CyclicCode(RANKS, 1)),
-    "allgather, repetition s=1": ("allgather", RepetitionCode(RANKS, 1)),
-    "allgather, cyclic s=1": ("allgather", CyclicCode(RANKS, 1)),
-    "server, repetition s=1": ("server", RepetitionCode(RANKS, 1)),
-    "server, cyclic s=1": ("server", CyclicCode(RANKS, 1)),
+CODES = {
+    "repetition s=0": RepetitionCode(RANKS, 0),
+    "repetition s=1": RepetitionCode(RANKS, 1),
+    "cyclic s=1": CyclicCode(RANKS, 1),
+}
+VARIANTS = {PLAIN: None} | {
+    f"{transport}, {name}": (transport, code)
+    for transport in ("allreduce", "allgather", "server")
+    for name, code in CODES.items()
 }
 
 

@@ -11,7 +11,7 @@ import itertools
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -107,17 +107,20 @@ class Pending:
         soon: whether they are to be waited for when the next bucket begins, or not before all have begun.
     """
 
-    def __init__(self, peers: Peers, work: dist.Work, result: Tensor, kept: tuple[Tensor, ...], *, soon: bool) -> None:
+    def __init__(
+        self, peers: Peers, works: Sequence[dist.Work], result: Tensor, kept: tuple[Tensor, ...], *, soon: bool
+    ) -> None:
         self.soon = soon
         self._peers = peers
-        self._work = work
+        self._works = works
         self._result = result
         self._kept = kept
 
     def wait(self) -> Tensor:
         """The values."""
         begin = time.perf_counter()
-        self._work.wait()
+        for work in self._works:
+            work.wait()
         self._peers.seconds.communicate += time.perf_counter() - begin
         self._peers.held.append(self._kept)
         return self._result
@@ -151,18 +154,30 @@ class Peers:
         rows = values.new_empty((self.code.workers, *values.shape))
         by_rank = [rows[self.ranks.index(rank)] for rank in range(self.code.workers)]
         work = dist.all_gather(by_rank, values, group=self.group, async_op=True)
-        return Pending(self, work, rows, (values, *by_rank), soon=True)
+        return Pending(self, [work], rows, (values, *by_rank), soon=True)
+
+    def swap(self, values: Tensor, rows: Tensor) -> Pending:
+        """Everybody's values into rows, like `gather`, but straight from each: nobody can alter what another sent."""
+        own, n = self.worker, self.code.workers
+        rows[own] = values
+        exchanges = []
+        for distance in range(1, n):
+            to, source = (own + distance) % n, (own - distance) % n
+            exchanges.append(dist.P2POp(dist.isend, values, group=self.group, group_peer=self.ranks[to]))
+            exchanges.append(dist.P2POp(dist.irecv, rows[source], group=self.group, group_peer=self.ranks[source]))
+        works = dist.batch_isend_irecv(exchanges) if exchanges else []
+        return Pending(self, works, rows, (values, rows, *(exchange.tensor for exchange in exchanges)), soon=True)
 
     def sum(self, values: Tensor, group: dist.ProcessGroup | None = None, *, soon: bool = False) -> Pending:
         """Everybody's values added up, in place; or those of a group only."""
         work = dist.all_reduce(values, group=self.group if group is None else group, async_op=True)
-        return Pending(self, work, values, (values,), soon=soon)
+        return Pending(self, [work], values, (values,), soon=soon)
 
     def spread(self, values: Tensor, worker: int, group: dist.ProcessGroup) -> Pending:
         """One worker's values to all of a group, in place."""
         source = dist.get_process_group_ranks(self.group)[self.ranks[worker]]
         work = dist.broadcast(values, source, group=group, async_op=True)
-        return Pending(self, work, values, (values,), soon=False)
+        return Pending(self, [work], values, (values,), soon=False)
 
     def send(self, values: Tensor, worker: int) -> None:
         """To one worker; until they have left."""
@@ -210,7 +225,7 @@ class Transport(abc.ABC):
 class AllGather(Transport):
     """Every rank collects all messages and decodes by itself.
 
-    Moves n messages to every rank; holds those of two buckets.
+    Moves every message from its rank to every other; holds those of two buckets, also between steps.
     """
 
     trust = (
@@ -218,12 +233,23 @@ class AllGather(Transport):
         "and nobody else is trusted."
     )
 
+    def __init__(self, peers: Peers, **tolerance: float) -> None:
+        super().__init__(peers, **tolerance)
+        self._rooms: dict[tuple[int, torch.dtype], Tensor] = {}
+
     def exchange(self, message: Message, number: int) -> Exchange:
         """Gathers, then decodes."""
-        rows = yield self.peers.gather(message.values)
+        rows = yield self.peers.swap(message.values, self._room(message.values, number))
         decoded = decode(rows, self.code, **self.tolerance)
         message.put(decoded.gradient)
         return Outcome(differences(rows, decoded), bool(decoded.failed))
+
+    def _room(self, values: Tensor, number: int) -> Tensor:
+        """For everybody's messages; taken in turns, since a bucket begins before the one before it is decoded."""
+        key, size = (number % 2, values.dtype), self.code.workers * values.numel()
+        if key not in self._rooms or self._rooms[key].numel() < size:
+            self._rooms[key] = values.new_empty(size)
+        return self._rooms[key][:size].view(self.code.workers, values.numel())
 
 
 class AllReduceRepetition(Transport):
