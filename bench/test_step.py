@@ -115,7 +115,7 @@ def _rank(rank, report, d, name, rounds):
 @pytest.mark.parametrize("d", [10**6, 25 * 10**6])
 def test_step(request, d, name, add_row):
     quick = request.config.option.quick
-    if quick and (d > 10**6 or "cyclic" in name):
+    if quick and (d > 10**6 or "cyclic" in name or "s=0" in name):
         pytest.skip("--quick")
     rounds = list(run_local(_rank, RANKS, d, name, 3 if quick else 11))
     add_row(

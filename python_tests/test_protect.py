@@ -360,6 +360,7 @@ def test_bad_ranks_are_named(tmp_path):
         assert report.suspects[4].steps == [0, 1, 2]
         assert report.suspects[4].worker == 3
         assert "allreduce: up to s ranks may compute anything wrong" in report.trust
+        assert min(report.seconds.communicate, report.seconds.decode) > 0
 
 
 def _accumulation(rank, report):

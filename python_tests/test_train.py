@@ -39,6 +39,8 @@ def test_the_command_with_every_rule_side_by_side(tmp_path):
         assert min(split.values()) >= 0
         assert split.pop("total") == pytest.approx(sum(split.values()))
         assert split["compute"] > 0
+        assert split["communicate"] > 0
+        assert (split["encode"] > 0) == (line["rule"] in ("repetition", "cyclic"))
 
     # All rules see the same batches: without adversaries they differ by rounding only.
     losses = [lines[rule, False]["steps"]["loss"] for rule in ("mean", "repetition", "cyclic")]
