@@ -165,18 +165,22 @@ def test_cost_by_hand():
     # 9 workers in 3 groups of 3; or 9 parts, 3 for each worker. An odd 1001 is padded to 1002.
     repetition = cost(RepetitionCode(9, 1), 1001, "float32")
     assert repetition.compute == 3
-    assert (repetition.sent, repetition.received) == (4004, 4004)
-    assert repetition.server_memory == 9 * 4004 + 4004
+    # Each shard is added up by three members, and its sum handed to two more in each group; plain, it would be 16.
+    assert repetition.sent == {"allreduce": (4 + 6) * 4004, "allgather": 72 * 4004, "server": 16 * 4004}
+    assert repetition.messages == 9 * 4004 + 4004
     assert repetition.amplification == 1
     cyclic = cost(CyclicCode(9, 1), 1001, "float32")
     assert cyclic.compute == 3
-    assert (cyclic.sent, cyclic.received) == (4008, 4004)
-    assert cyclic.server_memory == 9 * 4008 + 4004
+    assert cyclic.sent == {"allreduce": 16 * 4004, "allgather": 72 * 4008, "server": 8 * (4008 + 4004)}
+    assert cyclic.messages == 9 * 4008 + 4004
     # Weights 1/3, 1/3, 1/3; one condition on two unknowns: ||b||^2 / n = 1 + 1/2.
     assert cyclic.amplification == pytest.approx(math.sqrt(1.5 / 3))
     # 11 workers in 2 groups of 6 and 5: half the batch each, instead of an eleventh.
     assert cost(RepetitionCode(11, 2), 10, "float64").compute == 5.5
-    assert cost(RepetitionCode(11, 2), 10, "bfloat16").sent == 20
+    assert cost(RepetitionCode(11, 2), 10, "bfloat16").sent["allreduce"] == 11 * 20
+    # Nothing but digests where all compute the same; and a plain all-reduce where nobody does.
+    assert cost(RepetitionCode(7, 3), 10, "float32").sent["allreduce"] == 0
+    assert cost(RepetitionCode(7, 0), 10, "float32").sent["allreduce"] == 12 * 40
 
 
 @pytest.mark.parametrize(("n", "s"), [(3, 1), (7, 2), (10, 3), (15, 7), (45, 5)])
@@ -204,7 +208,7 @@ def test_plan_prints_it():
     result = invoke("plan", "--workers=9", "--adversaries=1", "--parameters=1001")
     assert result.exit_code == 0
     words = " ".join(result.output.replace("│", " ").split())
-    for said in ("3x", "4,004 B", "4,008 B", "40,040 B", "40,076 B", "0.707", "0 to 2"):
+    for said in ("3x", "64,064 B", "40,040 B", "288,576 B", "64,096 B", "40,076 B", "0.707", "0 to 2"):
         assert said in words
     result = invoke("plan", "--workers=5", "--adversaries=2", "--parameters=6", "--dtype=float16")
     assert result.exit_code == 0

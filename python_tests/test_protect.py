@@ -11,6 +11,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import draco_ext
 from draco_ext import CyclicCode, DecodingError, RedundantBatchSampler, RepetitionCode, ops
-from draco_ext.distributed.groups import gather_json
+from draco_ext.distributed.groups import divide, gather_json, timeout_of
 from draco_ext.distributed.local import run_local
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -392,22 +393,28 @@ def test_gradient_accumulation():
 
 
 def _freed(rank, report):
-    model = DistributedDataParallel(network(), **bucket_cap())
-    guard = draco_ext.protect(model, RepetitionCode(3, 1))
-    model(torch.ones(2, 64)).sum().backward()
-    references = [weakref.ref(thing) for thing in (model, guard, model.module)]
-    del model, guard
-    gc.collect()
-    report([reference() for reference in references])
+    for code in (RepetitionCode(3, 1), CyclicCode(3, 1)):
+        model = DistributedDataParallel(network(), **bucket_cap())
+        guard = draco_ext.protect(model, code)
+        for step in guard.steps([torch.ones(2, 64)] * len(code.assignment(rank))):
+            for x in step:
+                model(x).sum().backward()
+        things = (model, guard, model.module, next(model.parameters()))
+        references = [weakref.ref(thing) for thing in things]
+        del model, guard, step, x, things
+        gc.collect()
+        report([reference() for reference in references])
 
 
 def test_a_guarded_model_is_freed():
-    assert list(run_local(_freed, 3)) == [[None, None, None]]
+    assert list(run_local(_freed, 3)) == [[None] * 4] * 2
 
 
 def _part_of_a_job(rank, report):
     """The model is on ranks 1 to 6 of 7, which are in as many process groups, and then are not."""
-    group = dist.new_group(range(1, 7))
+    group = dist.new_group(range(1, 7), timeout=timedelta(seconds=77))
+    if rank:
+        assert timeout_of(divide(group, [range(6)])) == timedelta(seconds=77)
     for transport in TRANSPORTS:
         suspects = None
         if rank:

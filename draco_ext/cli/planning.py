@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from draco_ext.codes import Code, CyclicCode, RepetitionCode
+from draco_ext.distributed.guard import TRANSPORTS
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 _CYCLIC_DTYPES = ("float32", "float64")
@@ -17,35 +18,44 @@ _MOST_WORKERS_ANALYSED = 1024
 
 @dataclass(frozen=True)
 class Cost:
-    """One code at one size. Bytes are per step.
+    """One code at one size.
 
     Attributes:
         compute: Samples that a worker computes, in multiples of plain data-parallel training's.
-        sent: Bytes that a worker sends: its message.
-        received: Bytes that a worker receives: the parameters, or the decoded gradient.
-        server_memory: Bytes of all messages and the decoded gradient.
+        sent: Bytes that all ranks together send per step, by transport; digests and projections, some 1e-3 of them at
+            most, left out.
+        messages: Bytes of all messages and the decoded gradient, for who decodes them at once.
         amplification: Of the messages' rounding noise; None if not computed.
     """
 
     compute: float
-    sent: int
-    received: int
-    server_memory: int
+    sent: dict[str, int]
+    messages: int
     amplification: float | None
 
 
 def cost(code: Code, parameters: int, dtype: str) -> Cost:
     """The cost of a code for a model of so many parameters."""
     item = ITEM_BYTES[dtype]
-    sent = code.message_length(parameters) * item
-    assigned = len(code.assignment(0))
+    n, gradient, message = code.workers, parameters * item, code.message_length(parameters) * item
     return Cost(
-        compute=assigned * code.workers / code.parts,
-        sent=sent,
-        received=parameters * item,
-        server_memory=code.workers * sent + parameters * item,
+        compute=len(code.assignment(0)) * n / code.parts,
+        sent={
+            "allreduce": _all_reduced(code) * gradient,
+            "allgather": n * (n - 1) * message,
+            "server": (n - 1) * (message + gradient),
+        },
+        messages=n * message + gradient,
         amplification=noise_amplification(code),
     )
+
+
+def _all_reduced(code: Code) -> int:
+    """Gradients that all ranks together send in the all-reduce; see `transports.AllReduceRepetition`."""
+    n, groups = code.workers, code.parts
+    if not isinstance(code, RepetitionCode):
+        return 2 * (n - 1)
+    return 0 if groups == 1 else 2 * (groups - 1) + n - groups
 
 
 def noise_amplification(code: Code) -> float | None:
@@ -81,7 +91,8 @@ def make_table(workers: int, adversaries: int, parameters: int, dtype: str) -> T
         title=f"{n} workers, {s} of them bad, {parameters:,} parameters in {dtype}",
         title_style="bold",
         show_lines=True,
-        caption="Neither survives a lying server, poisoned data, or a bug that all workers share.",
+        caption="Sent: by all ranks together, in protect's transports. "
+        "Neither code survives a lying server, poisoned data, or a bug that all workers share.",
     )
     table.add_column("")
     table.add_column("repetition code")
@@ -89,9 +100,9 @@ def make_table(workers: int, adversaries: int, parameters: int, dtype: str) -> T
     table.add_row("who computes what", _groups(repetition), _supports(cyclic))
     rows = [
         ("compute per worker", [f"{c.compute:.3g}x plain data-parallel" for c in costs]),
-        ("sent per worker and step", [_bytes(c.sent) for c in costs]),
-        ("received per worker and step", [_bytes(c.received) for c in costs]),
-        ("server memory: messages, result", [_bytes(c.server_memory) for c in costs]),
+        ("sent per step, plain data-parallel", [_bytes(2 * (n - 1) * parameters * ITEM_BYTES[dtype])] * 2),
+        *((f"sent per step, {name}", [_bytes(c.sent[name]) for c in costs]) for name in TRANSPORTS),
+        ("all messages and the result", [_bytes(c.messages) for c in costs]),
         (
             "noise amplification",
             [_amplification(code, c.amplification) for code, c in zip(codes, costs, strict=True)],

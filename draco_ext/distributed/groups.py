@@ -51,6 +51,11 @@ def membership(group: dist.ProcessGroup) -> int:
     return 0 if is_world(group) else len(dist.distributed_c10d._world.pg_names)
 
 
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """How long the group waits for a rank. Torch has no public name for it."""
+    return group._get_backend(group._device_types[0]).options._timeout
+
+
 def divide(
     group: dist.ProcessGroup,
     parts: Sequence[Sequence[int]],
@@ -64,7 +69,7 @@ def divide(
         group: the group.
         parts: ranks within the group, every one of them in just one part.
         backend: of the new groups; default: the group's.
-        timeout: of the new groups; default: torch's.
+        timeout: of the new groups; default: the group's.
 
     Returns:
         The new group that this rank is in.
@@ -77,7 +82,7 @@ def divide(
         if own in ranks or is_world(group):
             made = dist.new_group(
                 ranks,
-                timeout=timeout,
+                timeout=timeout or timeout_of(group),
                 backend=backend or dist.get_backend_config(group),
                 use_local_synchronization=not is_world(group),
             )
