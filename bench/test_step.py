@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode
+from draco_ext.distributed.guard import TRANSPORTS
 from draco_ext.distributed.local import run_local
 
 RANKS = 6
@@ -34,9 +35,7 @@ CODES = {
     "cyclic s=1": CyclicCode(RANKS, 1),
 }
 VARIANTS = {PLAIN: None} | {
-    f"{transport}, {name}": (transport, code)
-    for transport in ("allreduce", "allgather", "server")
-    for name, code in CODES.items()
+    f"{transport}, {name}": (transport, code) for transport in TRANSPORTS for name, code in CODES.items()
 }
 
 

@@ -63,7 +63,7 @@ class Corruption:
         begin = time.perf_counter()
         bad = bad_workers(self._choice, len(self._workers), self._adversaries, step, self._seed)
         honest = None
-        if self._attack.omniscient:
+        if bad and self._attack.omniscient:
             rows = [torch.empty_like(message) for _ in self._workers]
             dist.all_gather(rows, message)
             honest = torch.stack([rows[self._workers.index(j)] for j in range(len(rows)) if j not in bad])
@@ -72,7 +72,7 @@ class Corruption:
             stream = np.random.SeedSequence((self._seed, step, self._worker)).generate_state(1)
             generator = torch.Generator(message.device).manual_seed(int(stream[0]))
             sent = self._attack(message, generator=generator, honest=honest)
-        self.changed = not torch.equal(sent.view(torch.uint8), message.view(torch.uint8))
+        self.changed = sent is not message and not torch.equal(sent.view(torch.uint8), message.view(torch.uint8))
         self.change = _relative_change(message, sent) if self.changed else 0.0
         self.seconds = time.perf_counter() - begin
         return sent

@@ -24,6 +24,7 @@ from draco_ext.cli.digits import TRAIN_SAMPLES, Digits, make_net
 from draco_ext.cli.faults import Corruption, bad_workers
 from draco_ext.codes import Code, CyclicCode, RepetitionCode
 from draco_ext.distributed.batches import RedundantBatchSampler
+from draco_ext.distributed.groups import gather
 from draco_ext.distributed.guard import Finding, Guard, protect
 from draco_ext.distributed.local import own_device, run_ranks
 from draco_ext.distributed.placement import ranks_per_host, worker_of
@@ -311,12 +312,10 @@ class Learner:
         """What this training came to: on rank 0; to be called on all."""
         config, training, code = self._config, self._training, self._code
         parameters = parameters_to_vector(self._net.parameters()).detach()
-        own = torch.tensor(self._work, dtype=torch.float64, device=parameters.device)
-        rows = [torch.empty_like(own) for _ in self._workers]
-        dist.all_gather(rows, own)
+        rows = gather(torch.tensor(self._work, dtype=torch.float64), dist.group.WORLD, parameters.device)
         if dist.get_rank() > 0:
             return None
-        work = torch.stack([rows[self._workers.index(j)] for j in range(code.workers)]).cpu().numpy()
+        work = rows[[self._workers.index(j) for j in range(code.workers)]].numpy()
         bad = [
             bad_workers(config.bad, config.workers, config.adversaries, step, config.seed) if training.attacked else ()
             for step in range(config.steps)

@@ -38,12 +38,11 @@ class GradientEncoder:
         if not isinstance(self._code, CyclicCode):
             return
         parameters = bucket.parameters()
-        lengths = [p.numel() for p in parameters]
-        pieces = bucket.buffer().split(lengths)
+        pieces = bucket.buffer().split([p.numel() for p in parameters])
         if part == 0:
             if _joined(parameters, self._sums) is None:
-                whole = bucket.buffer().new_empty(sum(length + length % 2 for length in lengths))
-                rooms = whole.split([length + length % 2 for length in lengths])
+                padded = [self._code.message_length(p.numel()) for p in parameters]
+                rooms = bucket.buffer().new_empty(sum(padded)).split(padded)
                 self._sums.update(zip(parameters, rooms, strict=True))
             for parameter in parameters:
                 self._sums[parameter].zero_()

@@ -125,6 +125,11 @@ class _Flight:
     future: torch.futures.Future[Tensor]
     pending: Pending | None = None
 
+    @property
+    def soon(self) -> bool:
+        """Whether it is to go on when the next bucket begins."""
+        return self.pending is not None and self.pending.soon
+
 
 class Guard:
     """Decodes the gradients of a DistributedDataParallel model; made by `protect`.
@@ -310,7 +315,7 @@ class Guard:
         exchange = self._transport.exchange(message, self._exchanges)
         self._exchanges += 1
         # What the exchanges before have begun runs meanwhile; the order is the same on all ranks.
-        earlier = [flight for flight in self._flights if flight.pending is not None and flight.pending.soon]
+        earlier = [flight for flight in self._flights if flight.soon]
         self._flights.append(_Flight(exchange, bucket.index(), buffer, future))
         for flight in (self._flights[-1], *earlier):
             self._advance(flight)
@@ -337,7 +342,7 @@ class Guard:
     def _land(self) -> None:
         """All buckets have come: brings their exchanges to an end."""
         while self._flights:
-            soon = [flight for flight in self._flights if flight.pending is not None and flight.pending.soon]
+            soon = [flight for flight in self._flights if flight.soon]
             for flight in soon or list(self._flights):
                 self._advance(flight)
 
