@@ -371,6 +371,40 @@ def test_errors_of_very_different_size(device, generator):
             assert relative_error(out.gradient, gradients.double().mean(0)) < 1e-6
 
 
+def test_suspects_in_few_of_many_tiles(device, simt, generator):
+    """The CPU looks for suspects after the first tiles already: whoever is bad there, elsewhere or in both is found."""
+    code, d = CyclicCode(7, 2), (1 if simt else 17) * ops.TILE + 77
+    gradients = random_gradients(7, d, torch.float32, generator)
+    honest = honest_messages(code, gradients)
+    exact = gradients.double().mean(0)
+    head, tail, both = slice(0, 100), slice(d - 5000, d), slice(0, d)
+    for case in (
+        {},
+        {3: head},
+        {3: tail},
+        {3: both},
+        {3: head, 5: tail},
+        {3: tail, 5: tail},
+        {3: head, 5: both},
+        {3: head, 5: tail, 1: both},  # too many
+    ):
+        for value in (50.0, torch.inf):
+            sent = honest.clone()
+            for j, columns in case.items():
+                sent[j, columns] *= value
+            for guess in ((), (3,), (0, 6)):
+                mask = torch.zeros(7, dtype=torch.bool)
+                mask[list(guess)] = True
+                out = on(device, draco_ext.decode, sent, code, expected=mask, length=d)
+                if len(case) <= 2:
+                    assert not out.failed
+                    assert named(out.suspects) == set(case), f"{case} {value} {guess}"
+                    assert relative_error(out.gradient, exact) < BOUND[torch.float32], f"{case} {value} {guess}"
+                else:  # an overflow of the gradient itself, where more are not finite than may be bad
+                    assert out.failed == (value == 50)
+                    assert out.gradient.isnan().all()
+
+
 def test_fixed_projection_can_be_attacked_and_a_fresh_one_cannot(device, simt, generator):
     """Why the seed is drawn after the messages are in."""
     code, d = CyclicCode(7, 2), 4096

@@ -35,6 +35,7 @@ constexpr int kMostActive = 32;      // and in all
 constexpr int kMostSubsets = 20000;  // size of step 4
 constexpr int kMostSubsetSize = 12;  // and step 4 is left out for larger sets
 constexpr int kTogether = 4;         // active projections that one thread multiplies at a time
+constexpr double kRounding = 1e-12;  // of singular values, relative to the largest, with room
 constexpr double kNever = NAN;       // what argmin passes over
 constexpr double kMostWork = 6e7;    // complex multiplications of one search: bounds what an attacker can make it cost
 
@@ -59,6 +60,7 @@ struct LocatorInput {
   const double* noise;       // (columns,): standard deviation of an honest projection's rounding
   const uint8_t* missing;    // (workers,): known to be absent
   const uint8_t* nonfinite;  // (workers,): sent inf or NaN, therefore bad
+  const uint8_t* hint;       // (workers,) or nullptr: those, finite, that were named from some of the columns
 };
 
 // A projection is unexplained when its energy under this many checks is above what noise may leave.
@@ -129,6 +131,7 @@ class Locator {
     most_ = by_code < by_bound ? by_code : by_bound;
 
     int found = 0;
+    bool hinted = in_.hint == nullptr;
     active_count_ = 0;
     for (;;) {
       const int checks = make_checks(set_, found);
@@ -137,6 +140,11 @@ class Locator {
       const int joined = activate(per_column, checks);
       if (joined == 0) break;
       if (joined < 0 || most_ == 0) return false;
+      if (!hinted) {  // no fewer can explain all columns, and as a rule they do
+        hinted = true;
+        found = list(in_.hint, set_);
+        continue;
+      }
       found = search(found);
       if (found < 0) return false;
     }
@@ -404,7 +412,7 @@ class Locator {
     work_ = 0;
     for (int nu = at_least > 1 ? at_least : 1;; nu = nu < 8 || nu == most_ ? nu + 1 : nu * 2 < most_ ? nu * 2 : most_) {
       if (nu > most_) break;
-      prony(nu);
+      if (!prony(nu)) continue;
       if (exchange(nu)) return nu;
       if (work_ > kMostWork) continue;
       pursue(nu);
@@ -488,8 +496,11 @@ class Locator {
   }
 
   // Prony's method on the syndromes that the erased workers do not enter (their nodes are roots of what they are
-  // multiplied with). Writes set_ (nu workers) and rank_.
-  DRACO_TEAM_CALL void prony(int nu) {
+  // multiplied with). Writes set_ (nu workers) and rank_. False, and nothing written, where no set of nu workers can
+  // explain the active projections: the polynomial with its roots there would be a nearly null vector, as a row of the
+  // Hankel system times its coefficients, of norm 1, is what a check of norm 1 that vanishes on the set makes of the
+  // workers' messages, times the filter.
+  DRACO_TEAM_CALL bool prony(int nu) {
     Arena arena = arena_;
     const int unknowns = nu + 1, syndromes = k2_ - erased_count_, hankel = syndromes - nu;
     const int64_t equations = int64_t{hankel} * active_count_;
@@ -506,6 +517,8 @@ class Locator {
       filter[j] = product;
     }
     team_.sync();
+    double largest_filter = 0;
+    for (int j = 0; j < n_; ++j) largest_filter = fmax(largest_filter, norm2(filter[j]));
     multiply_active(syndromes, [&](int m, int j) { return filter[j] * power_[int64_t{m} * n_ + j]; }, syndrome);
     int64_t rows = equations;
     for (int64_t i = team_.thread; i < equations * unknowns; i += team_.threads) {
@@ -524,7 +537,10 @@ class Locator {
       rows = unknowns;
     }
     work_ += static_cast<double>(equations) * unknowns * unknowns;
-    const int64_t smallest = null_vector(system, rows, unknowns, vectors);
+    double least = 0, total = 0;
+    const int64_t smallest = null_vector(system, rows, unknowns, vectors, &least, &total);
+    const double tolerated = kTolerance * kTolerance * hankel * static_cast<double>(equations) * largest_filter;
+    if (least > tolerated + kRounding * kRounding * total) return false;
     Complex* polynomial = vectors + smallest * unknowns;
 
     for (int j = team_.thread; j < n_; j += team_.threads) rank_[j] = sqrt(norm2(evaluate(polynomial, nu, node_[j])));
@@ -546,6 +562,7 @@ class Locator {
       }
       team_.sync();
     }
+    return true;
   }
 
   static DRACO_TEAM Complex evaluate(const Complex* polynomial, int degree, Complex x) {
@@ -556,8 +573,10 @@ class Locator {
 
   // One-sided Jacobi: rotates the columns until they are orthogonal. Unlike methods on the Gram matrix it keeps small
   // singular values exact. A sweep goes through all pairs as a round-robin tournament, whose rounds are disjoint pairs,
-  // one for each warp. Returns which column of `vectors` belongs to the smallest.
-  DRACO_TEAM_CALL int64_t null_vector(Complex* system, int64_t rows, int columns, Complex* vectors) {
+  // one for each warp. Returns which column of `vectors` belongs to the smallest singular value; the squares of that
+  // and of all together go to `least` and `total`.
+  DRACO_TEAM_CALL int64_t null_vector(Complex* system, int64_t rows, int columns, Complex* vectors, double* least,
+                                      double* total) {
     for (int64_t i = team_.thread; i < int64_t{columns} * columns; i += team_.threads)
       vectors[i] = {i / columns == i % columns ? 1.0 : 0.0, 0};
     team_.sync();
@@ -576,12 +595,16 @@ class Locator {
       }
       if (!team_.any(rotated)) break;
     }
-    const int64_t smallest = team_.argmin(columns, [&](int64_t p) {
+    const auto size_of = [&](int64_t p) {
       double size = 0;
       for (int64_t m = 0; m < rows; ++m) size += norm2(system[p * rows + m]);
       return size;
-    });
-    return smallest < 0 ? 0 : smallest;
+    };
+    const int64_t smallest = team_.argmin(columns, size_of);
+    if (smallest < 0) return 0;
+    *least = size_of(smallest);
+    for (int p = 0; p < columns; ++p) *total += size_of(p);
+    return smallest;
   }
 
   // For one warp. Whether x and y had to be rotated.

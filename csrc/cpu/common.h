@@ -61,12 +61,22 @@ inline Tensor new_result(const Tensor& like, int64_t size) {
   return result;
 }
 
-// f(begin, columns) for every tile of `tile` columns, on torch's threads.
+// Whether a result of this many bytes would only fill the caches.
+inline bool is_large(int64_t bytes) { return bytes > int64_t{4} << 20; }
+
+// f(begin, columns) for tiles of at most `tile` columns, whole units but for the last, as many for each of torch's
+// threads. Where tiles begin depends on the number of threads.
 template <typename F>
-void for_each_tile(int64_t columns, int64_t tile, const F& f) {
-  const int64_t tiles = (columns + tile - 1) / tile;
+void for_each_tile(int64_t columns, int64_t tile, int64_t unit, const F& f) {
+  int64_t tiles = (columns + tile - 1) / tile, width = columns;
+  if (tiles > 1) {
+    const int64_t threads = torch::stable::get_num_threads();
+    tiles = (tiles + threads - 1) / threads * threads;
+    width = (columns + tiles * unit - 1) / (tiles * unit) * unit;
+    tiles = (columns + width - 1) / width;
+  }
   const auto run = [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) f(t * tile, std::min(tile, columns - t * tile));
+    for (int64_t t = first; t < last; ++t) f(t * width, std::min(width, columns - t * width));
   };
   if (tiles <= 1) {
     run(0, tiles);

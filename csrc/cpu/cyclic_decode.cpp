@@ -1,5 +1,6 @@
-// The fused decode: sum and project in one sweep, look for suspects, and only if there are new ones sum again without
-// them. Moves n x d elements in and d out; twice that with newly found suspects.
+// The fused decode: sum and project in one sweep, looking for suspects after the first tiles and after the last. Moves
+// n x d elements in and d out; once more for the tiles that were summed with suspects found later, the first sixteenth
+// as a rule, and all for one that is bad in none of those.
 #include <random>
 
 #include "cpu/cyclic.h"
@@ -13,23 +14,30 @@ uint64_t fresh_seed() {
   return static_cast<uint64_t>(device()) << 32 | device();
 }
 
+// Both sets of workers, or only the first where together they have more than `most`.
+std::vector<uint8_t> union_up_to(int most, const std::vector<uint8_t>& set, const std::vector<uint8_t>& other) {
+  std::vector<uint8_t> both = set;
+  int size = 0;
+  for (size_t j = 0; j < both.size(); ++j) {
+    both[j] |= other[j];
+    size += both[j];
+  }
+  return size <= most ? both : set;
+}
+
+constexpr int64_t kHeadPart = 16;  // the part of the tiles after which suspects are looked for
+
 template <typename T>
 Verdict decode(const Tensor& messages, const std::vector<uint8_t>& missing, const std::vector<uint8_t>& expected, int s,
                const NoiseModel& model, bool mean, uint64_t seed, T* out) {
   const int n = static_cast<int>(messages.size(0));
   const int64_t length = messages.size(1);
   std::vector<const T*> rows = row_pointers<T>(messages);
-  std::vector<uint8_t> left_out = missing;
-  int absent = 0, erased = 0;
+  const std::vector<uint8_t> left_out = union_up_to(2 * s, missing, expected);
+  int absent = 0;
   for (int j = 0; j < n; ++j) {
     if (missing[j]) rows[j] = nullptr;
-    left_out[j] |= expected[j];
     absent += missing[j];
-    erased += left_out[j];
-  }
-  if (erased > 2 * s) {
-    left_out = missing;  // too many are expected to be bad to do without them
-    erased = absent;
   }
   Verdict verdict;
   if (absent > 2 * s) {
@@ -37,16 +45,33 @@ Verdict decode(const Tensor& messages, const std::vector<uint8_t>& missing, cons
     verdict.failed = true;
   } else {
     const double factor = mean ? 1.0 / n : 1.0;
-    std::vector<double> weights;
-    for (const Complex& b : erased ? decoding_weights(n, s, left_out, factor) : std::vector<Complex>{}) {
-      weights.push_back(b.re);
-      weights.push_back(b.im);
+    Sweep<T> sweep(rows, length, seed);
+    const auto run = [&](int64_t first, int64_t last, const std::vector<uint8_t>& without) {
+      if (std::find(without.begin(), without.end(), 1) == without.end())
+        return sweep.run(first, last, nullptr, mean ? n : 1, out);
+      std::vector<double> weights;
+      for (const Complex& b : decoding_weights(n, s, without, factor)) {
+        weights.push_back(b.re);
+        weights.push_back(b.im);
+      }
+      sweep.run(first, last, weights.data(), 1, out);
+    };
+    // A worker that is bad is so in the first tiles, as a rule: known from there on, it costs no second sweep.
+    const int64_t tiles = tile_count(length), head = tiles / kHeadPart;
+    std::vector<uint8_t> without = left_out;
+    Verdict early;
+    if (head > 0) {
+      run(0, head, left_out);
+      Projections projections = sweep.projections.head(head);
+      early = find_suspects(projections, missing, s, head * kTile, model);
+      if (!early.failed && !early.overflow) without = union_up_to(2 * s, early.erased, left_out);
     }
-    Projections projections = sweep<T>(rows, length, seed, erased ? weights.data() : nullptr, out,
-                                       mean && !erased ? static_cast<double>(n) : 1.0);
-    verdict = find_suspects(projections, missing, s, length, model);
-    if (!verdict.failed && !verdict.overflow && verdict.erased != left_out)
-      combine<T>(rows, decoding_weights(n, s, verdict.erased, factor).data(), length, out);
+    run(head, tiles, without);
+    verdict = find_suspects(sweep.projections, missing, s, length, model, head > 0 ? &early : nullptr);
+    if (!verdict.failed && !verdict.overflow && (verdict.erased != without || verdict.erased != left_out)) {
+      const int64_t wrong = verdict.erased != without ? length : head * kTile;
+      combine<T>(rows, decoding_weights(n, s, verdict.erased, factor).data(), wrong, out);
+    }
   }
   if (verdict.failed || verdict.overflow) std::fill(out, out + length, std::numeric_limits<T>::quiet_NaN());
   return verdict;

@@ -4,7 +4,7 @@
 namespace draco {
 
 Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& missing, int adversaries, int64_t length,
-                      const NoiseModel& model) {
+                      const NoiseModel& model, const Verdict* early) {
   const int n = static_cast<int>(projections.workers);
   const int64_t columns = projections.columns, tiles = projections.tiles;
   Verdict verdict;
@@ -45,8 +45,23 @@ Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& miss
   }
   // Not value-initialised: most of the scratch is only touched when there is something to find.
   const std::unique_ptr<unsigned char[]> scratch(new unsigned char[Locator<Alone>::scratch_bytes(n, adversaries)]);
-  const LocatorInput input{n, adversaries, projections.re.data(), projections.im.data(), columns,
-                           1, columns,     noise.data(),          missing.data(),        nonfinite.data()};
+  std::vector<uint8_t> hint(n, 0);
+  int hinted = 0;
+  for (int j = 0; j < n && early != nullptr && !early->failed; ++j) {
+    hint[j] = early->suspects[j] && !nonfinite[j];
+    hinted += hint[j];
+  }
+  const LocatorInput input{n,
+                           adversaries,
+                           projections.re.data(),
+                           projections.im.data(),
+                           columns,
+                           1,
+                           columns,
+                           noise.data(),
+                           missing.data(),
+                           nonfinite.data(),
+                           hinted > 0 && hinted <= most ? hint.data() : nullptr};
   const Kernels& kernel = kernels();
   const auto energy = [&](const Complex* check, int checks, double* out) {
     const auto block = [&](int64_t begin, int64_t end) {
@@ -85,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, cons
   const char* op = "cyclic_locate";
   check_projections(op, projections, energy, adversaries, length);
   const int64_t n = projections.size(0);
-  Projections p(n, length);
+  Projections p(n, tile_count(length), projections_per_tile(length));
   const auto* from = static_cast<const double*>(projections.data_ptr());
   for (int64_t i = 0; i < n * p.columns; ++i) {
     p.re[i] = from[2 * i];

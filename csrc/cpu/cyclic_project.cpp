@@ -17,7 +17,9 @@ std::tuple<Tensor, Tensor> cyclic_project(const Tensor& messages, const Optional
     std::vector<const T*> rows = row_pointers<T>(messages);
     for (int64_t j = 0; j < n; ++j)
       if (absent[j]) rows[j] = nullptr;
-    const Projections p = sweep<T>(rows, length, static_cast<uint64_t>(seed), nullptr, nullptr, 1);
+    Sweep<T> sweep(rows, length, static_cast<uint64_t>(seed));
+    sweep.run(0, tiles, nullptr, 1, nullptr);
+    const Projections& p = sweep.projections;
     auto* to = static_cast<double*>(projections.data_ptr());
     for (size_t i = 0; i < p.re.size(); ++i) {
       to[2 * i] = p.re[i];

@@ -26,7 +26,7 @@ Tensor digest(const Tensor& values, int64_t seed_bits) {
 
   const Kernels& kernel = kernels();
   std::atomic<uint64_t> lanes[kDigestLanes] = {};
-  for_each_tile(bytes, kDigestTile, [&](int64_t begin, int64_t count) {
+  for_each_tile(bytes, kDigestTile, kDigestBlock, [&](int64_t begin, int64_t count) {
     uint64_t own[kDigestLanes] = {};
     for (int64_t at = begin; at < begin + count; at += kDigestBlock) {
       uint64_t sums[kDigestLanes] = {};

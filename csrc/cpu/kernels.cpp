@@ -14,12 +14,17 @@ namespace draco {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 4;
+constexpr int kBytes = 64;
 #elif defined(__AVX2__)
-constexpr int kBytes = 32, kRows = 1;
+constexpr int kBytes = 32;
 #else
-constexpr int kBytes = 16, kRows = 1;  // also NEON
+constexpr int kBytes = 16;  // also NEON
 #endif
+
+// Streams are fetched this far ahead, line by line: the hardware's prefetchers stop at every page, and on several
+// streams at once reach about three quarters of what they reach with this help (docs/performance.md).
+constexpr int kLine = 64, kAhead = 512;  // bytes
+DRACO_HD void fetch_ahead(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + kAhead); }
 
 // Loops over registers: must be unrolled for their arrays to become registers.
 #define DRACO_UNROLL _Pragma("GCC unroll 16")
@@ -42,6 +47,15 @@ template <typename T>
 DRACO_HD void store(T* to, Vector<T> vector) {
   memcpy(to, &vector, sizeof(vector));
 }
+// Where a value is used several times, it shall not be loaded as often.
+template <typename T>
+DRACO_HD void in_register([[maybe_unused]] Vector<T>& vector) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(vector));
+#elif defined(__SSE2__)
+  asm("" : "+x"(vector));
+#endif
+}
 template <typename T>
 DRACO_HD bool any(Vector<T> vector) {
   T all = 0;
@@ -51,18 +65,17 @@ DRACO_HD bool any(Vector<T> vector) {
 
 // ---------------------------------------------------------------------------------------------------------- vote
 
-constexpr int kVoteBlock = 1024;   // winners of 16-bit types wait here before they are converted and summed
+constexpr int kVoteBlock = 1024;   // medians wait here before they are compared and summed
 constexpr int kMostMembers = 511;  // what MajorityCounter<., 8> can count
 
-// The winner of one vector of columns; kMembers = 0 takes the number at run time.
-template <typename T, int kMembers, typename Load>
+// The winner of one vector of columns; kMembers = 0 takes the number at run time, up to what kPlanes can count.
+template <typename T, int kMembers, int kPlanes, typename Load>
 DRACO_HD Vector<T> majority(int members, Load&& row) {
   if constexpr (kMembers == 1) {
     return row(0);
   } else if constexpr (kMembers == 3) {
     return majority3(row(0), row(1), row(2));
   } else {
-    constexpr int kPlanes = kMembers == 0 ? 8 : kMembers <= 3 ? 1 : kMembers <= 7 ? 2 : 3;
     static_assert(kMembers / 2 + 1 <= 1 << kPlanes, "the counter must be able to start below zero");
     MajorityCounter<Vector<T>, kPlanes> counter;
     counter.start(members);
@@ -94,31 +107,86 @@ DRACO_HD Vector<T> median(int members, Load&& row) {
   return middle ^ (~positive | (Vector<T>{} + static_cast<T>(T{1} << kTop)));
 }
 
+// Half a vector of 16-bit numbers as floats.
+template <typename T>
+DRACO_HD Vector<float> widen(const uint16_t* from) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, Half>) {
+    __m256i half;
+    memcpy(&half, from, sizeof(half));
+    return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, half);
+  }
+#elif defined(__F16C__)
+  if constexpr (std::is_same_v<T, Half>) {
+    __m128i half;
+    memcpy(&half, from, sizeof(half));
+    return (Vector<float>)_mm256_cvtph_ps(half);
+  }
+#endif
+  typedef uint16_t Narrow __attribute__((vector_size(kBytes / 2)));
+  Narrow half;
+  memcpy(&half, from, sizeof(half));
+  const auto bits = __builtin_convertvector(half, Vector<uint32_t>);
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return (Vector<float>)(bits << 16);
+  } else {  // to_float (core/half.h), on vectors
+    const Vector<uint32_t> rest = (bits & 0x7fffu) << 13;
+    const auto scaled = (Vector<uint32_t>)((Vector<float>)rest * 0x1p112f);
+    return (Vector<float>)((bits & 0x8000u) << 16 | (rest >= 0x7c00u << 13 ? rest | 0x7f800000u : scaled));
+  }
+}
+
+// sum (+)= the values of a vector of winners.
+template <typename T>
+DRACO_HD void add_values(Vector<typename Element<T>::Bits> winner, typename Element<T>::Sum* sum, bool first) {
+  if constexpr (sizeof(T) == 2) {
+    constexpr int kHalf = VectorOf<float>::kSize;
+    uint16_t bits[2 * kHalf];
+    store(bits, winner);
+    DRACO_UNROLL for (int h = 0; h < 2; ++h) {
+      const Vector<float> value = widen<T>(bits + h * kHalf);
+      store(sum + h * kHalf, first ? value : load(sum + h * kHalf) + value);
+    }
+  } else {
+    const auto value = (Vector<T>)winner;
+    store(sum, first ? value : load(sum) + value);
+  }
+}
+
 // `columns` is a multiple of the vector. out: where winners go as bits, or nullptr where they are summed at once.
-template <typename T, int kMembers, bool kTolerant, bool kSum>
+template <typename T, int kMembers, int kPlanes, bool kTolerant, bool kSum>
 void vote_loop(const typename Element<T>::Bits* const* rows, int count, int64_t columns, typename Element<T>::Bits* out,
                typename Element<T>::Sum* sum, bool first, uint8_t* differs) {
   using Bits = typename Element<T>::Bits;
-  constexpr int kStep = VectorOf<Bits>::kSize;
+  constexpr int kStep = VectorOf<Bits>::kSize, kVectors = kLine / kBytes;
   const int members = kMembers ? kMembers : count;
   Vector<Bits> differ[kMembers ? kMembers : kMostMembers];
-  for (int j = 0; j < members; ++j) differ[j] = Vector<Bits>{};
-  for (int64_t c = 0; c < columns; c += kStep) {
-    const auto row = [&](int j) __attribute__((always_inline)) { return load(rows[j] + c); };
+  const Bits* from[kMembers ? kMembers : kMostMembers];  // copies, which stores cannot be thought to change
+  for (int j = 0; j < members; ++j) {
+    differ[j] = Vector<Bits>{};
+    from[j] = rows[j];
+  }
+  const auto vote_at = [&](int64_t c) __attribute__((always_inline)) {
+    const auto row = [&](int j) __attribute__((always_inline)) { return load(from[j] + c); };
     Vector<Bits> winner;
     if constexpr (kTolerant) {
       winner = median<Bits, kMembers>(members, row);
     } else {
-      winner = majority<Bits, kMembers>(members, row);
+      winner = majority<Bits, kMembers, kPlanes>(members, row);
       for (int j = 0; j < members; ++j) differ[j] |= row(j) ^ winner;
     }
     if constexpr (kSum) {
-      const auto value = (Vector<T>)winner;
-      store(sum + c, first ? value : load(sum + c) + value);
+      add_values<T>(winner, sum + c, first);
     } else {
       store(out + c, winner);
     }
+  };
+  int64_t c = 0;
+  for (; c + kVectors * kStep <= columns; c += kVectors * kStep) {
+    for (int j = 0; j < members; ++j) fetch_ahead(from[j] + c);
+    DRACO_UNROLL for (int v = 0; v < kVectors; ++v) vote_at(c + v * kStep);
   }
+  for (; c < columns; c += kStep) vote_at(c);
   if constexpr (!kTolerant) {
     for (int j = 0; j < members; ++j) differs[j] |= any<Bits>(differ[j]);
   }
@@ -128,19 +196,20 @@ template <typename T, bool kTolerant, bool kSum, typename... Args>
 DRACO_HD void vote_members(const typename Element<T>::Bits* const* rows, int members, Args... args) {
   switch (members) {
     case 1:
-      return vote_loop<T, 1, kTolerant, kSum>(rows, members, args...);
+      return vote_loop<T, 1, 1, kTolerant, kSum>(rows, members, args...);
     case 3:
-      return vote_loop<T, 3, kTolerant, kSum>(rows, members, args...);
+      return vote_loop<T, 3, 1, kTolerant, kSum>(rows, members, args...);
     case 4:
-      return vote_loop<T, 4, kTolerant, kSum>(rows, members, args...);
+      return vote_loop<T, 4, 2, kTolerant, kSum>(rows, members, args...);
     case 5:
-      return vote_loop<T, 5, kTolerant, kSum>(rows, members, args...);
+      return vote_loop<T, 5, 2, kTolerant, kSum>(rows, members, args...);
     case 7:
-      return vote_loop<T, 7, kTolerant, kSum>(rows, members, args...);
+      return vote_loop<T, 7, 2, kTolerant, kSum>(rows, members, args...);
     case 11:
-      return vote_loop<T, 11, kTolerant, kSum>(rows, members, args...);
+      return vote_loop<T, 11, 3, kTolerant, kSum>(rows, members, args...);
     default:
-      return vote_loop<T, 0, kTolerant, kSum>(rows, members, args...);
+      if (members < 16) return vote_loop<T, 0, 3, kTolerant, kSum>(rows, members, args...);
+      return vote_loop<T, 0, 8, kTolerant, kSum>(rows, members, args...);
   }
 }
 
@@ -157,19 +226,17 @@ void vote(const VoteTile& tile) {
 
   for (int64_t begin = 0; begin < tile.columns;) {
     const int64_t left = tile.columns - begin;
-    // float and double, summed exactly: one run over all whole vectors. Otherwise block by block through `winners`.
-    const bool direct = sizeof(T) > 2 && !tile.tolerant && left >= kStep;
+    // Exact: one run over all whole vectors. Otherwise block by block through `winners`.
+    const bool direct = !tile.tolerant && left >= kStep;
     int64_t width = direct ? left / kStep * kStep : left < kVoteBlock ? left : kVoteBlock;
     for (int j = 0; j < members; ++j) rows[j] = static_cast<const Bits*>(tile.rows[j]) + begin;
     if (direct) {
-      if constexpr (sizeof(T) > 2) {
-        if (sum != nullptr) {
-          vote_members<T, false, true>(rows, members, width, static_cast<Bits*>(nullptr), sum + begin, tile.first,
-                                       tile.differs);
-        } else {
-          vote_members<T, false, false>(rows, members, width, static_cast<Bits*>(tile.winner) + begin, sum, true,
-                                        tile.differs);
-        }
+      if (sum != nullptr) {
+        vote_members<T, false, true>(rows, members, width, static_cast<Bits*>(nullptr), sum + begin, tile.first,
+                                     tile.differs);
+      } else {
+        vote_members<T, false, false>(rows, members, width, static_cast<Bits*>(tile.winner) + begin, sum, true,
+                                      tile.differs);
       }
     } else {
       if (width >= kStep) {
@@ -204,13 +271,40 @@ void vote(const VoteTile& tile) {
   }
 }
 
+// Past the caches, which a large result would only fill: a store there first reads what it overwrites. `to` is aligned.
 template <typename T>
-void finish(const void* from, int64_t columns, double divisor, void* to) {
+DRACO_HD void store_past_caches(T* to, Vector<T> vector) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)vector);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)vector);
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)vector);
+#else
+  store(to, vector);
+#endif
+}
+
+template <typename T>
+void finish(const void* from, int64_t columns, double divisor, bool large, void* to) {
   using Sum = typename Element<T>::Sum;
+  using Bits = typename Element<T>::Bits;
   const auto* sum = static_cast<const Sum*>(from);
-  auto* out = static_cast<typename Element<T>::Bits*>(to);
+  auto* out = static_cast<Bits*>(to);
   const Sum by = static_cast<Sum>(divisor);
-  for (int64_t c = 0; c < columns; ++c) out[c] = bits_of<T>(sum[c] / by);
+  int64_t c = 0;
+  if (large && reinterpret_cast<uintptr_t>(to) % kBytes == 0) {
+    constexpr int kStep = VectorOf<Bits>::kSize;
+    for (; c + kStep <= columns; c += kStep) {
+      Bits bits[kStep];
+      for (int i = 0; i < kStep; ++i) bits[i] = bits_of<T>(sum[c + i] / by);
+      store_past_caches(out + c, load(bits));
+    }
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+  }
+  for (; c < columns; ++c) out[c] = bits_of<T>(sum[c] / by);
 }
 
 // -------------------------------------------------------------------------------------------------- cyclic code
@@ -253,19 +347,24 @@ void weighted_sum_rows(const T* const* rows, const double* weights, int64_t colu
     weight[j] = PairWeight<T>(weights[2 * j], weights[2 * j + 1]);
     real &= weights[2 * j + 1] == 0;
   }
+  const T* from[kCount];
+  for (int j = 0; j < kCount; ++j) from[j] = rows[j];
   int64_t c = 0;
+  const auto whole_lines = [&](const auto& times) __attribute__((always_inline)) {
+    constexpr int kVectors = kLine / kBytes;
+    for (; c + kVectors * kStep <= columns; c += kVectors * kStep) {
+      DRACO_UNROLL for (int j = 0; j < kCount; ++j) fetch_ahead(from[j] + c);
+      DRACO_UNROLL for (int64_t at = c; at < c + kVectors * kStep; at += kStep) {
+        Vector<T> total = add ? load(sum + at) : Vector<T>{};
+        DRACO_UNROLL for (int j = 0; j < kCount; ++j) total += times(weight[j], load(from[j] + at));
+        store(sum + at, total);
+      }
+    }
+  };
   if (real) {
-    for (; c + kStep <= columns; c += kStep) {
-      Vector<T> total = add ? load(sum + c) : Vector<T>{};
-      for (int j = 0; j < kCount; ++j) total += weight[j].re * load(rows[j] + c);
-      store(sum + c, total);
-    }
+    whole_lines([](const PairWeight<T>& w, Vector<T> v) __attribute__((always_inline)) { return w.re * v; });
   } else {
-    for (; c + kStep <= columns; c += kStep) {
-      Vector<T> total = add ? load(sum + c) : Vector<T>{};
-      for (int j = 0; j < kCount; ++j) total += weight[j].times(load(rows[j] + c));
-      store(sum + c, total);
-    }
+    whole_lines([](const PairWeight<T>& w, Vector<T> v) __attribute__((always_inline)) { return w.times(v); });
   }
   for (; c < columns; c += 2) {
     T re = add ? sum[c] : T{0}, im = add ? sum[c + 1] : T{0};
@@ -306,76 +405,87 @@ void weighted_sum(const WeightedSumTile<T>& tile) {
 enum class Adding { kNo, kPlain, kWeighted };
 
 template <typename T, int kProjections, int kCount, Adding kAdding>
-void project_rows(const ProjectTile<T>& tile, int first_row, bool first) {
+void project_rows(const ProjectTile<T>& tile, const int* which, bool first) {
   constexpr int kStep = VectorOf<T>::kSize, kVectors = kLanes / kStep;
   static_assert(kLanes % kStep == 0, "a step takes whole vectors");
-  const T* rows[kCount];
-  for (int r = 0; r < kCount; ++r) rows[r] = tile.rows[first_row + r];
   // Copies, which stores to the sum cannot be thought to change.
+  const T* rows[kCount];
+  for (int r = 0; r < kCount; ++r) rows[r] = tile.rows[which[r]];
   const T* const phi_table = tile.phi;
   T* const out = tile.sum;
   const int64_t columns = tile.columns;
-  const double one[2] = {1, 0};
-  const double* w = kAdding == Adding::kWeighted ? tile.weights + 2 * first_row : one;
-  const PairWeight<T> weight(w[0], w[1]);
+  Vector<T> re[kCount], im[kCount];
+  if constexpr (kAdding == Adding::kWeighted) {
+    for (int r = 0; r < kCount; ++r) {
+      const PairWeight<T> weight(tile.weights[2 * which[r]], tile.weights[2 * which[r] + 1]);
+      re[r] = weight.re;
+      im[r] = weight.im;
+    }
+  }
 
   alignas(64) double total[kCount][kProjections][kLanes] = {}, squares[kCount][kLanes] = {};
   alignas(64) double lane[kCount][kProjections][kLanes];
   alignas(64) T padded[kCount][kLanes];
   for (int64_t chunk = 0; chunk < columns; chunk += kChunk) {
     const int64_t chunk_end = chunk + kChunk < columns ? chunk + kChunk : columns;
-    memset(lane, 0, sizeof(lane));
     for (int64_t block = chunk; block < chunk_end; block += kBlock) {
       const int64_t block_end = block + kBlock < chunk_end ? block + kBlock : chunk_end;
-      Vector<T> partial[kCount][kProjections][kVectors];
-      DRACO_UNROLL for (int r = 0; r < kCount; ++r) DRACO_UNROLL for (int k = 0; k < kProjections; ++k)
-          DRACO_UNROLL for (int v = 0; v < kVectors; ++v) partial[r][k][v] = Vector<T>{};
-
-      // One step: kLanes columns of every row, each lane into its own partial sum.
-      const auto step = [&](const T* const* from, const T* phi, T* sum) __attribute__((always_inline)) {
-        DRACO_UNROLL for (int v = 0; v < kVectors; ++v) {
-          Vector<T> z[kCount];
-          DRACO_UNROLL for (int r = 0; r < kCount; ++r) z[r] = load(from[r] + v * kStep);
-          if constexpr (kAdding == Adding::kPlain) {
-            Vector<T> total = first ? z[0] : load(sum + v * kStep) + z[0];
-            DRACO_UNROLL for (int r = 1; r < kCount; ++r) total += z[r];
-            store(sum + v * kStep, total);
-          } else if constexpr (kAdding == Adding::kWeighted) {
-            const Vector<T> added = weight.times(z[0]);
-            store(sum + v * kStep, first ? added : load(sum + v * kStep) + added);
-          }
-          DRACO_UNROLL for (int k = 0; k < kProjections; ++k) {
-            const Vector<T> p = load(phi + k * kChunk + v * kStep);
-            DRACO_UNROLL for (int r = 0; r < kCount; ++r) partial[r][k][v] += p * z[r];
-          }
-        }
-      };
-      int64_t c = block;
-      for (; c + kLanes <= block_end; c += kLanes) {
-        const T* from[kCount];
-        DRACO_UNROLL for (int r = 0; r < kCount; ++r) from[r] = rows[r] + c;
-        step(from, phi_table + (c - chunk), out + c);
-      }
-      if (c < block_end) {  // the last columns of the message, where whole vectors may not be read
-        const size_t rest = (block_end - c) * sizeof(T);
-        const T* from[kCount];
-        DRACO_UNROLL for (int r = 0; r < kCount; ++r) {
+      const int64_t whole = block + (block_end - block) / kLanes * kLanes;
+      const size_t rest = (block_end - whole) * sizeof(T);
+      alignas(64) T rest_sum[kLanes] = {};
+      if (rest > 0) {  // the last columns of the message, where whole vectors may not be read
+        for (int r = 0; r < kCount; ++r) {
           memset(padded[r], 0, sizeof(padded[r]));
-          memcpy(padded[r], rows[r] + c, rest);
-          from[r] = padded[r];
+          memcpy(padded[r], rows[r] + whole, rest);
         }
-        alignas(64) T sum[kLanes] = {};
-        if (kAdding != Adding::kNo) memcpy(sum, out + c, rest);
-        step(from, phi_table + (c - chunk), sum);
-        if (kAdding != Adding::kNo) memcpy(out + c, sum, rest);
+        if (kAdding != Adding::kNo && !first) memcpy(rest_sum, out + whole, rest);
       }
-      for (int r = 0; r < kCount; ++r) {
-        DRACO_UNROLL for (int k = 0; k < kProjections; ++k) {
-          alignas(64) T sums[kLanes];
-          DRACO_UNROLL for (int v = 0; v < kVectors; ++v) store(sums + v * kStep, partial[r][k][v]);
-          for (int i = 0; i < kLanes; ++i) lane[r][k][i] += static_cast<double>(sums[i]);
+      // kLanes columns of every row at a step, each lane into its own partial sum; vector by vector, so that the
+      // partial sums of all rows stay in registers.
+      DRACO_UNROLL for (int v = 0; v < kVectors; ++v) {
+        Vector<T> partial[kCount][kProjections];
+        DRACO_UNROLL for (int r = 0; r < kCount; ++r) DRACO_UNROLL for (int k = 0; k < kProjections; ++k)
+            partial[r][k] = Vector<T>{};
+        const auto step = [&](const T* const* from, int64_t at, const T* phi, T* sum) __attribute__((always_inline)) {
+          Vector<T> p[kProjections], added = {};
+          DRACO_UNROLL for (int k = 0; k < kProjections; ++k) p[k] = load(phi + k * kChunk + v * kStep);
+          if (kAdding != Adding::kNo && !first) added = load(sum + v * kStep);
+          DRACO_UNROLL for (int r = 0; r < kCount; ++r) {
+            Vector<T> z = load(from[r] + at + v * kStep);
+            in_register<T>(z);
+            if constexpr (kAdding == Adding::kPlain) added += z;
+            if constexpr (kAdding == Adding::kWeighted) added += re[r] * z + im[r] * swap_pairs<T>(z);
+            DRACO_UNROLL for (int k = 0; k < kProjections; ++k) partial[r][k] += p[k] * z;
+          }
+          if (kAdding != Adding::kNo) store(sum + v * kStep, added);
+        };
+        for (int64_t c = block; c < whole; c += kLanes) {
+          DRACO_UNROLL for (int r = 0; r < kCount; ++r) {
+            if (v != r % kVectors) continue;  // each row in one of the passes
+            DRACO_UNROLL for (int i = 0; i < kLanes; i += kLine / static_cast<int>(sizeof(T)))
+                fetch_ahead(rows[r] + c + i);
+          }
+          step(rows, c, phi_table + (c - chunk), out + c);
+        }
+        if (rest > 0) {
+          const T* from[kCount];
+          DRACO_UNROLL for (int r = 0; r < kCount; ++r) from[r] = padded[r];
+          step(from, 0, phi_table + (whole - chunk), rest_sum);
+        }
+        for (int r = 0; r < kCount; ++r) {
+          DRACO_UNROLL for (int k = 0; k < kProjections; ++k) {
+            alignas(64) T sums[kStep];
+            store(sums, partial[r][k]);
+            double* to = lane[r][k] + v * kStep;
+            if (block == chunk) {
+              for (int i = 0; i < kStep; ++i) to[i] = static_cast<double>(sums[i]);
+            } else {
+              for (int i = 0; i < kStep; ++i) to[i] += static_cast<double>(sums[i]);
+            }
+          }
         }
       }
+      if (kAdding != Adding::kNo && rest > 0) memcpy(out + whole, rest_sum, rest);
     }
     const float* psi = tile.psi + chunk / kChunk * kMostProjections;
     for (int r = 0; r < kCount; ++r) {
@@ -390,53 +500,42 @@ void project_rows(const ProjectTile<T>& tile, int first_row, bool first) {
     }
   }
   for (int r = 0; r < kCount; ++r) {
-    const int row = first_row + r;
     for (int k = 0; k < kProjections; ++k) {
       double even = 0, odd = 0;
       for (int i = 0; i < kLanes; i += 2) {
         even += total[r][k][i];
         odd += total[r][k][i + 1];
       }
-      tile.re[row * tile.stride + k] = even;
-      tile.im[row * tile.stride + k] = odd;
+      tile.re[which[r] * tile.stride + k] = even;
+      tile.im[which[r] * tile.stride + k] = odd;
     }
     double energy = 0;
     for (int i = 0; i < kLanes; ++i) energy += squares[r][i];
-    tile.energy[row * tile.energy_stride] = energy / kProjections;
+    tile.energy[which[r] * tile.energy_stride] = energy / kProjections;
   }
+}
+
+// Rows in `which`, as many together as their partial sums leave registers for.
+template <typename T, int kProjections, Adding kAdding>
+void project_list(const ProjectTile<T>& tile, const int* which, int count) {
+  constexpr int kTogether = 8 / kProjections;
+  int done = 0;
+  for (; done + kTogether <= count; done += kTogether)
+    project_rows<T, kProjections, kTogether, kAdding>(tile, which + done, done == 0);
+  for (; done < count; ++done) project_rows<T, kProjections, 1, kAdding>(tile, which + done, done == 0);
+  if (count == 0 && kAdding != Adding::kNo) memset(tile.sum, 0, tile.columns * sizeof(T));
 }
 
 template <typename T, int kProjections>
 void project_all(const ProjectTile<T>& tile) {
-  bool first = true;
-  for (int row = 0; row < tile.count;) {
-    if (tile.rows[row] == nullptr) {
-      ++row;
-      continue;
-    }
-    int together = 1;
-    while (together < kRows && row + together < tile.count && tile.rows[row + together] != nullptr) ++together;
-    const bool whole = kRows > 1 && together == kRows && tile.weights == nullptr;
-    const double* w = tile.weights == nullptr ? nullptr : tile.weights + 2 * row;
-    if (tile.sum == nullptr || (w != nullptr && w[0] == 0 && w[1] == 0)) {
-      if (whole) {
-        project_rows<T, kProjections, kRows, Adding::kNo>(tile, row, first);
-      } else {
-        project_rows<T, kProjections, 1, Adding::kNo>(tile, row, first);
-      }
-    } else {
-      if (w != nullptr) {
-        project_rows<T, kProjections, 1, Adding::kWeighted>(tile, row, first);
-      } else if (whole) {
-        project_rows<T, kProjections, kRows, Adding::kPlain>(tile, row, first);
-      } else {
-        project_rows<T, kProjections, 1, Adding::kPlain>(tile, row, first);
-      }
-      first = false;
-    }
-    row += whole ? kRows : 1;
+  if (tile.sum == nullptr) {
+    project_list<T, kProjections, Adding::kNo>(tile, tile.added, tile.added_count);
+  } else if (tile.weights == nullptr) {
+    project_list<T, kProjections, Adding::kPlain>(tile, tile.added, tile.added_count);
+  } else {
+    project_list<T, kProjections, Adding::kWeighted>(tile, tile.added, tile.added_count);
   }
-  if (first && tile.sum != nullptr) memset(tile.sum, 0, tile.columns * sizeof(T));
+  project_list<T, kProjections, Adding::kNo>(tile, tile.others, tile.others_count);
 }
 
 template <typename T>

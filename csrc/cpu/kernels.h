@@ -13,7 +13,7 @@ namespace draco {
 enum class Dtype : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 // Votes among the present members of one group over `columns` columns.
-// Moves: members x columns elements read; the sum, which stays in the second-level cache, read and written.
+// Moves: members x columns elements read; the sum, which stays in cache, read and written.
 struct VoteTile {
   const void* const* rows;  // one pointer per present member, at the tile's first column
   int members;
@@ -42,9 +42,12 @@ struct WeightedSumTile {
 // Moves: rows x columns elements read; the table phi and the sum stay in cache.
 template <typename T>
 struct ProjectTile {
-  const T* const* rows;   // nullptr: the row is absent, its projections are 0
-  const double* weights;  // (rows, 2) as above, or nullptr: all are 1. A weight of 0 leaves the row out of the sum.
-  int count;
+  const T* const* rows;
+  const double* weights;  // (rows, 2) as above, or nullptr: all are 1
+  const int* added;       // rows that are projected and, where there is a sum, added to it
+  int added_count;
+  const int* others;  // rows that are only projected
+  int others_count;
   int64_t columns;
   int projections;   // 2 or 4
   const T* phi;      // (kMostProjections, kChunk), every pair's weight stored twice
@@ -59,8 +62,9 @@ struct ProjectTile {
 
 struct Kernels {
   const char* name;
-  void (*vote[4])(const VoteTile&);                                                // by Dtype
-  void (*finish[4])(const void* sum, int64_t columns, double divisor, void* out);  // out = sum / divisor
+  void (*vote[4])(const VoteTile&);  // by Dtype
+  // out = sum / divisor, past the caches where the result is a large one.
+  void (*finish[4])(const void* sum, int64_t columns, double divisor, bool large, void* out);
   void (*weighted_sum_f32)(const WeightedSumTile<float>&);
   void (*weighted_sum_f64)(const WeightedSumTile<double>&);
   void (*project_f32)(const ProjectTile<float>&);

@@ -6,7 +6,7 @@
 namespace draco {
 namespace {
 
-constexpr int64_t kVoteTile = 32768;  // columns: long enough for the prefetchers, short enough for the cache
+constexpr int64_t kVoteTile = 16384, kVoteUnit = 64;  // columns; the sum of a tile stays in the second-level cache
 
 template <typename T>
 void fill_nan(Tensor& out) {
@@ -38,18 +38,18 @@ std::tuple<Tensor, Tensor, Tensor> vote(const Tensor& messages, const std::vecto
   std::vector<uint8_t> differs(n, 0);
   if (!failed) {
     const Kernels& kernel = kernels();
-    for_each_tile(d, kVoteTile, [&](int64_t begin, int64_t columns) {
+    for_each_tile(d, kVoteTile, kVoteUnit, [&](int64_t begin, int64_t columns) {
       std::vector<const void*> rows(member.size());
       for (size_t i = 0; i < member.size(); ++i) rows[i] = row_pointer<T>(messages, member[i]) + begin;
       std::vector<uint8_t> local(member.size(), 0);
-      std::vector<Sum> buffer(sizeof(T) == 2 && groups > 1 ? columns : 0);
+      alignas(64) Sum sum[kVoteTile];
       VoteTile tile{};
       tile.columns = columns;
       tile.tolerant = atol > 0 || rtol > 0;
       tile.atol = atol;
       tile.rtol = rtol;
       tile.winner = out + begin;
-      tile.sum = groups == 1 ? nullptr : sizeof(T) == 2 ? static_cast<void*>(buffer.data()) : out + begin;
+      tile.sum = groups == 1 ? nullptr : sum;
       for (int64_t g = 0; g < groups; ++g) {
         tile.rows = rows.data() + group_begin[g];
         tile.members = static_cast<int>(group_begin[g + 1] - group_begin[g]);
@@ -57,9 +57,9 @@ std::tuple<Tensor, Tensor, Tensor> vote(const Tensor& messages, const std::vecto
         tile.differs = local.data() + group_begin[g];
         kernel.vote[static_cast<int>(dtype)](tile);
       }
-      if (groups > 1 && (mean || sizeof(T) == 2))
-        kernel.finish[static_cast<int>(dtype)](tile.sum, columns, mean ? static_cast<double>(groups) : 1.0,
-                                               out + begin);
+      if (groups > 1)
+        kernel.finish[static_cast<int>(dtype)](sum, columns, mean ? static_cast<double>(groups) : 1.0,
+                                               is_large(d * sizeof(T)), out + begin);
       for (size_t i = 0; i < member.size(); ++i)
         if (local[i]) __atomic_store_n(&differs[member[i]], uint8_t{1}, __ATOMIC_RELAXED);
     });

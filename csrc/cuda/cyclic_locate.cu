@@ -30,8 +30,8 @@ struct Begin {
 DRACO_DEVICE LocatorInput locator_input(const Search& search) {
   const auto* numbers = reinterpret_cast<const double*>(search.projections);
   const int64_t columns = search.tiles * search.per_tile;
-  return {search.workers, search.adversaries, numbers,        numbers + 1,     2 * columns, 2,
-          columns,        search.noise,       search.missing, search.nonfinite};
+  return {search.workers, search.adversaries, numbers,        numbers + 1,      2 * columns, 2,
+          columns,        search.noise,       search.missing, search.nonfinite, nullptr};
 }
 
 __global__ void __launch_bounds__(kTeamThreads) begin_kernel(const __grid_constant__ Begin begin) {
