@@ -9,17 +9,28 @@ exchanged for others from round to round, too.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import os
 import statistics
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-from workloads import CYCLIC, REPETITION, Rule, baseline, cases, cyclic_rules, decode, encode, relative_error, reverse
 
 import draco_ext
+from draco_ext.cli.bench.timing import Clock
+from draco_ext.cli.bench.workloads import (
+    CYCLIC,
+    Rule,
+    baseline,
+    cases,
+    cyclic_rules,
+    encode,
+    relative_error,
+    reversed_workers,
+    votes,
+)
 
 SIZES = [(n, d) for d in (10**6, 25_600_000, 60_200_000) for n in (15, 45)]  # ..., ResNet-50, ResNet-152
 FAST, SLOW = 21, 5  # rounds
@@ -30,11 +41,8 @@ def rules(n: int) -> list[Rule]:
     """The lines of the table; those with the same messages are neighbours."""
     lines = [Rule(name, baseline(name), slow=name != "mean") for name in BASELINES]
     # Its number of iterations depends on the messages.
-    lines += [Rule(f"{name}, 1 reversed", baseline(name), reversed=True, slow=True) for name in BASELINES[2:]]
-    lines += [
-        Rule("vote s=1", decode, REPETITION),
-        Rule("vote s=1, 1 reversed", decode, REPETITION, reversed=True),
-    ]
+    lines += [Rule(f"{name}, 1 reversed", baseline(name), reversed=(0,), slow=True) for name in BASELINES[2:]]
+    lines += [rule for rule in votes(n) if rule.own]
     cyclic = cyclic_rules(n)
     most = max(rule.adversaries for rule in cyclic)
     return [*lines, *cyclic, Rule(f"encode s={most}", encode, CYCLIC, most, decodes=False)]
@@ -70,50 +78,34 @@ def messages(request, gpu):
 
 
 @pytest.fixture(scope="module")
-def unrelated(gpu):
-    return torch.ones(2**28, device="cuda")
+def clock(gpu):
+    return Clock("cuda")
 
 
-def seconds_of(call: Callable[[], object], unrelated: Tensor) -> Callable[[], float]:
-    """Runs the call; what is returned gives its seconds once the device is done."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    unrelated.sum()
-    start.record()
-    call()
-    end.record()
-    return lambda: start.elapsed_time(end) / 1e3
-
-
-def test_speed(messages, rule, unrelated, add_row):
+def test_speed(messages, rule, clock, add_row):
     load, series = messages
     error = relative_error(rule, "cuda", load.n)
     rows = load.code.redundancy if rule.apply is encode else load.n
     moved = (rows + 1) * load.d  # elements
     target = torch.empty(moved // 2, device="cuda")
 
-    honest = [messages[: rule.adversaries].clone() for messages in series]
-    if rule.reversed:
-        for messages in series:
-            reverse(messages, rule.adversaries)
     seconds, ratios = [], []
     warmup, rounds = 2, SLOW if rule.slow else FAST
-    for i in range(warmup + rounds):
-        messages = series[i % len(series)]
-        calls = [
-            lambda: target.copy_(messages.view(-1)[: len(target)]),  # noqa: B023 (called at once)
-            lambda: rule.apply(messages, load.code),  # noqa: B023
-        ]
-        timings = [seconds_of(call, unrelated) for call in (calls[0], calls[1], calls[0])]
-        torch.cuda.synchronize()
-        before, own, after = (timing() for timing in timings)
-        if i >= warmup:
-            seconds.append(own)
-            ratios.append(own / ((before + after) / 2))
-    for messages, rows_before in zip(series, honest, strict=True):
-        messages[: rule.adversaries] = rows_before
+    with contextlib.ExitStack() as stack:
+        for messages in series:
+            stack.enter_context(reversed_workers(messages, rule.reversed))
+        for i in range(warmup + rounds):
+            messages = series[i % len(series)]
+            copy = functools.partial(target.copy_, messages.view(-1)[: len(target)])
+            before = clock(copy)
+            own = clock(functools.partial(rule.apply, messages, load.code))
+            after = clock(copy)
+            if i >= warmup:
+                seconds.append(own)
+                ratios.append(own / ((before + after) / 2))
 
     add_row(
-        device="cuda",
+        report="cuda",
         n=load.n,
         d=load.d,
         rule=rule.name,
@@ -121,4 +113,5 @@ def test_speed(messages, rule, unrelated, add_row):
         to_yardstick=statistics.median(ratios),
         bytes=moved * target.element_size(),
         error=error,
+        own=rule.own,
     )

@@ -118,7 +118,7 @@ def test_step(request, d, name, add_row):
         pytest.skip("--quick")
     rounds = list(run_local(_rank, RANKS, d, name, 3 if quick else 11))
     add_row(
-        device="step",
+        report="step",
         n=RANKS,
         d=d,
         rule=name,

@@ -17,12 +17,15 @@ from draco_ext.aggregators import AGGREGATORS
 from draco_ext.attacks import ATTACKS
 from draco_ext.cli import doctor as doctors
 from draco_ext.cli import planning, report
+from draco_ext.cli.bench import report as bench_report
+from draco_ext.cli.bench import suites as bench_suites
 from draco_ext.cli.digits import TRAIN_SAMPLES
 from draco_ext.cli.faults import BAD_CHOICES
 from draco_ext.cli.training import CODES, Config, Outcome, Training, code_for, list_trainings, run
 from draco_ext.cli.verdict import judge
 from draco_ext.distributed.guard import TRANSPORTS
 from draco_ext.distributed.local import under_torchrun
+from draco_ext.ops import build_info
 
 DEFAULT_RULES = ("mean", "geometric-median-gram", "krum", "repetition", "cyclic")
 # Rules that need more than the 2s+1 workers of a code: 2s+3.
@@ -256,3 +259,58 @@ def doctor(workers: int) -> None:
         console.print(f"[{colour}]{diagnosis.result}[/{colour}]", soft_wrap=True)
     if not diagnosis.result.reproducible:
         raise SystemExit(1)
+
+
+@draco.command(context_settings={"show_default": True})
+@click.argument("suites", nargs=-1, type=click.Choice([*bench_suites.SUITES, "all"]))
+@click.option("--workers", type=click.IntRange(5), default=45, help="Messages, n: decode.")
+@click.option("--parameters", type=click.IntRange(1000), default=10**7, help="Elements, d: decode and kernels.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where: decode and paper.")
+@click.option("--peers/--no-peers", default=True, help="With the libraries that people install: decode.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("draco-bench"),
+    help="Folder for each suite's JSON, Markdown and picture.",
+)
+def bench(suites: tuple[str, ...], workers: int, parameters: int, device: str, peers: bool, output: Path) -> None:
+    r"""Measure decoders beside what people would use instead.
+
+    \b
+    decode    decoders, robust averages and the libraries people install
+    kernels   every kernel beside its yardstick
+    scaling   time per byte over sizes
+    paper     the paper's comparison on gradients of its models' sizes
+    accuracy  time to accuracy under attack
+    all       all of them
+
+    Without a name: decode. Every call takes turns with a yardstick, as a rule one read of the same messages; a rule
+    that cannot run is reported. The other libraries come with pip install "draco_ext[bench]".
+    """
+    console = Console()
+    if device == "cuda" and not (torch.cuda.is_available() and build_info()["cuda"]):
+        raise click.UsageError("--device cuda needs a CUDA device and a draco_ext built with CUDA")
+    chosen = [*bench_suites.SUITES] if "all" in suites else list(dict.fromkeys(suites)) or ["decode"]
+    for suite in chosen:
+        jobs = bench_suites.jobs(suite, device, workers, parameters, peers)
+        rows = _measure(jobs, console)
+        cuda = rows[0].report == "cuda"
+        console.rule(bench_report.REPORTS[rows[0].report].title)
+        lines = [bench_report.facts(cuda), bench_report.REPORTS[rows[0].report].legend]
+        for line in [*lines, *bench_report.table(rows)]:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        files = bench_report.write(output, rows)
+        console.print(f"Wrote {', '.join(map(str, files))}", soft_wrap=True)
+
+
+def _measure(jobs: list[bench_suites.Job], console: Console) -> list[bench_report.Row]:
+    """Runs jobs one after another under a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(jobs))
+        rows = []
+        for job in jobs:
+            progress.update(task, description=job.label)
+            rows += job.run()
+            progress.advance(task)
+        return rows

@@ -1,10 +1,11 @@
-"""What the benchmarks run: messages as workers send them, and rules that make one gradient of them."""
+"""Messages as workers send them, and rules that make one gradient of them."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 import draco_ext
 from draco_ext import aggregators, ops
 from draco_ext.attacks import ATTACKS
+from draco_ext.cli.bench import peers
 
 ERROR_D = 10**5
 EXACT = 1e-6  # the largest relative error of a decoded float32 gradient
@@ -29,6 +31,7 @@ class Workload:
 
     @property
     def parts(self) -> int:
+        """How many gradients there are."""
         return self.n if self.code is None else self.code.parts
 
     def build(self, series: int = 0) -> Tensor:
@@ -50,6 +53,7 @@ class Workload:
 
     @property
     def size(self) -> str:
+        """Messages and elements, short."""
         return f"{self.n}x{self.d:.3g}".replace("e+0", "e")
 
     def honest_mean(self) -> Tensor:
@@ -66,6 +70,7 @@ def _randn(device: str, d: int, seed: int) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def common_gradient(device: str, d: int) -> Tensor:
+    """What all parts of the batch have in common."""
     return _randn(device, d, 2**31)
 
 
@@ -74,10 +79,21 @@ def part_gradient(device: str, part: int, d: int) -> Tensor:
     return _randn(device, d, part).add_(common_gradient(device, d))
 
 
-def reverse(messages: Tensor, count: int) -> None:
-    """Makes the first workers bad, in place."""
-    for message in messages[:count]:
-        message.copy_(ATTACKS["reversed"](message, generator=torch.Generator()))
+def reverse(messages: Tensor, workers: Iterable[int]) -> None:
+    """Makes workers bad, in place."""
+    for worker in workers:
+        messages[worker] = ATTACKS["reversed"](messages[worker], generator=torch.Generator())
+
+
+@contextlib.contextmanager
+def reversed_workers(messages: Tensor, workers: Sequence[int]) -> Iterator[None]:
+    """Makes workers bad for a while."""
+    honest = messages[list(workers)]
+    reverse(messages, workers)
+    try:
+        yield
+    finally:
+        messages[list(workers)] = honest
 
 
 Apply = Callable[[Tensor, draco_ext.Code | None], Tensor]
@@ -91,19 +107,27 @@ class Rule:
         name: as in the table.
         apply: (messages, code) -> gradient.
         code: the class of code that makes the messages, or None.
-        adversaries: how many bad workers the code is made for, and how many are reversed.
-        reversed: whether they are while the rule is timed; for the error they always are.
+        adversaries: how many bad workers the code is made for.
+        reversed: who sends a reversed message while the rule is timed. For the error somebody always does: the first
+            workers, as many as the rule is told of, where nobody is named here.
         slow: to be timed less often.
         decodes: whether what it gives is a gradient, whose error can be looked at.
+        peer: whose code it is, where it is another library's.
     """
 
     name: str
     apply: Apply
     code: type[draco_ext.Code] | None = None
     adversaries: int = 1
-    reversed: bool = False
+    reversed: Sequence[int] = ()
     slow: bool = False
     decodes: bool = True
+    peer: peers.Peer | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether it is this library's."""
+        return self.apply in (decode, decode_expecting, encode)
 
     @property
     def slug(self) -> str:
@@ -113,11 +137,12 @@ class Rule:
 
 @functools.cache
 def workload(device: str, n: int, d: int, code: type[draco_ext.Code] | None, adversaries: int) -> Workload:
-    """One object for all rules with the same messages: pytest keeps a fixture by identity."""
+    """One object for all rules with the same messages: they are built once."""
     return Workload(device, n, d, code and code(n, adversaries))
 
 
 def decode(messages: Tensor, code: draco_ext.Code) -> Tensor:
+    """As in a step in which bad workers, if any, are new."""
     return draco_ext.decode(messages, code).gradient
 
 
@@ -133,10 +158,46 @@ def encode(messages: Tensor, code: draco_ext.Code) -> Tensor:
 
 
 def baseline(name: str) -> Apply:
+    """One of `aggregators.AGGREGATORS`, told that one worker is bad."""
     return lambda messages, code: aggregators.AGGREGATORS[name](messages, 1)
 
 
 REPETITION, CYCLIC = draco_ext.RepetitionCode, draco_ext.CyclicCode
+ONE_READ = Rule("one read", lambda messages, code: messages.sum(), decodes=False)
+
+
+def vote_torch(messages: Tensor, code: draco_ext.Code) -> Tensor:
+    """The majority vote in plain torch."""
+    return aggregators.vote_torch(messages, code.redundancy)[0]
+
+
+def others(n: int, with_peers: bool) -> list[Rule]:
+    """What people use instead: plain torch and, where wanted, the libraries that they install."""
+    sorting = ("coordinate-median", "trimmed-mean")
+    medians = ("geometric-median", "geometric-median-gram")
+    rules = [
+        Rule(name, baseline(name), slow=name in sorting or name == "geometric-median")
+        for name in aggregators.AGGREGATORS
+    ]
+    # The number of iterations depends on the messages.
+    rules += [Rule(f"{name}, 1 reversed", baseline(name), reversed=(0,), slow=True) for name in medians]
+    if with_peers:
+        for peer in peers.PEERS:
+            rules.append(Rule(peer.name, peer.apply, slow=True, peer=peer))
+            if peer.iterates:
+                rules.append(Rule(f"{peer.name}, 1 reversed", peer.apply, reversed=(0,), slow=True, peer=peer))
+    return rules
+
+
+def votes(n: int) -> list[Rule]:
+    """The majority vote, and the same in plain torch, which has to look further where somebody lies."""
+    liars = range(0, n // 3 * 3, 3)  # one in every group
+    return [
+        Rule("vote s=1", decode, REPETITION),
+        Rule(f"vote s=1, {len(liars)} reversed", decode, REPETITION, reversed=liars),
+        Rule("vote s=1 in plain torch", vote_torch, REPETITION),
+        Rule(f"vote s=1 in plain torch, {len(liars)} reversed", vote_torch, REPETITION, reversed=liars, slow=True),
+    ]
 
 
 def cyclic_rules(n: int) -> list[Rule]:
@@ -146,8 +207,8 @@ def cyclic_rules(n: int) -> list[Rule]:
         for s in ((1, 5) if n == 45 else (1,))
         for rule in (
             Rule(f"cyclic s={s}", decode, CYCLIC, s),
-            Rule(f"cyclic s={s}, {s} reversed", decode, CYCLIC, s, reversed=True),
-            Rule(f"cyclic s={s}, {s} reversed, expected", decode_expecting, CYCLIC, s, reversed=True),
+            Rule(f"cyclic s={s}, {s} reversed", decode, CYCLIC, s, reversed=range(s)),
+            Rule(f"cyclic s={s}, {s} reversed, expected", decode_expecting, CYCLIC, s, reversed=range(s)),
         )
     ]
 
@@ -158,7 +219,7 @@ def relative_error(rule: Rule, device: str, n: int) -> float | None:
         return None
     load = workload(device, n, ERROR_D, rule.code, rule.adversaries)
     messages = load.build()
-    reverse(messages, rule.adversaries)
+    reverse(messages, rule.reversed or range(rule.adversaries))
     honest = load.honest_mean()
     error = ((rule.apply(messages, load.code).double() - honest).norm() / honest.norm()).item()
     assert rule.code is None or error <= EXACT

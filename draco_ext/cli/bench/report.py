@@ -1,0 +1,287 @@
+"""What the benchmarks print and leave behind: Markdown tables, JSON, pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import matplotlib
+import torch
+
+from draco_ext import build_info
+from draco_ext.cli.report import processor
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured call; medians over the rounds.
+
+    Attributes:
+        report: which of `REPORTS` it belongs to.
+        n: workers.
+        d: elements of the gradient.
+        rule: what was called.
+        seconds: how long it took; None: it could not run, see note.
+        to_yardstick: seconds / those of the report's yardstick, around every round.
+        bytes: read, or sent.
+        error: relative to the honest mean, with reversed messages.
+        own: whether it is this library's.
+        split: seconds that are part of the others, or other figures with names of their own; None: never.
+        note: what else to know of it.
+    """
+
+    report: str
+    n: int
+    d: int
+    rule: str
+    seconds: float | None
+    to_yardstick: float | None = None
+    bytes: int = 0
+    error: float | None = None
+    own: bool = False
+    split: dict[str, float | None] | None = None
+    note: str = ""
+
+
+# -------------------------------------------------------------------------------------------- what it was measured on
+
+
+def _gpu() -> dict[str, str]:
+    about = torch.cuda.get_device_properties(torch.cuda.current_device())
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", f"--id={about.uuid}"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    size = f"{about.total_memory / 2**30:.0f} GiB, {about.multi_processor_count} multiprocessors"
+    return {"gpu": f"{about.name}, {size}, {about.L2_cache_size / 2**20:.0f} MiB L2", "driver": driver}
+
+
+def machine(cuda: bool = False) -> dict[str, str]:
+    """What a table was measured on."""
+    about = {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        **(_gpu() if cuda else {}),
+        "torch": torch.__version__,
+    }
+    for library in ("byzfl", "geom-median"):
+        try:
+            about[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    about |= {f"draco_ext {key}": str(value) for key, value in build_info().items()}
+    return {key: value for key, value in about.items() if value}
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+@dataclass(frozen=True)
+class Report:
+    """How the rows of one kind are shown."""
+
+    title: str
+    legend: str
+    column: str  # of Row.to_yardstick
+    show: Callable[[float], str] = "{:.2f}".format
+
+
+_ERROR = (
+    "error: relative to the honest mean when as many messages as the rule is told of are reversed (times -100), at "
+    "d = 1e5."
+)
+_OTHER = "x other: time over that of the fastest rule that is neither this library's nor the mean."
+REPORTS = {
+    "decode": Report(
+        "decoding compared with one read of the messages",
+        "ms: median. GB/s: bytes of the messages / ms. x read: relative to one read of the messages, messages.sum(), "
+        f"just before and after; median. {_OTHER} {_ERROR}",
+        "x read",
+    ),
+    "cuda": Report(
+        "decoding on the GPU compared with a device copy of the same bytes",
+        "ms: median, by CUDA events. GB/s: bytes that must move (messages read once, gradient written once; for an "
+        "encode its rows and its message) / ms. of copy: that rate relative to the rate of a device copy that moves "
+        f"as many bytes, just before and after; median. {_OTHER} {_ERROR}",
+        "of copy",
+        lambda ratio: f"{1 / ratio:.0%}",
+    ),
+    "kernels": Report(
+        "kernels and calls, each beside its yardstick",
+        "ms: median. GB/s: bytes read / ms. x yardstick: relative to the yardstick just before and after; median.",
+        "x yardstick",
+    ),
+    "scaling": Report(
+        "time per byte over sizes",
+        "ms: median. GB/s: bytes of the messages / ms. x read: relative to messages.sum(). locator: the part of the "
+        "time that the search for bad workers takes.",
+        "x read",
+    ),
+    "paper": Report(
+        "the paper's comparison: encoding and decoding of whole gradients, and the geometric median of as many",
+        "seconds; 45 workers, float32, attacked by s workers that the decoder does not know of. The gradient comes in "
+        "buckets of 25 MiB, as DistributedDataParallel has them: the time of a whole bucket, times their number, and "
+        "that of the rest. median: Weiszfeld on the messages; Gram: on their Gram matrix. Repetition has nothing to "
+        "encode. median/...: how much longer the geometric median takes than encoding and decoding.",
+        "",
+    ),
+    "accuracy": Report(
+        "time to accuracy under attack",
+        "work: samples that a worker computes, in multiples of plain averaging's: the price of the codes. Steps and "
+        "seconds until that test accuracy, and the accuracy after all steps. Processes with DistributedDataParallel "
+        "on this machine, d parameters; the first line is plain averaging without bad workers.",
+        "",
+    ),
+    "step": Report(
+        "communication and decoding of a step of n ranks over gloo on this machine, d parameters",
+        "ms: median, of the backward pass that communicates, on rank 0, less one that does not but encodes. MB: "
+        "what all ranks sent together. GB/s: that / ms. x DDP: time over plain DistributedDataParallel's in the same "
+        "round; median. encode, communicate, decode: ms of rank 0 in that pass, which shares the cores with the "
+        "others; communicate: waiting for them.",
+        "x DDP",
+    ),
+}
+
+
+def size_name(d: int) -> str:
+    """A number of elements, short."""
+    return f"{d:.3g}".replace("e+0", "e")
+
+
+def _fastest_other(rows: list[Row]) -> dict[tuple[int, int], float]:
+    fastest: dict[tuple[int, int], float] = {}
+    for row in rows:
+        if row.error is not None and not row.own and row.rule != "mean" and row.seconds is not None:
+            fastest[row.n, row.d] = min(row.seconds, fastest.get((row.n, row.d), row.seconds))
+    return fastest
+
+
+def _cells(row: Row, report: Report, fastest: dict[tuple[int, int], float]) -> dict[str, str]:
+    """A row's cells by the table's header."""
+    cells = {"n": str(row.n), "d": size_name(row.d), "rule": row.rule}
+    if row.report in ("paper", "accuracy"):
+        return cells | {name: "never" if value is None else f"{value:.3g}" for name, value in (row.split or {}).items()}
+    ms = row.seconds is not None
+    cells |= {
+        "ms": f"{1e3 * row.seconds:.4g}" if ms else "-",
+        "MB": f"{row.bytes / 1e6:.1f}",
+        "GB/s": f"{row.bytes / row.seconds / 1e9:.2f}" if ms else "-",
+        report.column: report.show(row.to_yardstick) if ms else "-",
+    }
+    if row.report in ("decode", "cuda"):
+        other = fastest.get((row.n, row.d))
+        cells["x other"] = f"{row.seconds / other:.3f}" if ms and other and row.error is not None else ""
+        cells["error"] = "" if row.error is None else f"{row.error:.1e}"
+    if row.report == "step":
+        cells |= {name: f"{1e3 * seconds:.1f}" for name, seconds in row.split.items()}
+    if row.report == "scaling":
+        cells["locator"] = "" if row.split is None else f"{row.split['locator']:.2%}"
+    cells["note"] = row.note
+    return cells
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Markdown that is also aligned as plain text."""
+    report, fastest = REPORTS[rows[0].report], _fastest_other(rows)
+    cells = [_cells(row, report, fastest) for row in rows]
+    header = [name for name in cells[0] if any(line.get(name) for line in cells)]
+    lines = [dict(zip(header, header, strict=True)), *cells]
+    widths = {name: max(len(line.get(name, "")) for line in lines) for name in header}
+    left = {"rule", "note"}
+    text = [
+        " | ".join(
+            line.get(name, "").ljust(widths[name]) if name in left else line.get(name, "").rjust(widths[name])
+            for name in header
+        )
+        for line in lines
+    ]
+    ruler = " | ".join("-" * widths[name] if name in left else "-" * (widths[name] - 1) + ":" for name in header)
+    return [f"| {line} |" for line in (text[0], ruler, *text[1:])]
+
+
+def facts(cuda: bool) -> str:
+    """One line of what was measured on."""
+    return "; ".join(f"{key}: {value}" for key, value in machine(cuda).items())
+
+
+def write(folder: Path, rows: list[Row]) -> list[Path]:
+    """Writes one kind of rows as JSON, Markdown and, where there is one, a picture; returns the files."""
+    name = rows[0].report
+    report, cuda = REPORTS[name], name == "cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+    json_file, text_file = folder / f"{name}.json", folder / f"{name}.md"
+    document = {"machine": machine(cuda), "rows": [asdict(row) for row in rows]}
+    json_file.write_text(json.dumps(document, indent=1) + "\n")
+    text_file.write_text("\n\n".join([facts(cuda), report.legend, "\n".join(table(rows))]) + "\n")
+    files = [json_file, text_file]
+    if name in _DRAWINGS:
+        files.append(folder / f"{name}.png")
+        _DRAWINGS[name](files[-1], rows)
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+# Okabe and Ito's colours, which every kind of colour vision can tell apart.
+_OWN, _OTHERS, _READ = "#0072B2", "#E69F00", "#999999"
+_LINES = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")
+
+
+def _panel(panel: plt.Axes) -> None:
+    panel.grid(color="#EEEEEE")
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_decode(path: Path, rows: list[Row]) -> None:
+    """Bars of the largest size: time over one read of the messages."""
+    size = max((row.n * row.d, row.n, row.d) for row in rows)[1:]
+    shown = [row for row in rows if (row.n, row.d) == size and row.seconds is not None]
+    shown.sort(key=lambda row: -row.to_yardstick)
+    figure, panel = plt.subplots(figsize=(9, 0.6 + 0.3 * len(shown)), layout="constrained")
+    colours = [_OWN if row.own else _READ if row.error is None or row.rule == "mean" else _OTHERS for row in shown]
+    bars = panel.barh([row.rule for row in shown], [row.to_yardstick for row in shown], color=colours)
+    labels = [f" {row.to_yardstick:.3g}" + ("" if row.error is None else f"   error {row.error:.1g}") for row in shown]
+    panel.bar_label(bars, labels, fontsize=8)
+    panel.set(xscale="log", xlabel="time, in reads of the messages")
+    panel.set_xlim(0.7, 6 * max(row.to_yardstick for row in shown))
+    panel.set_title(f"{size[0]} messages of {size_name(size[1])} float32", fontsize=11)
+    _panel(panel)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw_scaling(path: Path, rows: list[Row]) -> None:
+    """Time per byte, and relative to one read, over d; one line for each n, one row of panels for each rule."""
+    rules = list(dict.fromkeys(row.rule for row in rows))
+    figure, panels = plt.subplots(len(rules), 2, figsize=(11, 3.6 * len(rules)), squeeze=False, layout="constrained")
+    for (left, right), rule in zip(panels, rules, strict=True):
+        for colour, n in zip(_LINES, sorted({row.n for row in rows}), strict=False):
+            line = [row for row in rows if row.rule == rule and row.n == n]
+            d = [row.d for row in line]
+            left.plot(d, [1e9 * row.seconds / row.bytes for row in line], "o-", color=colour, label=f"n = {n}")
+            right.plot(d, [row.to_yardstick for row in line], "o-", color=colour)
+        left.set(xscale="log", ylim=(0, None), xlabel="d", ylabel="ns per byte of the messages", title=rule)
+        right.set(xscale="log", ylim=(0, None), xlabel="d", ylabel="time / one read of the messages", title=rule)
+        left.legend(frameon=False)
+        for panel in (left, right):
+            _panel(panel)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+_DRAWINGS: dict[str, Callable[[Path, list[Row]], None]] = {
+    "decode": _draw_decode,
+    "cuda": _draw_decode,
+    "scaling": _draw_scaling,
+}

@@ -1,0 +1,376 @@
+"""What ``draco bench`` can measure, as jobs that give rows."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import draco_ext
+from draco_ext import aggregators, ops
+from draco_ext.attacks import ATTACKS
+from draco_ext.cli.bench.report import Row
+from draco_ext.cli.bench.timing import Clock, available_memory, compare, memory_limit, repeat
+from draco_ext.cli.bench.workloads import (
+    ONE_READ,
+    Rule,
+    Workload,
+    cyclic_rules,
+    others,
+    part_gradient,
+    relative_error,
+    reversed_workers,
+    votes,
+    workload,
+)
+from draco_ext.cli.report import step_seconds
+from draco_ext.cli.training import Config, Outcome, run
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of a suite."""
+
+    label: str
+    run: Callable[[], list[Row]]
+
+
+@functools.lru_cache(maxsize=1)
+def _built(load: Workload) -> Tensor:
+    gc.collect()
+    return load.build()
+
+
+def decode(device: str, n: int, d: int, with_peers: bool) -> Iterator[Job]:
+    """Decoders beside robust averages on the messages of n workers."""
+    clock = Clock(device)
+    for rule in [ONE_READ, *others(n, with_peers), *votes(n), *cyclic_rules(n)]:
+        yield Job(rule.name, functools.partial(_decode_row, rule, clock, device, n, d))
+
+
+def _decode_row(rule: Rule, clock: Clock, device: str, n: int, d: int) -> list[Row]:
+    load = workload(device, n, d, rule.code, rule.adversaries)
+    row = Row("decode" if device == "cpu" else "cuda", n, d, rule.name, None, own=rule.own)
+    if rule.peer is not None and rule.peer.missing():
+        return [replace(row, note=rule.peer.missing())]
+    messages = _built(load)
+    moved = messages.nbytes
+    yardstick = messages.sum
+    if device == "cuda":
+        moved += d * messages.element_size()
+        target = torch.empty(moved // 8, device=device)
+        yardstick = functools.partial(target.copy_, messages.view(-1)[: len(target)])
+    row = replace(row, bytes=moved)
+    if rule.peer is None:
+        error, timing = _measure(rule, clock, load, messages, yardstick)
+        return [replace(row, seconds=timing.seconds, to_yardstick=timing.ratio, error=error)]
+    try:
+        with memory_limit():
+            error, timing = _measure(rule, clock, load, messages, yardstick)
+    except Exception as failure:  # of other people's code: of whatever kind, it goes into the table
+        return [replace(row, note=f"failed: {str(failure).strip().splitlines()[0][:80]}")]
+    distance = rule.peer.distance(n)
+    note = f"{distance:.0e} from what it approximates" if distance > 1e-5 else ""
+    return [replace(row, seconds=timing.seconds, to_yardstick=timing.ratio, error=error, note=note)]
+
+
+def _measure(rule: Rule, clock: Clock, load: Workload, messages: Tensor, yardstick: Callable[[], object]):
+    error = relative_error(rule, load.device, load.n)
+    with reversed_workers(messages, rule.reversed):
+        return error, compare(clock, lambda: rule.apply(messages, load.code), yardstick)
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+def same_messages(n: int, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """All workers send the same: honest messages of every code, as the n-th roots of unity add up to 0."""
+    gradient = part_gradient("cpu", 0, d).to(dtype)
+    messages = torch.empty(n, d, dtype=dtype)
+    for row in messages:
+        row.copy_(gradient)
+    return messages
+
+
+KERNEL_ROUNDS = 21
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel beside its yardstick.
+
+    Attributes:
+        name: as in the table.
+        yardstick: what the yardstick is.
+        n: workers.
+        d: elements.
+        build: makes the two calls, and says how many bytes the first one reads.
+        short: whether a call is too short to be timed alone.
+    """
+
+    name: str
+    yardstick: str
+    n: int
+    d: int
+    build: Callable[[], tuple[Callable[[], object], Callable[[], object], int]]
+    short: bool = False
+
+    def prepare(self) -> Prepared:
+        """Makes the calls."""
+        gc.collect()
+        call, yardstick, moved = self.build()
+        if not self.short:
+            return Prepared(self, call, 1, yardstick, 1, moved)
+        return Prepared(self, *repeat(call), *repeat(yardstick), moved)
+
+
+class Prepared(NamedTuple):
+    """A case's calls, each so often repeated that it can be timed."""
+
+    case: Case
+    call: Callable[[], object]
+    times: int
+    yardstick: Callable[[], object]
+    yardstick_times: int
+    bytes: int
+
+    def row(self, seconds: float, ratio: float) -> Row:
+        """The row, from what the two calls took."""
+        case = self.case
+        return Row(
+            "kernels",
+            case.n,
+            case.d,
+            case.name,
+            seconds / self.times,
+            ratio * self.yardstick_times / self.times,
+            self.bytes,
+            own=True,
+            note=f"of {case.yardstick}",
+        )
+
+
+def kernel_cases(d: int) -> Iterator[Case]:
+    """Every kernel, for a gradient of d elements on the CPU."""
+    for group in (3, 5, 7, 11):
+        yield _vote_case(45 // group * group, d, group, torch.float32)
+    yield _vote_case(45, d // 2, 3, torch.float64)
+    yield _vote_case(45, d, 3, torch.bfloat16)
+    yield _vote_case(45, d, 3, torch.float16)
+    yield Case("encode one part", "message.add_(gradient)", 45, d, lambda: _encode_part(d))
+    yield Case("encode, 11 parts", "one read", 45, d, lambda: _encode(d))
+    bucket = min(d, 25 * 2**18)  # 25 MiB
+    yield Case("digest of a bucket", "one read", 1, bucket, lambda: _digest(bucket))
+    yield Case("project", "one read", 45, d, lambda: _project(d))
+    for code in (draco_ext.RepetitionCode(15, 1), draco_ext.CyclicCode(15, 1), draco_ext.CyclicCode(15, 2)):
+        name = f"call of decode, {type(code).__name__}(15, {code.adversaries})"
+        yield Case(name, "messages.sum()", 15, 1000, functools.partial(_short, code), short=True)
+
+
+def _vote_case(n: int, d: int, group: int, dtype: torch.dtype) -> Case:
+    def build():
+        messages = same_messages(n, d, dtype)
+        words = messages if dtype.itemsize > 2 else messages.view(torch.float32)  # torch adds up 16-bit types slowly
+        code = draco_ext.RepetitionCode(n, (group - 1) // 2)
+        return lambda: draco_ext.decode(messages, code), words.sum, messages.nbytes
+
+    return Case(f"vote of {group}, {str(dtype).removeprefix('torch.')}", "one read", n, d, build)
+
+
+def _encode_part(d: int):
+    gradient, message = part_gradient("cpu", 0, d), torch.zeros(d)
+    encode = functools.partial(ops.cyclic_encode_add_, message, gradient, 45, 5, 0, 0)
+    return encode, functools.partial(message.add_, gradient), 2 * gradient.nbytes
+
+
+def _encode(d: int):
+    gradients = same_messages(11, d)
+    return functools.partial(ops.cyclic_encode, gradients, 45, 5, 0), gradients.sum, gradients.nbytes
+
+
+def _digest(d: int):
+    values = part_gradient("cpu", 0, d)
+    return functools.partial(ops.digest, values, 7), values.sum, values.nbytes
+
+
+def _project(d: int):
+    messages = same_messages(45, d)
+    return functools.partial(ops.cyclic_project, messages, 7), messages.sum, messages.nbytes
+
+
+def _short(code: draco_ext.Code):
+    messages = same_messages(code.workers, 1000)
+    return functools.partial(draco_ext.decode, messages, code), messages.sum, messages.nbytes
+
+
+def kernels(d: int) -> Iterator[Job]:
+    """Every kernel beside its yardstick."""
+    clock = Clock("cpu")
+    for case in kernel_cases(d):
+        yield Job(case.name, functools.partial(_kernel_row, case, clock))
+
+
+def _kernel_row(case: Case, clock: Clock) -> list[Row]:
+    prepared = case.prepare()
+    timing = compare(clock, prepared.call, prepared.yardstick, rounds=KERNEL_ROUNDS)
+    return [prepared.row(timing.seconds, timing.ratio)]
+
+
+# ---------------------------------------------------------------------------------------------------------- scaling
+
+SCALING_WORKERS = (7, 15, 45, 127, 255)
+
+
+def scaling(most_bytes: int | None = None) -> Iterator[Job]:
+    """Clean decodes from d = 1e5 to the largest that fits in half of the memory, or in so many bytes."""
+    clock = Clock("cpu")
+    most = available_memory() // 2 if most_bytes is None else most_bytes
+    for n in SCALING_WORKERS:
+        for d in (10**5, 3 * 10**5, 10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8, 3 * 10**8):
+            if 4 * n * d <= most:
+                yield Job(f"{n} workers, d = {d:.0e}", functools.partial(_scaling_rows, clock, n, d))
+
+
+def _scaling_rows(clock: Clock, n: int, d: int) -> list[Row]:
+    gc.collect()
+    messages = same_messages(n, d)
+    rows = []
+    for name, code in (("vote, s = 1", draco_ext.RepetitionCode(n, 1)), ("cyclic, s = 2", draco_ext.CyclicCode(n, 2))):
+        decode_once = functools.partial(draco_ext.decode, messages, code)
+        timing = compare(clock, decode_once, messages.sum, rounds=11 if d > 10**6 else 41)
+        split = None
+        if isinstance(code, draco_ext.CyclicCode):
+            projections, energy = ops.cyclic_project(messages, 7)
+            search = functools.partial(ops.cyclic_locate, projections, energy, 2, d)
+            split = {"locator": compare(clock, search, decode_once, rounds=5).ratio}
+        rows.append(Row("scaling", n, d, name, timing.seconds, timing.ratio, messages.nbytes, own=True, split=split))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ the paper's tables
+
+PAPER_WORKERS = 45
+BUCKET = 25 * 2**18  # elements: DistributedDataParallel's 25 MiB
+# Parameters of the models of the paper's experiments; the FC net is that of its code, 784-800-500-10.
+PAPER_MODELS = {
+    "FC": 1_033_510,
+    "LeNet": 431_080,
+    "ResNet-18": 11_173_962,
+    "AlexNet": 61_100_840,
+    "ResNet-152": 60_192_808,
+    "VGG-19": 143_667_240,
+}
+
+
+def paper(device: str) -> Iterator[Job]:
+    """Encoding and decoding of whole gradients under attack, as in the paper's tables, with ratios to the median."""
+    clock = Clock(device)
+    for attack in ("reversed", "constant"):
+        for s in (1, 3, 5):
+            yield Job(f"{attack}, s = {s}", functools.partial(_paper_rows, clock, device, attack, s))
+
+
+def _paper_rows(clock: Clock, device: str, attack: str, s: int) -> list[Row]:
+    """One row per model. Each width, the whole bucket and each model's rest, is measured once."""
+    n = PAPER_WORKERS
+    seconds: dict[int, dict[str, float]] = {}
+    for width in {BUCKET, *(d % BUCKET for d in PAPER_MODELS.values())}:
+        seconds[width] = {}
+        for name, call in _paper_calls(device, attack, s, width):
+            gc.collect()
+            seconds[width][name] = compare(clock, call, lambda: None, rounds=5, patience=3).seconds
+    rows = []
+    for model, d in PAPER_MODELS.items():
+        whole, rest = divmod(d, BUCKET)
+        total = {name: whole * seconds[BUCKET][name] + seconds[rest][name] for name in seconds[BUCKET]}
+        cyclic = total["cyclic encode"] + total["cyclic decode"]
+        total |= {"median/repetition": total["median"] / total["repetition"], "median/cyclic": total["median"] / cyclic}
+        total |= {"Gram/repetition": total["Gram"] / total["repetition"], "Gram/cyclic": total["Gram"] / cyclic}
+        rows.append(Row("paper", n, d, f"{model}, {attack}, s = {s}", None, split=total, own=True))
+    return rows
+
+
+def _paper_calls(device: str, attack: str, s: int, d: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    n = PAPER_WORKERS
+    corrupt = functools.partial(ATTACKS[attack], generator=torch.Generator())
+    gradients = torch.stack([part_gradient(device, part, d) for part in range(n)])
+    code = draco_ext.CyclicCode(n, s)
+    yield "cyclic encode", functools.partial(code.encode, 0, gradients[: code.redundancy])
+    for j in range(s):
+        gradients[j] = corrupt(gradients[j])
+    yield "mean", functools.partial(aggregators.mean, gradients)
+    yield "median", functools.partial(aggregators.geometric_median, gradients)
+    yield "Gram", functools.partial(aggregators.geometric_median_gram, gradients)
+    messages = gradients
+    messages[:] = gradients[n - 1].clone()  # honest messages of both codes, see same_messages
+    for j in range(s):
+        messages[j] = corrupt(messages[j])
+    yield "repetition", functools.partial(draco_ext.decode, messages, draco_ext.RepetitionCode(n, s))
+    yield "cyclic decode", functools.partial(draco_ext.decode, messages, code)
+
+
+# --------------------------------------------------------------------------------------------------------- accuracy
+
+TARGET = 0.95
+ACCURACY = Config(
+    rules=("mean", "geometric-median", "krum", "repetition", "cyclic"),
+    transport="allreduce",
+    workers=9,
+    adversaries=3,
+    attack="constant",
+    bad="fixed",
+    steps=150,
+    batch_size=90,
+    learning_rate=0.05,
+    momentum=0.9,
+    seed=0,
+)
+
+
+def accuracy(config: Config = ACCURACY) -> Iterator[Job]:
+    """Real training in real processes until a test accuracy is reached, under attack."""
+    yield Job(f"training, {config.steps} steps per rule", functools.partial(_accuracy_rows, config))
+
+
+def _accuracy_rows(config: Config) -> list[Row]:
+    return [_accuracy_row(config, outcome) for outcome in run(config, lambda training: None)]
+
+
+def _accuracy_row(config: Config, outcome: Outcome) -> Row:
+    elapsed = step_seconds(outcome).cumsum()
+    reached = next((step for step, accuracy, _ in outcome.evaluations if step and accuracy >= TARGET), None)
+    split = {
+        "work": outcome.compute_factor,
+        "ms per step": 1e3 * float(elapsed[-1]) / config.steps,
+        f"steps to {TARGET:.0%}": reached,
+        f"seconds to {TARGET:.0%}": None if reached is None else float(elapsed[reached - 1]),
+        "accuracy": outcome.accuracy,
+    }
+    bad = config.adversaries if outcome.training.attacked else 0
+    name = f"{outcome.training.label}, {bad} bad"
+    return Row("accuracy", config.workers, outcome.parameters.size, name, None, split=split)
+
+
+SUITES = {
+    "decode": "decoders, robust averages and the libraries people install, side by side",
+    "kernels": "every kernel beside its yardstick",
+    "scaling": "time per byte over sizes",
+    "paper": "the paper's comparison on gradients of its models' sizes",
+    "accuracy": "time to accuracy under attack",
+}
+
+
+def jobs(suite: str, device: str, n: int, d: int, with_peers: bool) -> list[Job]:
+    """The jobs of a suite, in order."""
+    if suite == "decode":
+        return list(decode(device, n, d, with_peers))
+    if suite == "kernels":
+        return list(kernels(d))
+    if suite == "scaling":
+        return list(scaling())
+    return list(paper(device) if suite == "paper" else accuracy())

@@ -1,0 +1,115 @@
+"""How long calls take, beside a yardstick."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROUNDS = 7
+PATIENCE = 15.0  # seconds for all rounds of one call; a slower call is made once
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians.
+
+    Attributes:
+        seconds: of the call.
+        ratio: to the yardstick just before and after it.
+        rounds: how many.
+    """
+
+    seconds: float
+    ratio: float
+    rounds: int
+
+
+class Clock:
+    """Seconds that a call takes on a device: on a GPU by its events, from a cache that holds nothing of use."""
+
+    def __init__(self, device: str) -> None:
+        self._unrelated = torch.ones(2**28, device=device) if device == "cuda" else None
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        """Runs the call."""
+        if self._unrelated is None:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._unrelated.sum()  # evicts the cache, and lets the host launch ahead
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def compare(
+    clock: Clock,
+    call: Callable[[], object],
+    yardstick: Callable[[], object],
+    rounds: int = ROUNDS,
+    patience: float = PATIENCE,
+) -> Timing:
+    """Times the call, and the yardstick before and after each: neighbours in time, on a machine that may be shared."""
+    clock(yardstick)
+    before, begin = clock(yardstick), time.perf_counter()
+    calls, around = [], []
+    while len(calls) < rounds + 1:  # the first warms up, unless it is the only one
+        own, after = clock(call), clock(yardstick)
+        calls.append(own)
+        around.append((before + after) / 2)
+        before = after
+        if time.perf_counter() - begin > patience:
+            break
+    if len(calls) > 1:
+        del calls[0], around[0]
+    ratios = [own / other for own, other in zip(calls, around, strict=True)]
+    return Timing(statistics.median(calls), statistics.median(ratios), len(calls))
+
+
+def repeat(call: Callable[[], object], seconds: float = 2e-3) -> tuple[Callable[[], None], int]:
+    """A function that makes a short call so often that it takes about this long, and how often that is."""
+    call()
+    start = time.perf_counter()
+    call()
+    times = max(1, int(seconds / max(time.perf_counter() - start, 1e-7)))
+
+    def run() -> None:
+        for _ in itertools.repeat(None, times):
+            call()
+
+    return run, times
+
+
+def available_memory() -> int:
+    """Bytes that this machine can still give."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        if found:
+            return 1024 * int(found[1])
+    return 2**32
+
+
+@contextlib.contextmanager
+def memory_limit() -> Iterator[None]:
+    """A call that wants more memory than there is fails with an exception: the process is not killed."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
+    if pages:
+        most = pages * resource.getpagesize() + int(0.9 * available_memory())
+        resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
