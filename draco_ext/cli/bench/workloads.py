@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -191,13 +192,17 @@ def others(n: int, with_peers: bool) -> list[Rule]:
 
 def votes(n: int) -> list[Rule]:
     """The majority vote, and the same in plain torch, which has to look further where somebody lies."""
-    liars = range(0, n // 3 * 3, 3)  # one in every group
-    return [
+    sizes = draco_ext.RepetitionCode(n, 1).group_sizes
+    liars = tuple(itertools.accumulate(sizes[:-1], initial=0))  # one in every group
+    rules = [
         Rule("vote s=1", decode, REPETITION),
         Rule(f"vote s=1, {len(liars)} reversed", decode, REPETITION, reversed=liars),
-        Rule("vote s=1 in plain torch", vote_torch, REPETITION),
-        Rule(f"vote s=1 in plain torch, {len(liars)} reversed", vote_torch, REPETITION, reversed=liars, slow=True),
     ]
+    if n % 3 == 0:
+        name = "vote s=1 in plain torch"
+        rules.append(Rule(name, vote_torch, REPETITION))
+        rules.append(Rule(f"{name}, {len(liars)} reversed", vote_torch, REPETITION, reversed=liars, slow=True))
+    return rules
 
 
 def cyclic_rules(n: int) -> list[Rule]:
