@@ -1,6 +1,7 @@
 """The ops as torch sees them: schemas, fakes, compile, dispatch, threads, instruction sets."""
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -149,7 +150,7 @@ def test_concurrent_calls(device, simt):
 
 def test_build_info():
     info = draco_ext.build_info()
-    assert info["instruction_set"] in ("baseline", "avx2", "avx512")
+    assert info["instruction_set"] in ("baseline", "avx2", "avx512", "neon")
     assert set(info) == {"compiler", "instruction_set", "cuda", "cuda_architectures", "torch"}
     assert info["torch"][0].isdigit()
 
@@ -159,7 +160,7 @@ def usable_instruction_sets():
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             flags = file.read()
-    sets = ["baseline"]
+    sets = ["neon" if platform.machine() in ("aarch64", "arm64") else "baseline"]
     sets += ["avx2"] if " avx2 " in flags and " fma " in flags else []
     sets += ["avx512"] if all(f" avx512{part} " in flags for part in ("f", "bw", "dq", "vl")) else []
     return sets
@@ -208,4 +209,4 @@ def test_unknown_instruction_set_is_named(tmp_path):
     )
     assert run.returncode != 0
     assert "DRACO_ISA=avx9 cannot be used here" in run.stderr
-    assert "baseline" in run.stderr
+    assert usable_instruction_sets()[0] in run.stderr

@@ -130,9 +130,9 @@ REPORTS = {
     "paper": Report(
         "the paper's comparison: encoding and decoding of whole gradients, and the geometric median of as many",
         "seconds; 45 workers, float32, attacked by s workers that the decoder does not know of. The gradient comes in "
-        "buckets of 25 MiB, as DistributedDataParallel has them: the time of a whole bucket, times their number, and "
-        "that of the rest. median: Weiszfeld on the messages; Gram: on their Gram matrix. Repetition has nothing to "
-        "encode. median/...: how much longer the geometric median takes than encoding and decoding.",
+        "buckets of 25 MiB, as DistributedDataParallel has them: the time of a bucket, times their number. median: "
+        "Weiszfeld on the messages; Gram: on their Gram matrix. Repetition has nothing to encode. median/...: how much "
+        "longer the geometric median takes than encoding and decoding.",
         "",
     ),
     "accuracy": Report(

@@ -276,18 +276,18 @@ def paper(device: str) -> Iterator[Job]:
 
 
 def _paper_rows(clock: Clock, device: str, attack: str, s: int) -> list[Row]:
-    """One row per model. Each width, the whole bucket and each model's rest, is measured once."""
+    """One row per model. A whole bucket is measured once for all models that are larger."""
     n = PAPER_WORKERS
     seconds: dict[int, dict[str, float]] = {}
-    for width in {BUCKET, *(d % BUCKET for d in PAPER_MODELS.values())}:
-        seconds[width] = {}
-        for name, call in _paper_calls(device, attack, s, width):
-            gc.collect()
-            seconds[width][name] = compare(clock, call, lambda: None, rounds=5, patience=3).seconds
+    for width in sorted({min(d, BUCKET) for d in PAPER_MODELS.values()}):
+        seconds[width] = {
+            name: compare(clock, call, lambda: None, rounds=5, patience=3).seconds
+            for name, call in _paper_calls(device, attack, s, width)
+        }
     rows = []
     for model, d in PAPER_MODELS.items():
-        whole, rest = divmod(d, BUCKET)
-        total = {name: whole * seconds[BUCKET][name] + seconds[rest][name] for name in seconds[BUCKET]}
+        width = min(d, BUCKET)
+        total = {name: d / width * value for name, value in seconds[width].items()}
         cyclic = total["cyclic encode"] + total["cyclic decode"]
         total |= {"median/repetition": total["median"] / total["repetition"], "median/cyclic": total["median"] / cyclic}
         total |= {"Gram/repetition": total["Gram"] / total["repetition"], "Gram/cyclic": total["Gram"] / cyclic}
@@ -295,10 +295,15 @@ def _paper_rows(clock: Clock, device: str, attack: str, s: int) -> list[Row]:
     return rows
 
 
+@functools.lru_cache(maxsize=3)
+def _paper_gradients(device: str, d: int) -> Tensor:
+    return torch.stack([part_gradient(device, part, d) for part in range(PAPER_WORKERS)])
+
+
 def _paper_calls(device: str, attack: str, s: int, d: int) -> Iterator[tuple[str, Callable[[], object]]]:
     n = PAPER_WORKERS
     corrupt = functools.partial(ATTACKS[attack], generator=torch.Generator())
-    gradients = torch.stack([part_gradient(device, part, d) for part in range(n)])
+    gradients = _paper_gradients(device, d).clone()
     code = draco_ext.CyclicCode(n, s)
     yield "cyclic encode", functools.partial(code.encode, 0, gradients[: code.redundancy])
     for j in range(s):
