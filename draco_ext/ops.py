@@ -101,18 +101,19 @@ def check_tensor(
         raise ValueError(f"{name} must not require grad (decoding has no gradient): detach it first")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
-    if like is None and tensor.device.type == "cuda" and not _C.build_info()["cuda"]:
-        raise ValueError(
-            f"{name} is on {tensor.device}, but this draco_ext was built without CUDA: "
-            "reinstall it with DRACO_CUDA=on and nvcc on PATH"
-        )
-    if like is None and tensor.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{name} must be on the CPU or a CUDA device, got {tensor.device}")
+    if like is None and not tensor.is_cpu:  # quicker than to ask for the device
+        if not tensor.is_cuda:
+            raise ValueError(f"{name} must be on the CPU or a CUDA device, got {tensor.device}")
+        if not _C.build_info()["cuda"]:
+            raise ValueError(
+                f"{name} is on {tensor.device}, but this draco_ext was built without CUDA: "
+                "reinstall it with DRACO_CUDA=on and nvcc on PATH"
+            )
 
 
 def check_rows(name: str, matrix: Tensor) -> None:
     """Raises unless each row of the matrix is contiguous."""
-    if matrix.size(1) > 1 and matrix.stride(1) != 1:
+    if matrix.stride(1) != 1 and matrix.size(1) > 1:
         raise ValueError(
             f"{name} must have contiguous rows (stride 1 along dimension 1), got strides "
             f"{tuple(matrix.stride())}: call .contiguous()"
@@ -186,8 +187,10 @@ def majority_vote(
     """
     check_messages(messages, VOTE_DTYPES)
     check_int("adversaries", adversaries, 0)
+    least = 2 * adversaries + 1
     for size in group_sizes:
-        check_int("group_sizes", size, 2 * adversaries + 1, MOST_GROUP_MEMBERS)
+        if type(size) is not int or not least <= size <= MOST_GROUP_MEMBERS:  # calls cost as much as a vote
+            check_int("group_sizes", size, least, MOST_GROUP_MEMBERS)
     if sum(group_sizes) != messages.size(0):
         raise ValueError(f"group_sizes must add up to the {messages.size(0)} messages, got {sum(group_sizes)}")
     check_mask("missing", missing, messages)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <sys/mman.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
 #include <limits>
@@ -36,14 +37,24 @@ std::vector<const T*> row_pointers(const Tensor& matrix) {
   return rows;
 }
 
-inline Tensor mask_tensor(const Tensor& like, const std::vector<uint8_t>& bits) {
-  Tensor mask = torch::stable::new_empty(like, {static_cast<int64_t>(bits.size())}, ScalarType::Bool);
+// A new vector on the CPU, or where dim is 0 a scalar. Small decodes would spend much of their time in
+// torch::stable::new_empty, which finds its op by name and boxes every argument.
+inline Tensor new_vector(int dim, int64_t size, int32_t dtype) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, &size, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor mask_tensor(const std::vector<uint8_t>& bits) {
+  Tensor mask = new_vector(1, bits.size(), aoti_torch_dtype_bool());
   std::copy(bits.begin(), bits.end(), static_cast<uint8_t*>(mask.data_ptr()));
   return mask;
 }
 
-inline Tensor flag_tensor(const Tensor& like, bool value) {
-  Tensor flag = torch::stable::new_empty(like, {}, ScalarType::Bool);
+inline Tensor flag_tensor(bool value) {
+  Tensor flag = new_vector(0, 1, aoti_torch_dtype_bool());
   *static_cast<uint8_t*>(flag.data_ptr()) = value;
   return flag;
 }
@@ -51,7 +62,9 @@ inline Tensor flag_tensor(const Tensor& like, bool value) {
 // A new result of this shape. Large ones are offered huge pages: faulting in 4 KiB at a time would cost as much as a
 // fifth of a decode.
 inline Tensor new_result(const Tensor& like, int64_t size) {
-  Tensor result = torch::stable::new_empty(like, {size});
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  Tensor result = new_vector(1, size, dtype);
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   const auto begin = reinterpret_cast<uintptr_t>(result.data_ptr());

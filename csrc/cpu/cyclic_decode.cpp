@@ -1,7 +1,7 @@
 // The fused decode: sum and project in one sweep, looking for suspects after the first tiles and after the last. Moves
 // n x d elements in and d out; once more for the tiles that were summed with suspects found later, the first sixteenth
 // as a rule, and all for one that is bad in none of those.
-#include <random>
+#include <sys/random.h>
 
 #include "cpu/cyclic.h"
 
@@ -10,8 +10,9 @@ namespace {
 
 // From the operating system, after the messages are in: a projection that is known beforehand can be attacked.
 uint64_t fresh_seed() {
-  std::random_device device;
-  return static_cast<uint64_t>(device()) << 32 | device();
+  uint64_t seed = 0;
+  STD_TORCH_CHECK(getentropy(&seed, sizeof seed) == 0, "cyclic_decode: the operating system gives no random numbers");
+  return seed;
 }
 
 // Both sets of workers, or only the first where together they have more than `most`.
@@ -96,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const O
                   seed.has_value() ? static_cast<uint64_t>(*seed) : fresh_seed(), static_cast<T*>(gradient.data_ptr()));
   });
   if (length < columns) gradient = torch::stable::narrow(gradient, 0, 0, length);
-  return {gradient, mask_tensor(messages, verdict.suspects), flag_tensor(messages, verdict.failed)};
+  return {gradient, mask_tensor(verdict.suspects), flag_tensor(verdict.failed)};
 }
 
 }  // namespace

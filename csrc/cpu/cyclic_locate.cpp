@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, cons
   const int s = static_cast<int>(adversaries);
   const Verdict verdict = find_suspects(p, read_mask(op, "missing", missing, projections), s, length,
                                         noise_model(float64, static_cast<int>(n), s, atol, rtol));
-  Tensor weights = torch::stable::new_empty(projections, {n});
+  Tensor weights = new_vector(1, n, aoti_torch_dtype_complex128());
   auto* to = static_cast<double*>(weights.data_ptr());
   if (verdict.failed || verdict.overflow) {
     std::fill(to, to + 2 * n, std::numeric_limits<double>::quiet_NaN());
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, cons
       to[2 * j + 1] = b[j].im;
     }
   }
-  return {weights, mask_tensor(projections, verdict.suspects), flag_tensor(projections, verdict.failed)};
+  return {weights, mask_tensor(verdict.suspects), flag_tensor(verdict.failed)};
 }
 
 }  // namespace

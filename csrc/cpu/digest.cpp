@@ -35,7 +35,7 @@ Tensor digest(const Tensor& values, int64_t seed_bits) {
     }
     for (int t = 0; t < kDigestLanes; ++t) lanes[t].fetch_add(own[t], std::memory_order_relaxed);
   });
-  Tensor out = torch::stable::new_empty(values, {2}, ScalarType::Long);
+  Tensor out = new_vector(1, 2, aoti_torch_dtype_int64());
   const uint64_t total[kDigestLanes] = {lanes[0], lanes[1], lanes[2], lanes[3]};
   digest_finish(seed, bytes, total, static_cast<int64_t*>(out.data_ptr()));
   return out;

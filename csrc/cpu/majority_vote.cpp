@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> vote(const Tensor& messages, const std::vecto
     failed = agreeing < agreement_needed(present, static_cast<int>(adversaries));
   }
   if (failed) fill_nan<T>(gradient);
-  return {gradient, mask_tensor(messages, differs), flag_tensor(messages, failed)};
+  return {gradient, mask_tensor(differs), flag_tensor(failed)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> majority_vote(const Tensor& messages, const OptionalTensor& missing,
