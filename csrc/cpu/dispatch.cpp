@@ -6,7 +6,12 @@
 
 namespace draco {
 
+#ifdef DRACO_HAVE_BASELINE
 extern const Kernels kKernels_baseline;
+#endif
+#ifdef DRACO_HAVE_NEON
+extern const Kernels kKernels_neon;
+#endif
 #ifdef DRACO_HAVE_AVX2
 extern const Kernels kKernels_avx2;
 #endif
@@ -17,7 +22,13 @@ extern const Kernels kKernels_avx512;
 namespace {
 
 const Kernels& choose() {
-  std::vector<const Kernels*> usable{&kKernels_baseline};
+  std::vector<const Kernels*> usable;
+#ifdef DRACO_HAVE_BASELINE
+  usable.push_back(&kKernels_baseline);
+#endif
+#ifdef DRACO_HAVE_NEON
+  usable.push_back(&kKernels_neon);
+#endif
 #ifdef DRACO_HAVE_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable.push_back(&kKernels_avx2);
 #endif

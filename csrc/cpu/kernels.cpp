@@ -4,6 +4,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "core/digest.h"
@@ -89,6 +91,7 @@ DRACO_HD Vector<T> majority(int members, Load&& row) {
 template <typename T, int kMembers, typename Load>
 DRACO_HD Vector<T> median(int members, Load&& row) {
   constexpr int kTop = 8 * sizeof(T) - 1;
+  if (members < 1) __builtin_unreachable();  // else GCC takes `key` for uninitialised
   Vector<T> key[kMembers ? kMembers : kMostMembers];
   for (int j = 0; j < members; ++j) {
     const Vector<T> bits = row(j);
@@ -586,6 +589,8 @@ DRACO_HD Vector<uint64_t> multiply_halves(Vector<uint64_t> x) {
   return (Vector<uint64_t>)_mm256_mul_epu32((__m256i)x, (__m256i)(x >> 32));
 #elif defined(__SSE2__)
   return (Vector<uint64_t>)_mm_mul_epu32((__m128i)x, (__m128i)(x >> 32));
+#elif defined(__aarch64__)
+  return (Vector<uint64_t>)vmull_u32(vmovn_u64((uint64x2_t)x), vshrn_n_u64((uint64x2_t)x, 32));
 #else
   return (x & 0xffffffffu) * (x >> 32);
 #endif
