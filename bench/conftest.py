@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from draco_ext.cli.bench import report
+from draco_ext.cli.bench.timing import keep_memory
 
 
 def pytest_addoption(parser):
@@ -23,6 +24,7 @@ ROWS = pytest.StashKey[list[report.Row]]()
 
 def pytest_configure(config):
     config.stash[ROWS] = []
+    keep_memory()
     # Its table would repeat ours, without the ratios.
     config.option.benchmark_quiet = True
 

@@ -288,25 +288,61 @@ DRACO_HD void store_past_caches(T* to, Vector<T> vector) {
 #endif
 }
 
+// A vector of sum / by as it is stored.
+template <typename T>
+DRACO_HD Vector<typename Element<T>::Bits> quotient(const typename Element<T>::Sum* sum, typename Element<T>::Sum by) {
+  using Bits = typename Element<T>::Bits;
+  constexpr int kStep = VectorOf<Bits>::kSize;
+  Bits bits[kStep];
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, Half>) {
+    constexpr int kHalf = VectorOf<float>::kSize;
+    DRACO_UNROLL for (int h = 0; h < 2; ++h) {
+      const Vector<float> value = load(sum + h * kHalf) / by;
+      const auto nan = (Vector<float>)(((Vector<uint32_t>)value & 0x80000000u) | 0x7fc00000u);  // as to_half has it
+      const Vector<float> plain = value == value ? value : nan;
+#if defined(__AVX512F__)
+      const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)plain, _MM_FROUND_TO_NEAREST_INT);
+#else
+      const __m128i half = _mm256_cvtps_ph((__m256)plain, _MM_FROUND_TO_NEAREST_INT);
+#endif
+      memcpy(bits + h * kHalf, &half, sizeof(half));
+    }
+    return load(bits);
+  }
+#endif
+  if constexpr (std::is_same_v<T, BFloat16>) {  // to_bfloat16 (core/half.h), on vectors
+    typedef uint16_t Narrow __attribute__((vector_size(kBytes / 2)));
+    constexpr int kHalf = VectorOf<float>::kSize;
+    DRACO_UNROLL for (int h = 0; h < 2; ++h) {
+      const Vector<float> value = load(sum + h * kHalf) / by;
+      const auto word = (Vector<uint32_t>)value;
+      const Vector<uint32_t> rounded = (word + 0x7fffu + (word >> 16 & 1u)) >> 16, nan = word >> 16 | 0x40u;
+      const Narrow half = __builtin_convertvector(value == value ? rounded : nan, Narrow);
+      memcpy(bits + h * kHalf, &half, sizeof(half));
+    }
+    return load(bits);
+  }
+  for (int i = 0; i < kStep; ++i) bits[i] = bits_of<T>(sum[i] / by);
+  return load(bits);
+}
+
 template <typename T>
 void finish(const void* from, int64_t columns, double divisor, bool large, void* to) {
   using Sum = typename Element<T>::Sum;
   using Bits = typename Element<T>::Bits;
+  constexpr int kStep = VectorOf<Bits>::kSize;
   const auto* sum = static_cast<const Sum*>(from);
   auto* out = static_cast<Bits*>(to);
   const Sum by = static_cast<Sum>(divisor);
   int64_t c = 0;
   if (large && reinterpret_cast<uintptr_t>(to) % kBytes == 0) {
-    constexpr int kStep = VectorOf<Bits>::kSize;
-    for (; c + kStep <= columns; c += kStep) {
-      Bits bits[kStep];
-      for (int i = 0; i < kStep; ++i) bits[i] = bits_of<T>(sum[c + i] / by);
-      store_past_caches(out + c, load(bits));
-    }
+    for (; c + kStep <= columns; c += kStep) store_past_caches(out + c, quotient<T>(sum + c, by));
 #if defined(__SSE2__)
     _mm_sfence();
 #endif
   }
+  for (; c + kStep <= columns; c += kStep) store(out + c, quotient<T>(sum + c, by));
   for (; c < columns; ++c) out[c] = bits_of<T>(sum[c] / by);
 }
 
@@ -596,17 +632,24 @@ DRACO_HD Vector<uint64_t> multiply_halves(Vector<uint64_t> x) {
 #endif
 }
 
+constexpr int kDigestAhead = 4096;  // bytes: further than kAhead, as there is one stream alone
+
 void digest(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums) {
   Vector<uint64_t> lanes[kDigestLanes] = {};
-  int64_t at = 0;
-  for (; at + kBytes <= bytes; at += kBytes) {
+  const auto take = [&](int64_t at) __attribute__((always_inline)) {
     Vector<uint32_t> words;
     memcpy(&words, from + at, sizeof(words));
-    __builtin_prefetch(from + at + 2048);  // across pages, where the hardware's own stops
+    in_register<uint32_t>(words);
     DRACO_UNROLL
     for (int t = 0; t < kDigestLanes; ++t)
       lanes[t] += multiply_halves((Vector<uint64_t>)(words + load(key + at / 4 + kDigestShift * t)));
+  };
+  int64_t at = 0;
+  for (; at + kLine <= bytes; at += kLine) {
+    __builtin_prefetch(from + at + kDigestAhead);
+    DRACO_UNROLL for (int v = 0; v < kLine; v += kBytes) take(at + v);
   }
+  for (; at + kBytes <= bytes; at += kBytes) take(at);
   for (int t = 0; t < kDigestLanes; ++t)
     for (int i = 0; i < VectorOf<uint64_t>::kSize; ++i) sums[t] += lanes[t][i];
   for (; at < bytes; at += 8) {

@@ -19,6 +19,7 @@ from draco_ext.cli import doctor as doctors
 from draco_ext.cli import planning, report
 from draco_ext.cli.bench import report as bench_report
 from draco_ext.cli.bench import suites as bench_suites
+from draco_ext.cli.bench.timing import keep_memory
 from draco_ext.cli.digits import TRAIN_SAMPLES
 from draco_ext.cli.faults import BAD_CHOICES
 from draco_ext.cli.training import CODES, Config, Outcome, Training, code_for, list_trainings, run
@@ -290,6 +291,7 @@ def bench(suites: tuple[str, ...], workers: int, parameters: int, device: str, p
     console = Console()
     if device == "cuda" and not (torch.cuda.is_available() and build_info()["cuda"]):
         raise click.UsageError("--device cuda needs a CUDA device and a draco_ext built with CUDA")
+    keep_memory()
     chosen = [*bench_suites.SUITES] if "all" in suites else list(dict.fromkeys(suites)) or ["decode"]
     for suite in chosen:
         jobs = bench_suites.jobs(suite, device, workers, parameters, peers)

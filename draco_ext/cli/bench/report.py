@@ -100,12 +100,13 @@ _ERROR = (
     "error: relative to the honest mean when as many messages as the rule is told of are reversed (times -100), at "
     "d = 1e5."
 )
+_MEMORY = "Results lie in memory that was used before."
 _OTHER = "x other: time over that of the fastest rule that is neither this library's nor the mean."
 REPORTS = {
     "decode": Report(
         "decoding compared with one read of the messages",
         "ms: median. GB/s: bytes of the messages / ms. x read: relative to one read of the messages, messages.sum(), "
-        f"just before and after; median. {_OTHER} {_ERROR}",
+        f"just before and after; median. {_MEMORY} {_OTHER} {_ERROR}",
         "x read",
     ),
     "cuda": Report(
@@ -118,12 +119,14 @@ REPORTS = {
     ),
     "kernels": Report(
         "kernels and calls, each beside its yardstick",
-        "ms: median. GB/s: bytes read / ms. x yardstick: relative to the yardstick just before and after; median.",
+        "ms: median. GB/s: bytes read / ms. x yardstick: relative to the yardstick just before and after; median. "
+        f"{_MEMORY}",
         "x yardstick",
     ),
     "scaling": Report(
         "time per byte over sizes",
-        "ms: median. GB/s: bytes of the messages / ms. x read: relative to messages.sum(). locator: the part of the "
+        "ms: median. GB/s: bytes of the messages / ms. x read: relative to messages.sum(). "
+        f"{_MEMORY} locator: the part of the "
         "time that the search for bad workers takes.",
         "x read",
     ),
@@ -196,7 +199,7 @@ def table(rows: list[Row]) -> list[str]:
     cells = [_cells(row, report, fastest) for row in rows]
     header = [name for name in cells[0] if any(line.get(name) for line in cells)]
     lines = [dict(zip(header, header, strict=True)), *cells]
-    widths = {name: max(len(line.get(name, "")) for line in lines) for name in header}
+    widths = {name: max(2, *(len(line.get(name, "")) for line in lines)) for name in header}
     left = {"rule", "note"}
     text = [
         " | ".join(
