@@ -372,8 +372,11 @@ def test_errors_of_very_different_size(device, generator):
 
 
 def test_suspects_in_few_of_many_tiles(device, simt, generator):
-    """The CPU looks for suspects after the first tiles already: whoever is bad there, elsewhere or in both is found."""
-    code, d = CyclicCode(7, 2), (1 if simt else 17) * ops.TILE + 77
+    """The CPU looks for suspects after the first tiles already: whoever is bad there, elsewhere or in both is found.
+
+    The result is one that is stored past the caches.
+    """
+    code, d = CyclicCode(7, 2), (1 if simt else 33) * ops.TILE + 77
     gradients = random_gradients(7, d, torch.float32, generator)
     honest = honest_messages(code, gradients)
     exact = gradients.double().mean(0)

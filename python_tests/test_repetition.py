@@ -220,3 +220,21 @@ def test_half_conversion_is_torchs(device, generator):
         mean = on(device, draco_ext.decode, torch.stack([x, y]), code).gradient
         expected = ((x.float() + y.float()) / 2).to(dtype)
         torch.testing.assert_close(mean, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_results_are_those_of_small_ones(dtype, device, simt, generator):
+    """Beyond 4 MiB the CPU stores them past its caches; of every size, with every value, the bits must be the same."""
+    size = torch.finfo(dtype).bits // 8
+    d = (2**12 if simt else 2**23 // size) + 37
+    raw = torch.randint(-128, 128, (2, d * size), generator=generator, dtype=torch.int8)
+    gradients = raw.view(dtype)
+    messages = gradients.repeat_interleave(3, 0)
+    messages[4] = messages[4].neg()
+    whole = on(device, draco_ext.decode, messages, RepetitionCode(6, 1))
+    assert named(whole.suspects) == {4}
+    wide = gradients if size > 2 else gradients.float()
+    expected = ((wide[0] + wide[1]) / 2).to(dtype)
+    torch.testing.assert_close(whole.gradient, expected, rtol=0, atol=0, equal_nan=True)
+    pieces = [on(device, draco_ext.decode, piece, RepetitionCode(6, 1)) for piece in messages.split(2**17, dim=1)]
+    assert torch.equal(bits(whole.gradient), bits(torch.cat([piece.gradient for piece in pieces])))

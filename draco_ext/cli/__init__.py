@@ -1,4 +1,4 @@
-"""The ``draco`` command: train, plan, doctor."""
+"""The ``draco`` command: train, plan, doctor, bench."""
 
 from __future__ import annotations
 
