@@ -52,7 +52,7 @@ def test_speed(messages, rule, benchmark, beside, add_row):
     error = relative_error(rule, "cpu", load.n)
     benchmark.group = load.size
     rounds = SLOW if rule.slow else FAST
-    with reversed_workers(messages, rule.reversed):
+    with reversed_workers(messages, rule.reversed, rule.late):
         timing = beside(lambda: rule.apply(messages, load.code), messages.sum, rounds if load.d > 10**6 else 3 * rounds)
     if timing is not None:
         seconds, ratio = timing

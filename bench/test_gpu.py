@@ -93,7 +93,7 @@ def test_speed(messages, rule, clock, add_row):
     warmup, rounds = 2, SLOW if rule.slow else FAST
     with contextlib.ExitStack() as stack:
         for messages in series:
-            stack.enter_context(reversed_workers(messages, rule.reversed))
+            stack.enter_context(reversed_workers(messages, rule.reversed, rule.late))
         for i in range(warmup + rounds):
             messages = series[i % len(series)]
             copy = functools.partial(target.copy_, messages.view(-1)[: len(target)])

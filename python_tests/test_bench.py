@@ -137,6 +137,9 @@ def test_votes_are_attacked_in_every_group():
         assert (messages != honest).any(1).sum() == 3
     assert torch.equal(messages, honest)
     assert not out.failed
+    with workloads.reversed_workers(messages, (2, 5), late=True):
+        assert (messages != honest).nonzero().tolist() == [[2, 63], [5, 63]]
+    assert torch.equal(messages, honest)
 
 
 def test_accuracy_rows_tell_when_the_target_was_reached():

@@ -81,7 +81,7 @@ def _decode_row(rule: Rule, clock: Clock, device: str, n: int, d: int) -> list[R
 
 def _measure(rule: Rule, clock: Clock, load: Workload, messages: Tensor, yardstick: Callable[[], object]):
     error = relative_error(rule, load.device, load.n)
-    with reversed_workers(messages, rule.reversed):
+    with reversed_workers(messages, rule.reversed, rule.late):
         return error, compare(clock, lambda: rule.apply(messages, load.code), yardstick)
 
 

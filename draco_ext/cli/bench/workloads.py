@@ -80,17 +80,18 @@ def part_gradient(device: str, part: int, d: int) -> Tensor:
     return _randn(device, d, part).add_(common_gradient(device, d))
 
 
-def reverse(messages: Tensor, workers: Iterable[int]) -> None:
-    """Makes workers bad, in place."""
+def reverse(messages: Tensor, workers: Iterable[int], late: bool = False) -> None:
+    """Makes workers bad, in place; in the last element alone if late."""
     for worker in workers:
-        messages[worker] = ATTACKS["reversed"](messages[worker], generator=torch.Generator())
+        bad = messages[worker, -1:] if late else messages[worker]
+        bad.copy_(ATTACKS["reversed"](bad, generator=torch.Generator()))
 
 
 @contextlib.contextmanager
-def reversed_workers(messages: Tensor, workers: Sequence[int]) -> Iterator[None]:
+def reversed_workers(messages: Tensor, workers: Sequence[int], late: bool = False) -> Iterator[None]:
     """Makes workers bad for a while."""
     honest = messages[list(workers)]
-    reverse(messages, workers)
+    reverse(messages, workers, late)
     try:
         yield
     finally:
@@ -111,6 +112,7 @@ class Rule:
         adversaries: how many bad workers the code is made for.
         reversed: who sends a reversed message while the rule is timed. For the error somebody always does: the first
             workers, as many as the rule is told of, where nobody is named here.
+        late: whether only the last element of their messages is reversed.
         slow: to be timed less often.
         decodes: whether what it gives is a gradient, whose error can be looked at.
         peer: whose code it is, where it is another library's.
@@ -121,6 +123,7 @@ class Rule:
     code: type[draco_ext.Code] | None = None
     adversaries: int = 1
     reversed: Sequence[int] = ()
+    late: bool = False
     slow: bool = False
     decodes: bool = True
     peer: peers.Peer | None = None
@@ -194,14 +197,15 @@ def votes(n: int) -> list[Rule]:
     """The majority vote, and the same in plain torch, which has to look further where somebody lies."""
     sizes = draco_ext.RepetitionCode(n, 1).group_sizes
     liars = tuple(itertools.accumulate(sizes[:-1], initial=0))  # one in every group
-    rules = [
-        Rule("vote s=1", decode, REPETITION),
-        Rule(f"vote s=1, {len(liars)} reversed", decode, REPETITION, reversed=liars),
-    ]
+    kinds = {
+        "": {},
+        f", {len(liars)} reversed": {"reversed": liars},
+        f", {len(liars)} in their last element": {"reversed": liars, "late": True},
+    }
+    rules = [Rule(f"vote s=1{kind}", decode, REPETITION, **how) for kind, how in kinds.items()]
     if n % 3 == 0:
         name = "vote s=1 in plain torch"
-        rules.append(Rule(name, vote_torch, REPETITION))
-        rules.append(Rule(f"{name}, {len(liars)} reversed", vote_torch, REPETITION, reversed=liars, slow=True))
+        rules += [Rule(f"{name}{kind}", vote_torch, REPETITION, slow=True, **how) for kind, how in kinds.items()]
     return rules
 
 
@@ -224,7 +228,7 @@ def relative_error(rule: Rule, device: str, n: int) -> float | None:
         return None
     load = workload(device, n, ERROR_D, rule.code, rule.adversaries)
     messages = load.build()
-    reverse(messages, rule.reversed or range(rule.adversaries))
+    reverse(messages, rule.reversed or range(rule.adversaries), rule.late)
     honest = load.honest_mean()
     error = ((rule.apply(messages, load.code).double() - honest).norm() / honest.norm()).item()
     assert rule.code is None or error <= EXACT
