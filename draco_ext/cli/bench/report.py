@@ -246,18 +246,27 @@ def _panel(panel: plt.Axes) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _draw_decode(path: Path, rows: list[Row]) -> None:
     """Bars of the largest size: time over one read of the messages."""
     size = max((row.n * row.d, row.n, row.d) for row in rows)[1:]
     shown = [row for row in rows if (row.n, row.d) == size and row.seconds is not None]
     shown.sort(key=lambda row: -row.to_yardstick)
     figure, panel = plt.subplots(figsize=(9, 0.6 + 0.3 * len(shown)), layout="constrained")
-    colours = [_OWN if row.own else _READ if row.error is None or row.rule == "mean" else _OTHERS for row in shown]
-    bars = panel.barh([row.rule for row in shown], [row.to_yardstick for row in shown], color=colours)
-    labels = [f" {row.to_yardstick:.3g}" + ("" if row.error is None else f"   error {row.error:.1g}") for row in shown]
+    kinds = [_OWN if row.own else _READ if row.error is None or row.rule == "mean" else _OTHERS for row in shown]
+    bars = panel.barh([row.rule for row in shown], [row.to_yardstick for row in shown], color=kinds)
+    labels = [
+        f" {_short(row.to_yardstick)}" + ("" if row.error is None else f"   error {row.error:.1g}") for row in shown
+    ]
     panel.bar_label(bars, labels, fontsize=8)
+    names = {_OWN: "draco_ext", _OTHERS: "robust averages and other code", _READ: "not robust, to compare with"}
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in names]
+    panel.legend(handles, names.values(), frameon=False, loc="upper right")
     panel.set(xscale="log", xlabel="time, in reads of the messages")
-    panel.set_xlim(0.7, 6 * max(row.to_yardstick for row in shown))
+    panel.set_xlim(0.7, 20 * max(row.to_yardstick for row in shown))
     panel.set_title(f"{size[0]} messages of {size_name(size[1])} float32", fontsize=11)
     _panel(panel)
     figure.savefig(path, dpi=150)
