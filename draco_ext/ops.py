@@ -465,8 +465,9 @@ def cyclic_decode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decodes the cyclic code in one sweep over the messages, two if there are suspects that were not expected.
 
-    Equivalent to `cyclic_project`, `cyclic_locate` and `cyclic_combine`. The gradient does not depend on the seed nor
-    on `expected`, except through which errors at the noise floor are noticed.
+    On the CPU the second one is of the first sixteenth alone, unless a suspect shows only after that. Equivalent to
+    `cyclic_project`, `cyclic_locate` and `cyclic_combine`. The gradient does not depend on the seed nor on `expected`,
+    except through which errors at the noise floor are noticed.
 
     Args:
         messages: (n, L), L even, float32 or float64.
