@@ -71,7 +71,7 @@ def fails(messages, adversaries):
         ("torch", lambda messages, s: aggregators.mean(messages) * math.nan, ""),
     ],
 )
-def test_a_peer_that_cannot_run_is_reported(monkeypatch, library, call, note):
+def test_a_peer_that_cannot_run_is_reported(monkeypatch, tmp_path, library, call, note):
     peer = peers.Peer("peer", library, call, lambda messages, s: aggregators.mean(messages))
     monkeypatch.setattr(peers, "PEERS", (peer,))
     rows = [row for job in suites.decode("cpu", 5, 1000, True) if job.label == "peer" for row in job.run()]
@@ -81,6 +81,8 @@ def test_a_peer_that_cannot_run_is_reported(monkeypatch, library, call, note):
     table = report.table(rows)
     assert "peer" in table[2]
     assert ("nan" in table[2]) == (not note)
+    assert report.write(tmp_path, rows)
+    assert json.loads((tmp_path / "decode.json").read_text())["rows"][0]["error"] is None
 
 
 def test_memory_limit_makes_an_exception_of_what_would_kill():
@@ -164,6 +166,13 @@ def test_accuracy_rows_tell_when_the_target_was_reached():
     outcome.evaluations = outcome.evaluations[:2]
     assert suites._accuracy_row(config, outcome).split["steps to 95%"] is None
     assert "never" in report.table([suites._accuracy_row(config, outcome)])[2]
+
+
+def test_folder_that_cannot_be_made_is_named_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    run = CliRunner().invoke(draco, ["bench", "--output", str(tmp_path / "file" / "folder")])
+    assert run.exit_code == 2
+    assert "--output" in run.output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -103,11 +103,7 @@ def train(context: click.Context, output: Path, **options: object) -> None:
     """
     console = Console(quiet=not _speaks())
     config = _check(Config(**options), context, console)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.UsageError(f"--output {output}: {error.strerror}") from error
-
+    _make_folder(output)
     start = time.perf_counter()
     outcomes = _run_with_progress(config, console)
     if not _speaks():
@@ -125,6 +121,14 @@ def train(context: click.Context, output: Path, **options: object) -> None:
     if wrong:
         raise SystemExit(1)
     console.print(f"All {len(checks)} checks against theory hold.")
+
+
+def _make_folder(output: Path) -> None:
+    """Before hours of work, not after."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"--output {output}: {error.strerror}") from error
 
 
 def _speaks() -> bool:
@@ -291,6 +295,7 @@ def bench(suites: tuple[str, ...], workers: int, parameters: int, device: str, p
     console = Console()
     if device == "cuda" and not (torch.cuda.is_available() and build_info()["cuda"]):
         raise click.UsageError("--device cuda needs a CUDA device and a draco_ext built with CUDA")
+    _make_folder(output)
     keep_memory()
     chosen = [*bench_suites.SUITES] if "all" in suites else list(dict.fromkeys(suites)) or ["decode"]
     for suite in chosen:

@@ -129,7 +129,7 @@ def write_json(path: Path, config: Config, outcomes: list[Outcome], checks: list
         "checks": [asdict(check) for check in checks],
         "trainings": [_as_dict(outcome) for outcome in outcomes],
     }
-    path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(finite(document), indent=1, allow_nan=False) + "\n")
 
 
 def _as_dict(outcome: Outcome) -> dict[str, Any]:
@@ -165,12 +165,12 @@ def _as_dict(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with null for infinities and NaN, which JSON does not have."""
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float):
         return float(value) if isfinite(value) else None
     return value

@@ -15,7 +15,7 @@ import matplotlib
 import torch
 
 from draco_ext import build_info
-from draco_ext.cli.report import processor
+from draco_ext.cli.report import finite, processor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -224,7 +224,7 @@ def write(folder: Path, rows: list[Row]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     json_file, text_file = folder / f"{name}.json", folder / f"{name}.md"
     document = {"machine": machine(cuda), "rows": [asdict(row) for row in rows]}
-    json_file.write_text(json.dumps(document, indent=1) + "\n")
+    json_file.write_text(json.dumps(finite(document), indent=1, allow_nan=False) + "\n")
     text_file.write_text("\n\n".join([facts(cuda), report.legend, "\n".join(table(rows))]) + "\n")
     files = [json_file, text_file]
     if name in _DRAWINGS:
@@ -266,7 +266,7 @@ def _draw_decode(path: Path, rows: list[Row]) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in names]
     panel.legend(handles, names.values(), frameon=False, loc="upper right")
     panel.set(xscale="log", xlabel="time, in reads of the messages")
-    panel.set_xlim(0.7, 20 * max(row.to_yardstick for row in shown))
+    panel.set_xlim(0.7, 20 * max((row.to_yardstick for row in shown), default=1))
     panel.set_title(f"{size[0]} messages of {size_name(size[1])} float32", fontsize=11)
     _panel(panel)
     figure.savefig(path, dpi=150)
