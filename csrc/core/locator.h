@@ -412,7 +412,10 @@ class Locator {
     work_ = 0;
     for (int nu = at_least > 1 ? at_least : 1;; nu = nu < 8 || nu == most_ ? nu + 1 : nu * 2 < most_ ? nu * 2 : most_) {
       if (nu > most_) break;
-      if (!prony(nu)) continue;
+      if (!prony(nu)) {
+        if (nu == most_) return -1;
+        continue;
+      }
       if (exchange(nu)) return nu;
       if (work_ > kMostWork) continue;
       pursue(nu);

@@ -77,6 +77,8 @@ inline Tensor new_result(const Tensor& like, int64_t size) {
 // Whether a result of this many bytes would only fill the caches.
 inline bool is_large(int64_t bytes) { return bytes > int64_t{4} << 20; }
 
+constexpr int64_t kUnit = 64;  // columns: whole lines of the cache, whatever the dtype
+
 // f(begin, columns) for tiles of at most `tile` columns, whole units but for the last, as many for each of torch's
 // threads. Where tiles begin depends on the number of threads.
 template <typename F>

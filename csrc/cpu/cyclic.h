@@ -121,7 +121,7 @@ class Sweep {
   std::vector<T> phi_;
 };
 
-constexpr int64_t kCombineTile = 8192, kLine = 64;  // columns
+constexpr int64_t kCombineTile = 8192;  // columns
 
 // out = sum_j weights_j rows_j over the rows whose weight is not 0.
 template <typename T>
@@ -135,7 +135,7 @@ void combine(const std::vector<const T*>& rows, const Complex* weights, int64_t 
     factor.push_back(weights[j].im);
   }
   const Kernels& kernel = kernels();
-  for_each_tile(length, kCombineTile, kLine, [&](int64_t begin, int64_t columns) {
+  for_each_tile(length, kCombineTile, kUnit, [&](int64_t begin, int64_t columns) {
     std::vector<const T*> at(used.size());
     for (size_t j = 0; j < used.size(); ++j) at[j] = used[j] + begin;
     kernel.weighted_sum(

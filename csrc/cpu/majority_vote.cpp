@@ -6,7 +6,7 @@
 namespace draco {
 namespace {
 
-constexpr int64_t kVoteTile = 16384, kVoteUnit = 64;  // columns; the sum of a tile stays in the second-level cache
+constexpr int64_t kVoteTile = 16384;  // columns; the sum of a tile stays in the second-level cache
 
 template <typename T>
 void fill_nan(Tensor& out) {
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> vote(const Tensor& messages, const std::vecto
   std::vector<uint8_t> differs(n, 0);
   if (!failed) {
     const Kernels& kernel = kernels();
-    for_each_tile(d, kVoteTile, kVoteUnit, [&](int64_t begin, int64_t columns) {
+    for_each_tile(d, kVoteTile, kUnit, [&](int64_t begin, int64_t columns) {
       std::vector<const void*> rows(member.size());
       for (size_t i = 0; i < member.size(); ++i) rows[i] = row_pointer<T>(messages, member[i]) + begin;
       std::vector<uint8_t> local(member.size(), 0);

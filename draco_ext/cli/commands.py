@@ -22,7 +22,7 @@ from draco_ext.cli.bench import suites as bench_suites
 from draco_ext.cli.bench.timing import keep_memory
 from draco_ext.cli.digits import TRAIN_SAMPLES
 from draco_ext.cli.faults import BAD_CHOICES
-from draco_ext.cli.training import CODES, Config, Outcome, Training, code_for, list_trainings, run
+from draco_ext.cli.training import CODES, LEARNING, Config, Outcome, Training, code_for, list_trainings, run
 from draco_ext.cli.verdict import judge
 from draco_ext.distributed.guard import TRANSPORTS
 from draco_ext.distributed.local import under_torchrun
@@ -31,8 +31,6 @@ from draco_ext.ops import build_info
 DEFAULT_RULES = ("mean", "geometric-median-gram", "krum", "repetition", "cyclic")
 # Rules that need more than the 2s+1 workers of a code: 2s+3.
 KRUM_RULES = ("krum", "multi-krum")
-# Settings that decide whether the net learns well; at their defaults accuracy is judged too.
-LEARNING = {"steps": 100, "batch_size": 90, "learning_rate": 0.05, "momentum": 0.9}
 
 _SEED = click.IntRange(0, 2**32 - 1)
 
@@ -299,7 +297,7 @@ def bench(suites: tuple[str, ...], workers: int, parameters: int, device: str, p
     keep_memory()
     chosen = [*bench_suites.SUITES] if "all" in suites else list(dict.fromkeys(suites)) or ["decode"]
     for suite in chosen:
-        jobs = bench_suites.jobs(suite, device, workers, parameters, peers)
+        jobs = list(bench_suites.SUITES[suite](device, workers, parameters, peers))
         rows = _measure(jobs, console)
         cuda = rows[0].report == "cuda"
         console.rule(bench_report.REPORTS[rows[0].report].title)

@@ -29,7 +29,7 @@ from draco_ext.cli.bench.workloads import (
     workload,
 )
 from draco_ext.cli.report import step_seconds
-from draco_ext.cli.training import Config, Outcome, run
+from draco_ext.cli.training import LEARNING, Config, Outcome, run
 
 
 @dataclass(frozen=True)
@@ -329,11 +329,8 @@ ACCURACY = Config(
     adversaries=3,
     attack="constant",
     bad="fixed",
-    steps=150,
-    batch_size=90,
-    learning_rate=0.05,
-    momentum=0.9,
     seed=0,
+    **{**LEARNING, "steps": 150},
 )
 
 
@@ -361,21 +358,11 @@ def _accuracy_row(config: Config, outcome: Outcome) -> Row:
     return Row("accuracy", config.workers, outcome.parameters.size, name, None, split=split)
 
 
-SUITES = {
-    "decode": "decoders, robust averages and the libraries people install, side by side",
-    "kernels": "every kernel beside its yardstick",
-    "scaling": "time per byte over sizes",
-    "paper": "the paper's comparison on gradients of its models' sizes",
-    "accuracy": "time to accuracy under attack",
+# name -> f(device, n, d, with_peers)
+SUITES: dict[str, Callable[[str, int, int, bool], Iterator[Job]]] = {
+    "decode": decode,
+    "kernels": lambda device, n, d, with_peers: kernels(d),
+    "scaling": lambda device, n, d, with_peers: scaling(),
+    "paper": lambda device, n, d, with_peers: paper(device),
+    "accuracy": lambda device, n, d, with_peers: accuracy(),
 }
-
-
-def jobs(suite: str, device: str, n: int, d: int, with_peers: bool) -> list[Job]:
-    """The jobs of a suite, in order."""
-    if suite == "decode":
-        return list(decode(device, n, d, with_peers))
-    if suite == "kernels":
-        return list(kernels(d))
-    if suite == "scaling":
-        return list(scaling())
-    return list(paper(device) if suite == "paper" else accuracy())
