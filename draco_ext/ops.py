@@ -220,11 +220,12 @@ def digest(values: Tensor, seed: int) -> Tensor:
 
     Vectors of the same bits and seed have the same digest, on every device and machine; -0 and +0 differ, so do NaNs of
     different bits. Over a random seed two vectors that differ in any bit or in length, chosen without knowing the seed,
-    have the same digest with a probability of about 2^-124; who knows the seed can make such vectors. Reads d elements.
-    Deterministic, whatever the number of threads.
+    have the same digest with a probability of at most 2^-121; who knows the seed can make such vectors. Reads d
+    elements. Deterministic, whatever the number of threads.
 
-    Source: NH with a Toeplitz key over blocks of 16 KiB (Black, Halevi, Krawczyk, Krovetz and Rogaway, UMAC, CRYPTO
-    1999), joined by multilinear hashing (Carter and Wegman, 1979) with weights from Philox4x32-10.
+    Source: NH with a Toeplitz key (Black, Halevi, Krawczyk, Krovetz and Rogaway, UMAC, CRYPTO 1999) over the nine
+    chunks that an erasure code makes of every eight (encode, hash, combine: Nandi, FSE 2014), joined by multilinear
+    hashing (Carter and Wegman, 1979) with weights from Philox4x32-10.
 
     Args:
         values: (d,) contiguous; float32, float64, float16, bfloat16, or uint8, as which other types can be viewed.

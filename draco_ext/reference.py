@@ -65,20 +65,29 @@ def _failed(d: int, suspects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def digest(values: Tensor, seed: int) -> Tensor:
     """As `ops.digest`, in numpy's unsigned integers."""
     data = values.contiguous().view(torch.uint8).numpy() if len(values) else np.zeros(0, np.uint8)
-    block, lanes, low, high = 4096, 4, np.uint64(0xFFFFFFFF), np.uint64(32)  # words
+    chunk, chunks, lanes, low, high = 512, 8, 2, np.uint64(0xFFFFFFFF), np.uint64(32)  # words
     words = np.frombuffer(np.pad(data, (0, -len(data) % 8)).tobytes(), "<u4")
-    key = philox(seed, np.arange((block + 48) // 4), 4).reshape(-1)
-    totals = np.zeros(lanes, np.uint64)
+    key = philox(seed, np.arange((chunks + 1) * (chunk + 16) // 4), 4).reshape(chunks + 1, -1)
+    totals = np.zeros(2 * lanes, np.uint64)
 
     def weigh(number: int, sums: np.ndarray) -> np.ndarray:
-        w = philox(seed, number * lanes + np.arange(lanes), 5).astype(np.uint64)
+        w = philox(seed, number * len(sums) + np.arange(len(sums)), 5).astype(np.uint64)
         return (sums & low) * (w[:, 1] << high | w[:, 0]) + (sums >> high) * (w[:, 3] << high | w[:, 2])
 
-    for number in range(-(-len(words) // block)):
-        own = words[number * block :][:block]
-        keyed = np.stack([own + key[16 * t :][: len(own)] for t in range(lanes)]).astype(np.uint64)
-        totals += weigh(number, (keyed[:, ::2] * keyed[:, 1::2]).sum(1, dtype=np.uint64))
-    totals += weigh(2**60, np.full(lanes, len(data), np.uint64))
+    for number, begin in enumerate(range(0, len(words), chunks * chunk)):
+        block = words[begin:][: chunks * chunk]
+        parts = [block[at : at + chunk] for at in range(0, len(block), chunk)]
+        extra = np.zeros_like(parts[0])
+        for part in parts:
+            extra[: len(part)] += part
+        sums = np.zeros((lanes, 2), np.uint64)
+        for c, part in enumerate([*parts, extra]):
+            for t in range(lanes):
+                keyed = (part + key[c, 16 * t :][: len(part)]).astype(np.uint64)
+                hashed = (keyed[::2] * keyed[1::2]).sum(dtype=np.uint64)
+                sums[t] += hashed * np.array([1, len(parts) + 1 - c], np.uint64)
+        totals += weigh(number, sums.reshape(-1))
+    totals += weigh(2**60, np.full(2 * lanes, len(data), np.uint64))
     return torch.from_numpy((totals >> high).astype("<u4").view("<i8").copy())
 
 

@@ -583,15 +583,20 @@ def test_digest(dtype, device, generator):
 
 
 def test_digest_tells_all_bits_places_and_lengths(generator):
-    """A flipped bit, exchanged values and blocks, more zeros, another seed: never the same digest."""
+    """Flipped bits, exchanged values, chunks and blocks, more zeros, another seed: never the same digest."""
     values = torch.randint(1, 2**31 - 1, (9000,), dtype=torch.int32, generator=generator)
     words = values.view(torch.float32)
     variants = [values]
     for bit in range(32):
-        for at in (0, 1, 4095, 4096, 8999):
+        flip = 1 << bit if bit < 31 else -(2**31)
+        for places in ((0,), (1,), (4095,), (4096,), (8999,), (0, 512), (0, 3584), (7, 7 + 4096)):
             variants.append(values.clone())
-            variants[-1][at] ^= 1 << bit if bit < 31 else -(2**31)
-    for i, j, count in ((0, 1, 1), (0, 2, 1), (0, 4, 4), (0, 4096, 1), (0, 4096, 4096), (3, 4099, 100)):
+            variants[-1][list(places)] ^= flip
+    for i, j in ((0, 512), (511, 4095), (1024, 3584), (8192, 8704)):  # a block's sums of words stay as they were
+        variants.append(values.clone())
+        variants[-1][i] += 12345
+        variants[-1][j] -= 12345
+    for i, j, count in ((0, 1, 1), (0, 2, 1), (0, 4, 4), (0, 512, 1), (0, 512, 512), (0, 4096, 1), (0, 4096, 4096)):
         variants.append(values.clone())
         variants[-1][i : i + count], variants[-1][j : j + count] = values[j : j + count], values[i : i + count]
     zeros = torch.zeros(9000, dtype=torch.int32)

@@ -73,7 +73,7 @@ struct Kernels {
   // parts apart, check is (checks, workers).
   void (*check_energy)(const Complex* check, int checks, int workers, const double* re, const double* im,
                        int64_t stride, int64_t columns, double* energy);
-  // sums[t] += what lane t of 4 makes of the bytes of one block of a digest (core/digest.h).
+  // Adds the four sums of the bytes of one block of a digest (core/digest.h) to `sums`; bytes > 0.
   void (*digest)(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums);
 
   void weighted_sum(const WeightedSumTile<float>& tile) const { weighted_sum_f32(tile); }
