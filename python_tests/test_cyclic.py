@@ -217,7 +217,8 @@ def test_large_codes_over_magnitudes(n, s, place, kind, device, simt, generator)
             if named(out.suspects) >= set(bad):
                 found_any = True
                 assert error <= 1e-6, f"{where}: {error}"
-            if exponent >= 0:
+            assert named(out.suspects) <= set(bad), where
+            if exponent >= 1:  # below that neighbours' errors may be explained by others within a few times the noise
                 assert named(out.suspects) == set(bad), where
     assert found_any
 

@@ -10,11 +10,13 @@
 //   1. Prony's method: the null vector of the stacked Hankel systems of all active projections is the polynomial whose
 //      roots are the bad nodes. Exact when the errors stand well above the noise, also for colluders.
 //   2. Greedy pursuit, for errors of very different size: the largest is erased before the next is looked for.
-//   3. Exchange of one member at a time, from both and then from a pursuit that starts with each worker in turn, while
-//      the unexplained energy falls.
-//   4. All subsets of a pool of likely workers, where errors are shaped to sit near the noise.
+//   3. Exchange of one member at a time while the unexplained energy falls.
+//   4. All subsets of neighbours on the circle, whose errors can nearly cancel in the syndromes.
+//   5. Best-first search over exchanges, and all subsets of a pool of likely workers.
 //
-// Whatever the search does, a set is only accepted when it explains every projection; otherwise decoding has failed.
+// Whatever the search does, a set is only accepted when it explains every projection; otherwise decoding has failed. A
+// member of the set is named only if no other worker could be it: errors little above the noise may be explained by
+// several sets, all of which give the same gradient up to noise, and the honest must not be accused.
 // All arithmetic is double. Scratch comes from the caller: nothing is allocated here. Every method is a collective of
 // its team (core/team.h): all threads make the same decisions from the same values.
 #pragma once
@@ -34,7 +36,11 @@ constexpr int kActiveStep = 8;       // projections that join the search at a ti
 constexpr int kMostActive = 32;      // and in all
 constexpr int kMostSubsets = 20000;  // size of step 4
 constexpr int kMostSubsetSize = 12;  // and step 4 is left out for larger sets
+constexpr int kWindow = 5;           // so many more workers than sought are in a window of neighbours
+constexpr int kBeam = 32;            // sets that the best-first search keeps
+constexpr int kChildren = 12;        // exchanges of one member that it considers
 constexpr int kTogether = 4;         // active projections that one thread multiplies at a time
+constexpr double kCertain = 400;     // times the tolerated energy: where a set leaves more, none near it explains
 constexpr double kRounding = 1e-12;  // of singular values, relative to the largest, with room
 constexpr double kNever = NAN;       // what argmin passes over
 constexpr double kMostWork = 6e7;    // complex multiplications of one search: bounds what an attacker can make it cost
@@ -60,7 +66,7 @@ struct LocatorInput {
   const double* noise;       // (columns,): standard deviation of an honest projection's rounding
   const uint8_t* missing;    // (workers,): known to be absent
   const uint8_t* nonfinite;  // (workers,): sent inf or NaN, therefore bad
-  const uint8_t* hint;       // (workers,) or nullptr: those, finite, that were named from some of the columns
+  const uint8_t* hint;       // (workers,) or nullptr: those, finite, that some of the columns say are bad
 };
 
 // A projection is unexplained when its energy under this many checks is above what noise may leave.
@@ -111,11 +117,11 @@ class Locator {
     team_.sync();
   }
 
-  // Looks for suspects. energy(check, checks, out), a collective, must give the energy of every column under the
-  // checks; `per_column` is its scratch of `columns` doubles. Writes suspects (workers,), non-finite senders included.
-  // False: failed.
+  // Looks for bad workers. energy(check, checks, out), a collective, must give the energy of every column under the
+  // checks; `per_column` is its scratch of `columns` doubles. Writes who is to be left out, and the suspects among
+  // them, (workers,) both and non-finite senders included. False: failed.
   template <typename Energy>
-  DRACO_TEAM bool locate(Energy&& energy, double* per_column, uint8_t* suspects) {
+  DRACO_TEAM bool locate(Energy&& energy, double* per_column, uint8_t* left_out, uint8_t* suspects) {
     int nonfinite = 0, erased = 0;
     for (int j = 0; j < n_; ++j) {
       nonfinite += in_.nonfinite[j];
@@ -123,7 +129,7 @@ class Locator {
       if (team_.thread == 0) erased_[erased] = j;
       ++erased;
     }
-    for (int j = team_.thread; j < n_; j += team_.threads) suspects[j] = in_.nonfinite[j];
+    for (int j = team_.thread; j < n_; j += team_.threads) left_out[j] = suspects[j] = in_.nonfinite[j];
     team_.sync();
     erased_count_ = erased;
     if (erased_count_ > k2_) return false;
@@ -149,7 +155,11 @@ class Locator {
       if (found < 0) return false;
     }
     found = prune(found, energy, per_column);
-    for (int i = team_.thread; i < found; i += team_.threads) suspects[set_[i]] = 1;
+    for (int i = 0; i < found; ++i) {
+      const bool named = certain(found, i);
+      if (team_.thread == 0) left_out[set_[i]] = 1;
+      if (team_.thread == 0 && named) suspects[set_[i]] = 1;
+    }
     team_.sync();
     return true;
   }
@@ -208,7 +218,8 @@ class Locator {
     team_.sync();
     return count;
   }
-  DRACO_TEAM void put(int* to, int value) {
+  template <typename T>
+  DRACO_TEAM void put(T* to, T value) {
     if (team_.thread == 0) *to = value;
     team_.sync();
   }
@@ -421,23 +432,86 @@ class Locator {
       pursue(nu);
       if (exchange(nu)) return nu;
     }
-    for (int first = 0; first < n_ && work_ < kMostWork; ++first) {
-      if (in_.missing[first] || in_.nonfinite[first]) continue;
-      put(set_, first);
-      pursue(most_, 1);
-      if (exchange(most_)) return most_;
+    if (most_ <= kMostSubsetSize) {
+      work_ = 0;
+      if (neighbours()) return most_;
     }
-    if (most_ > kMostSubsetSize) return -1;
     work_ = 0;
-    prony(most_);  // leaves rank_: how small the polynomial is at each worker's node
+    prony(most_);  // also leaves rank_: how small the polynomial is at each worker's node
     for (int j = team_.thread; j < n_; j += team_.threads) rank_[j] = -rank_[j];
     team_.sync();
-    if (subsets()) return most_;
+    if (best_first(most_)) return most_;
+    if (most_ > kMostSubsetSize) return -1;
+    work_ = 0;
+    if (likeliest()) return most_;
     gains(set_, 0);
     for (int j = team_.thread; j < n_; j += team_.threads) rank_[j] = gain_[j];
     team_.sync();
-    if (subsets()) return most_;
+    if (likeliest()) return most_;
     return -1;
+  }
+
+  // Best-first search: of the kBeam sets that leave least unexplained, starting with set_, one member at a time is
+  // exchanged for the kChildren best others, in the best set first of which that was not tried yet.
+  DRACO_TEAM_CALL bool best_first(int nu) {
+    Arena arena = arena_;
+    int* sets = arena.take<int>(int64_t{kBeam} * nu);
+    double* left = arena.take<double>(kBeam);
+    uint8_t* tried = arena.take<uint8_t>(kBeam);
+    copy(sets, set_, nu);
+    put(left, HUGE_VAL);
+    put(tried, uint8_t{0});
+    int count = 1;
+    while (work_ < kMostWork) {
+      const int64_t b = team_.argmin(count, [&](int64_t i) { return tried[i] ? kNever : left[i]; });
+      if (b < 0) break;
+      copy(set_, sets + b * nu, nu);
+      put(tried + b, uint8_t{1});
+      if (excess(set_, nu) <= kQuiet) return true;
+      for (int i = 0; i < nu && work_ < kMostWork; ++i) {
+        copy_without(best_, set_, nu, i);
+        const double total = gains(best_, nu - 1);
+        for (int c = 0; c < kChildren; ++c) {
+          const int joins = best_gain();
+          if (gain_[joins] < 0) break;
+          const double energy = total > gain_[joins] ? total - gain_[joins] : 0;
+          if (count == kBeam && !(energy < left[kBeam - 1])) break;
+          count = insert(best_, nu - 1, joins, energy, sets, left, tried, count);
+          put(gain_ + joins, -1.0);
+        }
+      }
+    }
+    copy(set_, sets, nu);
+    return excess(set_, nu) <= 1;
+  }
+
+  // Puts a set into the sorted list of the best, unless it is there; how many are there then.
+  DRACO_TEAM int insert(const int* others, int size, int joins, double energy, int* sets, double* left, uint8_t* tried,
+                        int count) {
+    const int stride = size + 1;
+    for (int i = team_.thread; i < size; i += team_.threads) trial_[i] = others[i];
+    put(trial_ + size, joins);
+    const int64_t same = team_.argmin(count, [&](int64_t b) {
+      int shared = 0;
+      for (int i = 0; i <= size; ++i)
+        for (int l = 0; l <= size; ++l) shared += sets[b * stride + i] == trial_[l];
+      return shared == size + 1 ? 0.0 : kNever;
+    });
+    if (same >= 0) return count;
+    const int last = count < kBeam ? count : kBeam - 1;
+    if (team_.thread == 0) {
+      int at = last;
+      for (; at > 0 && energy < left[at - 1]; --at) {
+        left[at] = left[at - 1];
+        tried[at] = tried[at - 1];
+        for (int i = 0; i <= size; ++i) sets[at * stride + i] = sets[(at - 1) * stride + i];
+      }
+      left[at] = energy;
+      tried[at] = 0;
+      for (int i = 0; i <= size; ++i) sets[at * stride + i] = trial_[i];
+    }
+    team_.sync();
+    return last + 1;
   }
 
   DRACO_TEAM_CALL void pursue(int nu, int given = 0) {
@@ -475,7 +549,8 @@ class Locator {
     }
   }
 
-  // Drops members that nothing speaks against: the polynomial of a too large nu has roots of no meaning.
+  // Drops members that nothing speaks against: the polynomial of a too large nu has roots of no meaning. Columns that
+  // speak for the others join the active ones.
   template <typename Energy>
   DRACO_TEAM_CALL int prune(int found, Energy&& energy, double* per_column) {
     for (int i = 0; found > 1 && i < found;) {
@@ -484,10 +559,7 @@ class Locator {
       if (explained) {
         const int checks = k2_ - erased_count_ - (found - 1);  // check_ holds them already
         energy(check_, checks, per_column);
-        bool above = false;
-        for (int64_t c = team_.thread; c < in_.columns; c += team_.threads)
-          above |= !(unexplained(per_column[c], in_.noise[c], checks) <= 1);
-        explained = !team_.any(above);
+        explained = activate(per_column, checks) == 0;
       }
       if (explained) {
         copy(set_, trial_, --found);
@@ -496,6 +568,18 @@ class Locator {
       }
     }
     return found;
+  }
+
+  // Whether member i is certainly bad: no other worker in its place comes near to explaining the projections. Near, as
+  // the bad may differ from the set in more than this member; if one worker at most can be bad, they do not.
+  DRACO_TEAM_CALL bool certain(int found, int i) {
+    copy_without(best_, set_, found, i);
+    gains(best_, found - 1);
+    put(gain_ + set_[i], -1.0);
+    const int other = best_gain();
+    if (gain_[other] < 0) return true;
+    put(best_ + found - 1, other);
+    return excess(best_, found) > (most_ == 1 ? 1.0 : kCertain);
   }
 
   // Prony's method on the syndromes that the erased workers do not enter (their nodes are roots of what they are
@@ -640,14 +724,12 @@ class Locator {
     }
   }
 
-  // Tries all subsets of most_ workers out of the likeliest by rank_, as many as kMostSubsets allows: a depth-first
-  // walk that keeps, per level, the checks orthogonal to what is chosen and the residuals under them.
-  DRACO_TEAM_CALL bool subsets() {
-    const int nu = most_;
-    int pool = nu;
+  // The likeliest workers by rank_, as many as kMostSubsets allows subsets of most_ of them.
+  DRACO_TEAM_CALL bool likeliest() {
+    int pool = most_;
     double count = 1;
-    while (pool < n_ - erased_count_ && count * (pool + 1) / (pool + 1 - nu) <= kMostSubsets) {
-      count = count * (pool + 1) / (pool + 1 - nu);
+    while (pool < n_ - erased_count_ && count * (pool + 1) / (pool + 1 - most_) <= kMostSubsets) {
+      count = count * (pool + 1) / (pool + 1 - most_);
       ++pool;
     }
     for (int i = 0; i < pool; ++i) {
@@ -659,6 +741,32 @@ class Locator {
       });
       put(pool_ + i, static_cast<int>(best));
     }
+    return subsets(pool);
+  }
+
+  // Neighbours on the circle: windows that overlap so that any most_ of most_ + 2 in a row are in one.
+  DRACO_TEAM_CALL bool neighbours() {
+    const int present = n_ - erased_count_, step = kWindow - 1;
+    const int pool = most_ + kWindow < present ? most_ + kWindow : present;
+    for (int first = 0; first < present && work_ < kMostWork; first += step) {
+      int seen = 0;
+      for (int j = 0; j < n_; ++j) {
+        bool out = false;
+        for (int l = 0; l < erased_count_; ++l) out |= erased_[l] == j;
+        if (out) continue;
+        const int place = (seen++ - first + present) % present;
+        if (place < pool && team_.thread == 0) pool_[place] = j;
+      }
+      team_.sync();
+      if (subsets(pool)) return true;
+    }
+    return false;
+  }
+
+  // Tries all subsets of most_ workers out of the first of pool_: a depth-first walk that keeps, per level, the checks
+  // orthogonal to what is chosen and the residuals under them.
+  DRACO_TEAM_CALL bool subsets(int pool) {
+    const int nu = most_;
     Arena arena = arena_;
     const int checks = make_checks(set_, 0), width = pool + active_count_;
     residuals(checks);
@@ -722,8 +830,10 @@ class Locator {
       work_ += 2.0 * (width - chosen) * checks;
       put(trial_ + ++depth, chosen);
     }
+    const double tolerated = kTolerance * kTolerance * (checks - nu) * active_count_;
+    if (least < 0 || least > tolerated) return false;
     copy(set_, best_, nu);
-    return least >= 0 && exchange(nu);
+    return exchange(nu);
   }
 
   Team team_;

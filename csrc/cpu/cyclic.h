@@ -144,7 +144,8 @@ void combine(const std::vector<const T*>& rows, const Complex* weights, int64_t 
 }
 
 struct Verdict {
-  std::vector<uint8_t> suspects, erased;  // erased: suspects and missing
+  std::vector<uint8_t> suspects;  // who is certainly bad
+  std::vector<uint8_t> erased;    // who is left out: bad or perhaps bad, or missing
   bool failed = false;
   bool overflow = false;  // more messages are not finite than workers can be bad: the gradient itself is not
 };

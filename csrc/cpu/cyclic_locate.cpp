@@ -48,7 +48,7 @@ Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& miss
   std::vector<uint8_t> hint(n, 0);
   int hinted = 0;
   for (int j = 0; j < n && early != nullptr && !early->failed; ++j) {
-    hint[j] = early->suspects[j] && !nonfinite[j];
+    hint[j] = early->erased[j] && !verdict.erased[j];
     hinted += hint[j];
   }
   const LocatorInput input{n,
@@ -75,9 +75,13 @@ Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& miss
     }
   };
   Locator<Alone> locator(Alone(), input, scratch.get());
-  verdict.failed = !locator.locate(energy, per_column.data(), verdict.suspects.data());
-  if (verdict.failed) verdict.suspects.assign(n, 0);
-  for (int j = 0; j < n; ++j) verdict.erased[j] |= verdict.suspects[j];
+  std::vector<uint8_t> left_out(n);
+  verdict.failed = !locator.locate(energy, per_column.data(), left_out.data(), verdict.suspects.data());
+  if (verdict.failed) {
+    verdict.suspects.assign(n, 0);
+    return verdict;
+  }
+  for (int j = 0; j < n; ++j) verdict.erased[j] |= left_out[j];
   return verdict;
 }
 

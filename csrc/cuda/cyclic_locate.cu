@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kTeamThreads) locate_kernel(const __grid_const
   if (!is_last_block(&search.state->arrived)) return;
 
   bool overflow = false;
-  for (int j = team.thread; j < n; j += team.threads) search.suspects[j] = 0;
+  for (int j = team.thread; j < n; j += team.threads) search.erased[j] = search.suspects[j] = 0;
   team.sync();
   if (search.state->unexplained) {
     const int bad = find_nonfinite(team, search);
@@ -196,16 +196,16 @@ __global__ void __launch_bounds__(kTeamThreads) locate_kernel(const __grid_const
       const auto energy = [&](const Complex* check, int checks, double* out) {
         energies(team, search, check, checks, 0, search.tiles * search.per_tile, out);
       };
-      failed = !locator.locate(energy, search.per_column, search.suspects);
-      if (failed) {
-        for (int j = team.thread; j < n; j += team.threads) search.suspects[j] = 0;
-        team.sync();
-      }
+      failed = !locator.locate(energy, search.per_column, search.erased, search.suspects);
+    }
+    if (failed || overflow) {
+      for (int j = team.thread; j < n; j += team.threads) search.erased[j] = search.suspects[j] = 0;
+      team.sync();
     }
   }
   bool changed = search.always_weigh;
   for (int j = team.thread; j < n; j += team.threads) {
-    search.erased[j] = search.missing[j] | search.suspects[j];
+    search.erased[j] |= search.missing[j];
     changed |= search.erased[j] != search.left_out[j];
   }
   changed = team.any(changed);

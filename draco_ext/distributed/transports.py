@@ -375,8 +375,8 @@ class AllReduceCyclic(Transport):
         yield total
         if failed or weights.isnan().any():
             message.bucket.fill_(torch.nan)
-        elif found:
-            if peers.worker in found:
+        elif (weights != 1 / code.workers).any():  # somebody is left out
+            if weights[peers.worker] == 0:
                 message.bucket.zero_()
             else:
                 message.put(ops.cyclic_combine(values[None], weights[peers.worker, None]))
