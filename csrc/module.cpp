@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/cyclic.h"
+#include "core/noise.h"
 #include "core/random.h"
 #include "cpu/kernels.h"
 
@@ -68,6 +69,11 @@ py::array_t<std::complex<double>> weights(int workers, int adversaries) {
   return table;
 }
 
+double tolerance(int workers, int adversaries, bool float64) {
+  check(workers, adversaries);
+  return draco::kTolerance * draco::noise_model(float64, workers, adversaries, 0, 0).relative;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -75,5 +81,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, instruction set in use, CUDA and the torch this was built against.");
   m.def("cyclic_nodes", &nodes, py::arg("workers"));
   m.def("cyclic_supports", &supports, py::arg("workers"), py::arg("adversaries"));
+  m.attr("PROJECTION_SCALE") = draco::kWeightPower;
+  m.def("projections_per_tile", &draco::projections_per_tile, py::arg("length"));
+  m.def("cyclic_tolerance", &tolerance, py::arg("workers"), py::arg("adversaries"), py::arg("float64"),
+        "By how much a check may miss, relative to the reference norm: root mean square over the checks.");
   m.def("cyclic_weights", &weights, py::arg("workers"), py::arg("adversaries"));
 }

@@ -85,6 +85,12 @@ def check_tolerance(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
+def check_dtype(name: str, dtype: object, dtypes: Sequence[torch.dtype]) -> None:
+    """One of these dtypes."""
+    if dtype not in dtypes:
+        raise TypeError(f"{name} must be {_names(dtypes)}, got {dtype}")
+
+
 def check_tensor(
     name: str, tensor: object, dim: int, dtypes: Sequence[torch.dtype], like: Tensor | None = None
 ) -> None:
@@ -405,8 +411,7 @@ def cyclic_locate(
             f"energy must be contiguous, of shape {tuple(projections.shape[:2])}, got {tuple(energy.shape)}"
         )
     check_mask("missing", missing, projections)
-    if dtype not in CYCLIC_DTYPES:
-        raise TypeError(f"dtype must be {_names(CYCLIC_DTYPES)}, got {dtype}")
+    check_dtype("dtype", dtype, CYCLIC_DTYPES)
     check_tolerance("atol", atol)
     check_tolerance("rtol", rtol)
     return torch.ops.draco_ext.cyclic_locate(

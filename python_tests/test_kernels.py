@@ -450,7 +450,7 @@ def test_locate_tolerates(tolerance, device, generator):
     n, s, length = 7, 2, 4096
     messages = code_words(n, s, random(n, length, generator=generator))
     messages += 1e-4 * random(n, length, generator=generator)
-    messages[5] += 0.1 * random(length, generator=generator)
+    messages[5] += 1.0 * random(length, generator=generator)
     projections, energy = reference.cyclic_project(messages, 1)
     for value, expected in ((1e-3, {5}), (1.0, set())):
         weights, suspects, failed = run(

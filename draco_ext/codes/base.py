@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from draco_ext import ops
@@ -20,7 +22,8 @@ class Decoded:
 
     Attributes:
         gradient: (d,), the messages' dtype and device: mean (or sum) over the parts. NaN everywhere if `failed`.
-        suspects: (n,) bool: the workers whose messages were found wrong, and left out; never missing ones.
+        suspects: (n,) bool: the workers whose messages were certainly wrong, and left out; never missing ones. With the
+            cyclic code errors near the noise may be left out with nobody named: others could have caused them as well.
         failed: () bool: the code's guarantee does not cover what came in, the gradient must not be used.
         code: the code that was decoded.
     """
@@ -92,6 +95,29 @@ class Code(abc.ABC):
         """
 
     @abc.abstractmethod
+    def error_bound(self, dtype: torch.dtype, *, length: int | None = None, probability: float = 1e-6) -> float:
+        """A bound on the relative error of the decoded gradient, whatever up to s workers send.
+
+        In a decode that did not fail, with at most s bad workers and nobody missing::
+
+            norm(decoded mean - honest mean) <= error_bound * sqrt(sum_k norm(g_k)^2) / parts
+
+        where g_k is the honest gradient of part k. The norm on the right is that of the mean if the parts' gradients
+        are orthogonal, and less if they agree. Derived in docs/guarantee.md from the worst that any messages can do,
+        not fitted: what attacks reach is far below. Above 1 it says nothing.
+
+        Args:
+            dtype: of the messages.
+            length: of the messages; those of one tile are projected more often. Default: any.
+            probability: that a decode exceeds the bound, over the randomness that it draws after the messages are in.
+                No bound holds with certainty: an error can be orthogonal to all random projections.
+
+        Raises:
+            TypeError: an argument has the wrong type; the code does not take the dtype.
+            ValueError: an argument has a wrong value.
+        """
+
+    @abc.abstractmethod
     def _decode(
         self,
         messages: Tensor,
@@ -104,6 +130,15 @@ class Code(abc.ABC):
         length: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient, suspects and failed; see `decode`."""
+
+    def _check_bound(self, dtype: object, dtypes: Sequence[torch.dtype], length: object, probability: object) -> None:
+        ops.check_dtype("dtype", dtype, dtypes)
+        if length is not None:
+            ops.check_int("length", length, 0)
+        if isinstance(probability, bool) or not isinstance(probability, (int, float)):
+            raise TypeError(f"probability must be a float, got {type(probability).__name__}")
+        if not 0 < probability <= 1:
+            raise ValueError(f"probability must be above 0 and at most 1, got {probability}")
 
     def _check_worker(self, worker: int) -> None:
         ops.check_int("worker", worker, 0, self.workers - 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from draco_ext import _C, ops
@@ -55,6 +57,31 @@ class CyclicCode(Code):
     def encode(self, worker: int, gradients: Tensor) -> Tensor:
         """The weighted sum of the worker's gradients; see `Code.encode`."""
         return ops.cyclic_encode(gradients, self.workers, self.adversaries, worker)
+
+    def error_bound(self, dtype: torch.dtype, *, length: int | None = None, probability: float = 1e-6) -> float:
+        """What rounding, and errors that hide below the noise floor, can do; see `Code.error_bound`."""
+        self._check_bound(dtype, ops.CYCLIC_DTYPES, length, probability)
+        n, s, r = self.workers, self.adversaries, self.redundancy
+        unit = torch.finfo(dtype).eps / 2
+
+        def amplification(erased: int) -> float:
+            """The norm of the decoding weights, over sqrt(n)."""
+            return math.sqrt(math.comb(2 * erased, erased))
+
+        weights = np.abs(self.weights[:, 0])
+        added, strongest = weights.sum(), np.linalg.norm(weights)
+        honest = added * (amplification(2 * s) * (r + 2) + amplification(s) * (n + 4))
+        # The largest error that passes below the noise floor, for a check of norm 1.
+        projections = _C.projections_per_tile(self.message_length(length) if length is not None else 2**62)
+        floor = _C.cyclic_tolerance(n, s, dtype == torch.float64) * math.sqrt(2 * s) * _C.PROJECTION_SCALE * strongest
+        hidden = floor * 2 / probability ** (1 / projections)
+        # The same in one worker's message, and what adding such messages up rounds.
+        apart = math.prod(2 * math.sin(math.pi * (i // 2 + 1) / n) for i in range(2 * s - 1))
+        message = hidden * amplification(max(0, 2 * s - 1)) / apart
+        adding = 2**s * math.sqrt(s) * (n + 4) * message
+        return math.sqrt(n) * (
+            math.sqrt(2) * unit * (honest + adding) + (amplification(s) + amplification(2 * s)) * hidden
+        )
 
     def _decode(self, messages, *, missing, expected, mean, atol, rtol, length):
         return ops.cyclic_decode(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from draco_ext import ops
@@ -61,6 +62,14 @@ class RepetitionCode(Code):
                 f"gradients must have 1 row, for part {self.assignment(worker)[0]}, got {gradients.size(0)}"
             )
         return gradients[0]
+
+    def error_bound(self, dtype: torch.dtype, *, length: int | None = None, probability: float = 1e-6) -> float:
+        """0: the gradient is bit-identical to the one without bad workers; see `Code.error_bound`.
+
+        With atol and rtol a group's median is between its honest members' values instead, however far those are apart.
+        """
+        self._check_bound(dtype, ops.VOTE_DTYPES, length, probability)
+        return 0.0
 
     def _decode(self, messages, *, missing, expected, mean, atol, rtol, length):
         if expected is not None or length is not None:  # the vote has no use for them
