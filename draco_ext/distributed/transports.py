@@ -317,7 +317,10 @@ class AllReduceRepetition(Transport):
         self._shards = min(self.code.group_sizes)
         self._own = next(members for members in self._groups if peers.worker in members)
         self._shard = peers.worker - self._own.start  # for which this worker is responsible, if there is one
-        self._next_may_follow, self._next_key, self._begun = False, 0, -1  # see _gather_digests
+        # Buckets by number: messages in order, how many of them have shares in the key, and what has been gathered.
+        self._undigested: list[tuple[int, Tensor]] = []
+        self._key = self._with_key = 0
+        self._digests: dict[int, list[tuple[int, int]]] = {}
         self._ring = self._circle = None
         if len(self._groups) == 1:
             return
@@ -357,20 +360,29 @@ class AllReduceRepetition(Transport):
     def _gather_digests(self, values: Tensor, number: int) -> Generator[Pending | None, Tensor, list[tuple[int, int]]]:
         """Of all workers' messages, under a key that nobody knows before this rank's message is final.
 
-        Shares in the key of the bucket behind this one go with this one's digests, where it has begun by then: one
-        exchange for each bucket, and one for each step, instead of two for each bucket.
+        Every exchange, however small, is a round in which all ranks wait. So there is one for each bucket, not two: the
+        first of a step waits for the second, draws a key for both, and gathers the digests of both; with them go the
+        shares in the key of the one that has begun meanwhile, and so on.
         """
-        follows, self._next_may_follow, self._begun = self._next_may_follow, True, number
-        if follows:
-            yield None  # until the bucket before has gathered its digests
-            key = self._next_key
-        else:
-            key = int((yield self.peers.draw_key(values.device)))
-        self._next_may_follow = self._begun > number
-        own = torch.cat([ops.digest(values, key), draw_share(values.device)])
-        *digests, shares = (yield self.peers.gather(own)).T.tolist()
-        self._next_key = sum(shares) % 2**63
-        return list(zip(*digests, strict=True))
+        self._undigested.append((number, values))
+        yield None
+        while number not in self._digests:
+            if self._undigested[0][0] != number:
+                yield None  # the foremost acts for all
+                continue
+            if self._with_key == 0:
+                covered = len(self._undigested)
+                self._key = int((yield self.peers.draw_key(values.device)))
+                self._with_key = covered
+            batch = self._undigested[: self._with_key]
+            behind = len(self._undigested) - len(batch)  # whose shares go with this
+            own = [ops.digest(message, (self._key + i) % 2**63) for i, (_, message) in enumerate(batch)]
+            *columns, shares = (yield self.peers.gather(torch.cat([*own, draw_share(values.device)]))).T.tolist()
+            for i, (other, _) in enumerate(batch):
+                self._digests[other] = list(zip(columns[2 * i], columns[2 * i + 1], strict=True))
+            del self._undigested[: len(batch)]
+            self._key, self._with_key = sum(shares) % 2**63, behind
+        return self._digests.pop(number)
 
     def _add_up(self, message: Message) -> Generator[Pending, Tensor, None]:
         """The mean over the groups, of which each member has the same message, into the bucket."""
