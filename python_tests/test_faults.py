@@ -386,19 +386,22 @@ def _keys(rank, report, code):
         patch.setattr(transports, "draw_share", spy_draw)
         for _ in range(2):
             torch.manual_seed(1)
-            _, _, outcomes = train(rank, code, "allreduce", custom=adversary, steps=4)
-            assert outcomes == [None] * 4
+            model = DistributedDataParallel(nn.Sequential(*(nn.Linear(20, 20) for _ in range(6))), bucket_cap_mb=0.001)
+            protection = draco_ext.protect(model, code, adversary=adversary)
+            for step in protection.steps([torch.ones(2, 20)] * 3 * len(code.assignment(protection.worker))):
+                for x in step:
+                    model(x).square().sum().backward()
     everybody = [None] * code.workers
     dist.all_gather_object(everybody, (made, keys, shares))
     report(everybody)
 
 
-@pytest.mark.parametrize("code", [THREE, CyclicCode(3, 1), RepetitionCode(6, 1)], ids=repr)
+@pytest.mark.parametrize("code", [THREE, CyclicCode(3, 1)], ids=repr)
 def test_nobody_can_know_a_key_before_all_messages_are_made(code):
     [everybody] = run_local(_keys, code.workers, code)
     made, keys, shares = zip(*everybody, strict=True)
     exchanges = len(keys[0])
-    assert exchanges == len(made[0]) > 2 * 4  # several buckets a step
+    assert exchanges == len(made[0]) > 2 * 3 * 4  # more than four buckets a step
     assert keys == (keys[0],) * code.workers
     assert len(set(keys[0])) == exchanges  # also in a second run after the same torch.manual_seed
     assert min(keys[0]) >= 0

@@ -574,8 +574,8 @@ def protect(
         on_failure: where the code's guarantee does not cover what came in, all gradients become None, on all ranks, so
             that an optimizer changes nothing; and "raise" makes ``backward()`` raise DecodingError, "skip" logs a
             warning.
-        ledger: file to which every `Finding` is appended as a line of JSON: by rank 0, or, with "{rank}" in its name,
-            by every rank to its own.
+        ledger: file to which every `Finding` is appended as a line of JSON, see `draco_ext.read_ledger`: by rank 0, or,
+            with "{rank}" in its name, by every rank to its own. Where that fails later on, training goes on.
         callback: called with every `Finding`, on all ranks.
         adversary: makes this rank bad, for tests and demonstrations: f(step, honest message) -> what is sent.
         atol: honest messages may differ by so much, see `draco_ext.decode`; not for the repetition code with
@@ -591,8 +591,9 @@ def protect(
 
     Raises:
         TypeError: an argument has the wrong type; parameters have a dtype that the code does not take.
-        ValueError: an argument has a wrong value, or not the same on all ranks. In the first step ``backward()`` raises
-            one, too, where more than s ranks have other mini-batches than those with which they share a part.
+        ValueError: an argument has a wrong value, or not the same on all ranks; nor have the models or DDP's options;
+            the ledger cannot be opened: on all ranks alike. In the first step ``backward()`` raises one, too, where
+            more than s ranks have other mini-batches than those with which they share a part.
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")
