@@ -198,7 +198,12 @@ def test_a_message_of_another_length_ends_an_all_gather_in_time(tmp_path):
         assert result["seconds"] < TIMEOUT + SLACK
 
 
-def _at_the_wire(rank, report, code, transport, alter):
+def _at_the_wire(rank, report):
+    for case in WIRE:
+        report(_altered(rank, *case))
+
+
+def _altered(rank, code, transport, alter):
     """What rank 1 sends is altered on its way out, under its full length."""
     clean, _, _ = train(rank, code, transport, steps=4)
     findings = []
@@ -220,7 +225,7 @@ def _at_the_wire(rank, report, code, transport, alter):
     everybody = [None] * code.workers
     dist.all_gather_object(everybody, [(f.step, f.bucket, f.worker, f.elements, f.largest) for f in findings])
     del everybody[1]
-    report((same_everywhere(rows[[0, 2]]), ((rows[0] - clean[0]).norm() / clean[0].norm()).item(), outcomes, everybody))
+    return same_everywhere(rows[[0, 2]]), ((rows[0] - clean[0]).norm() / clean[0].norm()).item(), outcomes, everybody
 
 
 def cut(values, peer):
@@ -231,29 +236,25 @@ def equivocate(values, peer):
     return values + peer
 
 
-def test_who_tells_everybody_something_else_changes_nothing():
-    """The repetition code; in the end honest ranks have the same bits."""
-    [(same, distance, outcomes, everybody)] = run_local(_at_the_wire, 3, THREE, "allgather", equivocate)
-    assert same
-    assert distance == 0
-    assert outcomes == [None] * 4
-    assert everybody[0] != everybody[1]  # it was another lie
-    for found in everybody:
-        assert {(step, worker) for step, _, worker, _, _ in found} == {(step, 1) for step in range(4)} or found == []
+WIRE = [
+    (THREE, "allgather", equivocate),
+    (THREE, "allgather", cut),
+    (THREE, "server", cut),
+    (CyclicCode(3, 1), "allgather", cut),
+]
 
 
-@pytest.mark.parametrize(
-    ("code", "transport"), [(THREE, "allgather"), (THREE, "server"), (CyclicCode(3, 1), "allgather")]
-)
-def test_a_message_that_is_cut_off_is_a_wrong_one(code, transport):
-    [(same, distance, outcomes, everybody)] = run_local(_at_the_wire, 3, code, transport, cut)
-    assert same
-    assert distance == 0 if isinstance(code, RepetitionCode) else distance < 1e-5
-    assert outcomes == [None] * 4
-    assert everybody == [everybody[0]] * 2  # also those who hold another rest of the message
-    assert {(step, worker) for step, _, worker, _, _ in everybody[0]} == {(step, 1) for step in range(4)}
-    if isinstance(code, RepetitionCode):
-        assert all(elements > 3 and largest is None for *_, elements, largest in everybody[0])
+def test_a_message_that_is_cut_off_or_is_another_for_everybody():
+    """A wrong one. Honest ranks have the same bits in the end."""
+    for (code, _, alter), (same, distance, outcomes, everybody) in zip(WIRE, run_local(_at_the_wire, 3), strict=True):
+        assert same
+        assert distance == 0 if isinstance(code, RepetitionCode) else distance < 1e-5
+        assert outcomes == [None] * 4
+        assert {(step, worker) for step, _, worker, _, _ in everybody[-1]} == {(step, 1) for step in range(4)}
+        # Also those who hold another rest of a message that is cut off.
+        assert (everybody[0] == everybody[1]) == (alter is cut)
+        if isinstance(code, RepetitionCode) and alter is cut:
+            assert all(elements > 3 and largest is None for *_, elements, largest in everybody[0])
 
 
 # ------------------------------------------------------------------------------- what peers say of themselves
@@ -355,7 +356,15 @@ def test_no_module_unpickles_or_evaluates_what_peers_send():
 # --------------------------------------------------------------------------------------------- keys
 
 
-def _keys(rank, report, code):
+KEYED = [THREE, CyclicCode(3, 1)]
+
+
+def _keys(rank, report):
+    for code in KEYED:
+        report(_keys_of(rank, code))
+
+
+def _keys_of(rank, code):
     """Of every exchange on this rank: when its message was made, and its key; when shares were drawn, and which."""
     made, keys, shares = [], [], []
     digest, project, draw = ops.digest, ops.cyclic_project, transports.draw_share
@@ -393,12 +402,17 @@ def _keys(rank, report, code):
                     model(x).square().sum().backward()
     everybody = [None] * code.workers
     dist.all_gather_object(everybody, (made, keys, shares))
-    report(everybody)
+    return everybody
 
 
-@pytest.mark.parametrize("code", [THREE, CyclicCode(3, 1)], ids=repr)
-def test_nobody_can_know_a_key_before_all_messages_are_made(code):
-    [everybody] = run_local(_keys, code.workers, code)
+@pytest.fixture(scope="module")
+def keyed():
+    return dict(zip(KEYED, run_local(_keys, 3), strict=True))
+
+
+@pytest.mark.parametrize("code", KEYED, ids=repr)
+def test_nobody_can_know_a_key_before_all_messages_are_made(code, keyed):
+    everybody = keyed[code]
     made, keys, shares = zip(*everybody, strict=True)
     exchanges = len(keys[0])
     assert exchanges == len(made[0]) > 2 * 3 * 4  # more than four buckets a step

@@ -149,22 +149,22 @@ def test_training_goes_on_without_the_ledger(tmp_path):
     ]
 
 
-def _impossible(rank, report, ledger):
-    try:
-        train(rank, CODE, "allreduce", steps=1, ledger=ledger)
-        said = None
-    except ValueError as error:
-        said = str(error)
-    everybody = [None] * 3
-    torch.distributed.all_gather_object(everybody, said)
-    report(everybody)
+def _impossible(rank, report, ledgers):
+    for ledger in ledgers:
+        try:
+            train(rank, CODE, "allreduce", steps=1, ledger=ledger)
+            said = None
+        except ValueError as error:
+            said = str(error)
+        everybody = [None] * 3
+        torch.distributed.all_gather_object(everybody, said)
+        report(everybody)
 
 
-@pytest.mark.parametrize("name", ["bad.jsonl", "{rank}.jsonl"])
-def test_a_folder_that_cannot_be_made_is_named_on_all_ranks(tmp_path, name):
+def test_a_folder_that_cannot_be_made_is_named_on_all_ranks(tmp_path):
     (tmp_path / "file").touch()
-    ledger = f"{tmp_path}/file/folder/{name}"
-    [everybody] = run_local(_impossible, 3, ledger)
-    path = ledger.replace("{rank}", "0")
-    said = f"ledger must be a file that can be written, got on rank 0 '{path}: Not a directory'"
-    assert everybody == [said] * 3
+    ledgers = [f"{tmp_path}/file/folder/{name}" for name in ("bad.jsonl", "{rank}.jsonl")]
+    for ledger, everybody in zip(ledgers, run_local(_impossible, 3, ledgers), strict=True):
+        path = ledger.replace("{rank}", "0")
+        said = f"ledger must be a file that can be written, got on rank 0 '{path}: Not a directory'"
+        assert everybody == [said] * 3
