@@ -380,7 +380,7 @@ class Guard:
         To be called on all ranks, before training or between steps; changes neither the model nor its gradients.
 
         Args:
-            batch: what the loader gives, of the same shape on all ranks.
+            batch: what the loader gives, of the same shapes and dtypes on all ranks.
             loss: f(module, batch) -> scalar; default: mean squares of what the module makes of the batch, or of its
                 first element where it is a tuple or list.
 
@@ -389,7 +389,7 @@ class Guard:
             logged as a warning.
 
         Raises:
-            ValueError: the batch has not the same shape on all ranks.
+            ValueError: the batch has not the same shapes and dtypes on all ranks.
         """
         result = self_test(self._model.module, self._model.process_group, batch, loss)
         if not result.reproducible:
