@@ -10,6 +10,7 @@ from draco_ext.codes import (
 )
 from draco_ext.distributed.batches import RedundantBatchSampler
 from draco_ext.distributed.guard import Guard, protect
+from draco_ext.distributed.ledger import read_ledger
 from draco_ext.ops import build_info
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "build_info",
     "decode",
     "protect",
+    "read_ledger",
 ]

@@ -315,6 +315,16 @@ def test_exit_code_tells_when_a_line_is_not_what_theory_says(runs, tmp_path):
     assert (tmp_path / "train.json").exists()
 
 
+@pytest.mark.parametrize("file", ["train.json", "train.png"])
+def test_a_full_disk_is_one_line(runs, tmp_path, file):
+    (tmp_path / file).symlink_to("/dev/full")
+    runs.outcomes = PERFECT
+    result = invoke("train", "--output", str(tmp_path))
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1] == f"Error: cannot write to --output {tmp_path}: No space left on device"
+    assert "plain averaging" in result.output  # the figures are not lost
+
+
 # ----------------------------------------------------------------------- who is bad, and batches
 
 

@@ -53,14 +53,18 @@ def _self_test(rank, report):
     with torch.no_grad():
         net.second.bias += rank == 0
     report(guard.self_test(batch))
-    try:
-        guard.self_test(torch.zeros(8 + (rank == 1), 4))
-    except ValueError as error:
-        report(str(error))
+    for other in (
+        torch.zeros(8 + (rank == 1), 4),
+        torch.zeros(8, 4, dtype=torch.float64 if rank == 0 else torch.float32),
+    ):
+        try:
+            guard.self_test(other)
+        except ValueError as error:
+            report(str(error))
 
 
 def test_self_test():
-    fine, untouched, no_gradients, unstable, minority, custom, parameters, shapes = run_local(_self_test, 3)
+    fine, untouched, no_gradients, unstable, minority, custom, parameters, shapes, dtypes = run_local(_self_test, 3)
     assert fine.reproducible, fine
     assert untouched
     assert no_gradients
@@ -70,7 +74,8 @@ def test_self_test():
     assert "same number of threads" in minority.advice
     assert custom.reproducible
     assert (parameters.parameter, parameters.ranks) == ("(the parameters themselves)", (0,))
-    assert "batch must have the same shape on all ranks, got another on ranks [1]" in shapes
+    assert shapes == "batch must have the same shapes and dtypes on all ranks, got others on ranks [1]"
+    assert dtypes == "batch must have the same shapes and dtypes on all ranks, got others on ranks [0]"
 
 
 def _other_batches(rank, report):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -100,6 +101,32 @@ def test_codes_under_attack(transport, attack, bad, workers, adversaries):
     assert max(o.distance for o in (clean_repetition, clean_cyclic, cyclic)) < 1e-5
     assert mean.distance is None
     assert all(check.holds for check in judge(config, outcomes, learns=False))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_port_that_is_taken_is_one_line(tmp_path, rank):
+    """MASTER_PORT, by another program, and rank 0 cannot have it; and a rank 1 that finds nobody there."""
+    command = "import datetime; from draco_ext.distributed import local; local.SILENCE = datetime.timedelta(seconds=2);"
+    command += "from draco_ext import cli; cli.main()"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        if rank == 0:
+            taken.listen()
+        port = str(taken.getsockname()[1])
+        torchrun = {"RANK": str(rank), "WORLD_SIZE": "5", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = subprocess.run(
+            [sys.executable, "-c", command, "train", "--adversaries=1"],
+            cwd=tmp_path,
+            env={**os.environ, **torchrun},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    said = done.stderr.splitlines()[-1]  # torch's own warnings come before
+    assert said.startswith(f"Error: rank {rank} cannot join the others: ")
+    assert port in said
 
 
 # ----------------------------------------------------------------------------------------- ranks

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
+from collections.abc import Iterator
 from math import inf, isfinite, lcm
 from pathlib import Path
 
@@ -110,8 +112,9 @@ def train(context: click.Context, output: Path, **options: object) -> None:
     checks = judge(config, outcomes, learns=_learns(config))
     for table in report.make_tables(config, outcomes):
         console.print(table, end="\n\n")
-    report.write_json(output / "train.json", config, outcomes, checks, seconds)
-    report.draw(output / "train.png", config, outcomes)
+    with _writing_to(output):
+        report.write_json(output / "train.json", config, outcomes, checks, seconds)
+        report.draw(output / "train.png", config, outcomes)
     console.print(f"Took {seconds:.0f} s. Figures and picture: {output}/train.json, train.png")
     wrong = [check for check in checks if not check.holds]
     for check in wrong:
@@ -127,6 +130,15 @@ def _make_folder(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise click.UsageError(f"--output {output}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _writing_to(output: Path) -> Iterator[None]:
+    """A disk may be full by now; the figures stand on the console."""
+    try:
+        yield
+    except OSError as error:
+        raise click.ClickException(f"cannot write to --output {output}: {error.strerror or error}") from error
 
 
 def _speaks() -> bool:
@@ -224,6 +236,8 @@ def _run_with_progress(config: Config, console: Console) -> list[Outcome]:
             torch.multiprocessing.ProcessExitedException,
         ) as error:
             raise click.ClickException(f"a process of the training stopped: {error}") from error
+        except ConnectionError as error:
+            raise click.ClickException(str(error)) from error
 
 
 @draco.command(context_settings={"show_default": True})
@@ -256,6 +270,8 @@ def doctor(workers: int) -> None:
         diagnosis = doctors.diagnose(workers)
     except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
         raise click.ClickException(f"a rank stopped: {error}") from error
+    except ConnectionError as error:
+        raise click.ClickException(str(error)) from error
     if _speaks():
         console.print(doctors.make_table(diagnosis.facts))
         colour = "green" if diagnosis.result.reproducible else "red"
@@ -304,7 +320,8 @@ def bench(suites: tuple[str, ...], workers: int, parameters: int, device: str, p
         lines = [bench_report.facts(cuda), bench_report.REPORTS[rows[0].report].legend]
         for line in [*lines, *bench_report.table(rows)]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        files = bench_report.write(output, rows)
+        with _writing_to(output):
+            files = bench_report.write(output, rows)
         console.print(f"Wrote {', '.join(map(str, files))}", soft_wrap=True)
 
 

@@ -25,16 +25,22 @@ def gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> l
     """Everybody's value, by rank, sent as JSON: what comes from a peer is read, never executed as a pickle would be.
 
     Raises:
-        ValueError: a rank's is longer than `MOST_BYTES`, or is not JSON.
+        ValueError: a rank's is longer than `MOST_BYTES`, or is not JSON; the message names it.
     """
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = gather(torch.tensor([len(text)]), group, device).flatten().tolist()
-    if not 0 < min(lengths) <= max(lengths) <= MOST_BYTES:
-        raise ValueError(f"ranks must send from 1 to {MOST_BYTES} bytes, got {lengths}")
+    for rank, length in enumerate(lengths):  # before there is room made for so many
+        if not 0 < length <= MOST_BYTES:
+            raise ValueError(f"ranks must send from 1 to {MOST_BYTES} bytes, got {length} from rank {rank}")
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
     padded[: len(text)] = text
-    rows = gather(padded, group, device)
-    return [json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths, strict=True)]
+    values = []
+    for rank, (row, length) in enumerate(zip(gather(padded, group, device), lengths, strict=True)):
+        try:
+            values.append(json.loads(bytes(row[:length].tolist())))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"ranks must send JSON, got something else from rank {rank}: {error}") from None
+    return values
 
 
 def is_world(group: dist.ProcessGroup) -> bool:

@@ -1,8 +1,8 @@
 """A code between the gradients of a DistributedDataParallel model and its optimizer: `protect`."""
 
+import hashlib
 import json
 import logging
-import secrets
 import socket
 import time
 import weakref
@@ -20,6 +20,7 @@ from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode, DecodingError, RepetitionCode
 from draco_ext.distributed.encoder import GradientEncoder
 from draco_ext.distributed.groups import gather, gather_json, membership
+from draco_ext.distributed.ledger import Finding, Ledger
 from draco_ext.distributed.placement import ranks_per_host, worker_of
 from draco_ext.distributed.reproducibility import SelfTest, fingerprint, odd_ones_out, self_test
 from draco_ext.distributed.server_transport import ServerTransport
@@ -52,37 +53,6 @@ def _make_transport(name: str, peers: Peers, *, deadline: float, **tolerance: fl
     return (AllReduceCyclic if isinstance(peers.code, CyclicCode) else AllReduceRepetition)(peers, **tolerance)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One worker's wrong or missing message in one bucket of one step; a line of the ledger.
-
-    Attributes:
-        time: seconds since the epoch.
-        step: of the guard, from 0.
-        bucket: DDP's number of it; DDP makes new buckets after the first step.
-        worker: of the code.
-        rank: in the process group.
-        host: its name.
-        elements: how many elements differ from the right message; None where that is not known.
-        first: the first of them.
-        largest: the largest absolute deviation; None also where it is not finite.
-        failed: whether the bucket could not be decoded: then the suspicion is not certain, and stands here only.
-        missing: whether the message did not come in time, which is no suspicion.
-    """
-
-    time: float
-    step: int
-    bucket: int
-    worker: int
-    rank: int
-    host: str
-    elements: int | None
-    first: int | None
-    largest: float | None
-    failed: bool
-    missing: bool = False
-
-
 @dataclass
 class Suspect:
     """A rank that sent wrong messages, in `Report`."""
@@ -104,6 +74,7 @@ class Report:
         suspects: by rank; none on account of a step that failed.
         failed_steps: steps without an update, because the guarantee did not cover what came in.
         missing: by rank, the steps in which messages of it did not come in time.
+        unwritten: findings that could not be written into this rank's ledger.
         seconds: where this rank's time went in all steps together.
     """
 
@@ -112,6 +83,7 @@ class Report:
     suspects: dict[int, Suspect]
     failed_steps: tuple[int, ...]
     missing: dict[int, list[int]] = field(default_factory=dict)
+    unwritten: int = field(default=0, compare=False)
     seconds: Seconds = field(default_factory=Seconds, compare=False)
 
 
@@ -128,7 +100,7 @@ class _Flight:
     @property
     def soon(self) -> bool:
         """Whether it is to go on when the next bucket begins."""
-        return self.pending is not None and self.pending.soon
+        return self.pending is None or self.pending.soon
 
 
 class Guard:
@@ -173,6 +145,14 @@ class Guard:
         self._ranks = tuple(sorted(range(code.workers), key=lambda rank: worker_of(rank, code, on_host)))
         self.worker = worker_of(self._rank, code, on_host)
 
+        self._ledger, problem = None, None
+        if ledger is not None and (self._rank == 0 or "{rank}" in str(ledger)):
+            path = Path(str(ledger).replace("{rank}", str(self._rank)))
+            try:
+                self._ledger = Ledger(path)
+            except OSError as error:
+                problem = f"{path}: {error.strerror or error}"[:1000]
+
         device = next(model.parameters()).device
         setup = {
             "code": repr(code),
@@ -184,28 +164,19 @@ class Guard:
             "seed": seed,
             "deadline": deadline,
             "the number of process groups that a rank is in": membership(group),
+            "the sizes and dtypes of the model's parameters (their digest)": _digest_of_sizes(model),
+            "DistributedDataParallel's options": {
+                "bucket_cap_mb": model.bucket_bytes_cap / 2**20,
+                "find_unused_parameters": model.find_unused_parameters,
+                "static_graph": model.static_graph,
+            },
         }
         if isinstance(code, CyclicCode) and transport != "server" and device.type == "cpu":
             # Every rank decides by itself; others round differently.
             setup["instruction set (DRACO_ISA)"] = ops.build_info()["instruction_set"]
-        mine = {"setup": setup, "host": socket.gethostname(), "key": secrets.randbits(62)}
-        everybody = gather_json(mine, group, device)
-        for rank, other in enumerate(everybody):
-            for name, value in everybody[0]["setup"].items():
-                if other["setup"][name] != value:
-                    raise ValueError(
-                        f"{name} must be the same on all ranks, got {other['setup'][name]!r} on rank {rank} and "
-                        f"{value!r} on rank 0"
-                    )
-        self._hosts = [other["host"] for other in everybody]
-        key = sum(other["key"] for other in everybody) % 2**62  # no rank alone chooses it
-        self._peers = Peers(group, code, self.worker, self._ranks, key)
+        self._hosts = _meet({"setup": setup, "host": socket.gethostname(), "ledger": problem}, group, device)
+        self._peers = Peers(group, code, self.worker, self._ranks)
         self._transport = _make_transport(transport, self._peers, deadline=deadline, atol=atol, rtol=rtol)
-        self._ledger = None
-        if ledger is not None and (self._rank == 0 or "{rank}" in str(ledger)):
-            self._ledger = Path(str(ledger).replace("{rank}", str(self._rank)))
-            self._ledger.parent.mkdir(parents=True, exist_ok=True)
-            self._ledger.touch()
 
         self._exchanges = 0
         self._suspects: dict[int, Suspect] = {}
@@ -292,6 +263,13 @@ class Guard:
 
     def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Called by DDP for every bucket of a backward pass, in the same order on all ranks."""
+        try:
+            return self._take(bucket)
+        except BaseException:
+            self._drop_gradients()  # this rank's own, and decoded ones
+            raise
+
+    def _take(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         self._check_in_steps()
         buffer = bucket.buffer()
         future = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
@@ -337,6 +315,8 @@ class Guard:
             self._flights.remove(flight)
             self._note(stop.value, flight.bucket)
             flight.future.set_result(flight.buffer)
+        except RuntimeError as error:
+            raise RuntimeError(f"no gradient in step {self.step}, bucket {flight.bucket}: {error}") from error
         seconds.decode += time.perf_counter() - begin - (seconds.communicate - waited)
 
     def _land(self) -> None:
@@ -384,11 +364,14 @@ class Guard:
                 _leave_out_unused(decoded)
             return
         self._failed_steps.append(step)
-        for parameter in self._model.parameters():
-            parameter.grad = None  # optimizers leave such parameters and their state alone
+        self._drop_gradients()
         if self._on_failure == "raise":
             raise DecodingError(failure)
         logger.warning("%s; the step is skipped", failure)
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._model.parameters():
+            parameter.grad = None  # optimizers leave such parameters and their state alone
 
     def self_test(self, batch: Any, loss: Callable[[torch.nn.Module, Any], Tensor] | None = None) -> SelfTest:
         """Whether honest ranks compute the same bits: the repetition code convicts those that do not.
@@ -397,7 +380,7 @@ class Guard:
         To be called on all ranks, before training or between steps; changes neither the model nor its gradients.
 
         Args:
-            batch: what the loader gives, of the same shape on all ranks.
+            batch: what the loader gives, of the same shapes and dtypes on all ranks.
             loss: f(module, batch) -> scalar; default: mean squares of what the module makes of the batch, or of its
                 first element where it is a tuple or list.
 
@@ -406,7 +389,7 @@ class Guard:
             logged as a warning.
 
         Raises:
-            ValueError: the batch has not the same shape on all ranks.
+            ValueError: the batch has not the same shapes and dtypes on all ranks.
         """
         result = self_test(self._model.module, self._model.process_group, batch, loss)
         if not result.reproducible:
@@ -444,8 +427,7 @@ class Guard:
             elif not outcome.failed:
                 self._accuse(finding)
             if self._ledger is not None:
-                with self._ledger.open("a") as file:
-                    file.write(json.dumps(asdict(finding)) + "\n")
+                self._ledger.append(finding)
             if self._callback is not None:
                 self._callback(finding)
 
@@ -485,7 +467,7 @@ class Guard:
     def report(self) -> Report:
         """Who was suspected, in which steps and how many buckets, and which steps failed: the same on all ranks.
 
-        Also how many seconds were spent on it: each rank's own.
+        Also how many seconds were spent on it, and what its ledger lacks: each rank's own.
         """
         return Report(
             self._transport.trust,
@@ -493,8 +475,47 @@ class Guard:
             dict(self._suspects),
             tuple(self._failed_steps),
             dict(self._missing),
+            0 if self._ledger is None else self._ledger.unwritten,
             replace(self._peers.seconds),
         )
+
+
+def _digest_of_sizes(model: torch.nn.Module) -> str:
+    """Of what decides, with DDP's options, which buckets there will be."""
+    sizes = [(list(p.shape), str(p.dtype)) for p in model.parameters() if p.requires_grad]
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+
+
+def _meet(mine: dict[str, Any], group: dist.ProcessGroup, device: torch.device) -> list[str]:
+    """Compares the ranks' set-ups; returns the names of their hosts.
+
+    Raises:
+        ValueError: on all ranks alike, where they do not agree, a ledger cannot be opened, or a rank sends anything
+            else; it names the rank.
+    """
+    everybody = gather_json(mine, group, device)
+    for rank, other in enumerate(everybody):
+        if not (
+            isinstance(other, dict)
+            and other.keys() == mine.keys()
+            and isinstance(other["setup"], dict)
+            and isinstance(other["host"], str)
+            and len(other["host"]) < 256
+            and other["host"].isprintable()
+        ):
+            raise ValueError(f"ranks must send their set-up, got something else from rank {rank}")
+    first = everybody[0]["setup"]
+    for rank, other in enumerate(everybody):
+        for name in {**first, **other["setup"]}:
+            here, there = other["setup"].get(name), first.get(name)
+            if here != there:
+                raise ValueError(
+                    f"{name} must be the same on all ranks, got {here!r} on rank {rank} and {there!r} on rank 0"
+                )
+    for rank, other in enumerate(everybody):
+        if other["ledger"] is not None:
+            raise ValueError(f"ledger must be a file that can be written, got on rank {rank} {other['ledger']!r}")
+    return [other["host"] for other in everybody]
 
 
 def _leave_out_unused(decoded: list[tuple[Tensor, Tensor]]) -> None:
@@ -553,8 +574,8 @@ def protect(
         on_failure: where the code's guarantee does not cover what came in, all gradients become None, on all ranks, so
             that an optimizer changes nothing; and "raise" makes ``backward()`` raise DecodingError, "skip" logs a
             warning.
-        ledger: file to which every `Finding` is appended as a line of JSON: by rank 0, or, with "{rank}" in its name,
-            by every rank to its own.
+        ledger: file to which every `Finding` is appended as a line of JSON, see `draco_ext.read_ledger`: by rank 0, or,
+            with "{rank}" in its name, by every rank to its own. Where that fails later on, training goes on.
         callback: called with every `Finding`, on all ranks.
         adversary: makes this rank bad, for tests and demonstrations: f(step, honest message) -> what is sent.
         atol: honest messages may differ by so much, see `draco_ext.decode`; not for the repetition code with
@@ -570,8 +591,9 @@ def protect(
 
     Raises:
         TypeError: an argument has the wrong type; parameters have a dtype that the code does not take.
-        ValueError: an argument has a wrong value, or not the same on all ranks. In the first step ``backward()`` raises
-            one, too, where more than s ranks have other mini-batches than those with which they share a part.
+        ValueError: an argument has a wrong value, or not the same on all ranks; nor have the models or DDP's options;
+            the ledger cannot be opened: on all ranks alike. In the first step ``backward()`` raises one, too, where
+            more than s ranks have other mini-batches than those with which they share a part.
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")

@@ -36,12 +36,18 @@ def run_ranks(function: Callable[..., None], ranks: int, report: Callable[[Any],
     """Run ``function(rank, report, *args)`` on the ranks that torchrun has started, each with its own report.
 
     Without torchrun, on so many local ranks: then ``report`` gets what rank 0 reports, see `run_local`.
+
+    Raises:
+        ConnectionError: this rank cannot join those that torchrun has started.
     """
     if not under_torchrun():
         for value in run_local(function, ranks, *args):
             report(value)
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=SILENCE)
+    except (RuntimeError, ValueError) as error:  # MASTER_PORT is taken, or nobody answers there; a variable is not set
+        raise ConnectionError(f"rank {os.environ['RANK']} cannot join the others: {error}".splitlines()[0]) from error
     try:
         function(dist.get_rank(), report, *args)
         # Nobody hangs up while another rank still reads.

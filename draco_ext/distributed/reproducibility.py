@@ -75,9 +75,11 @@ def self_test(
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
     leaves, structure = pytree.tree_flatten(batch)
-    shapes = torch.tensor([len(leaves), *(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))])
-    if odd := odd_ones_out(gather(fingerprint(shapes), group, device)):
-        raise ValueError(f"batch must have the same shape on all ranks, got another on ranks {odd}")
+    # Or gloo would abort where rank 0's is longer.
+    shapes = repr([(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in leaves])
+    bits = torch.frombuffer(bytearray(shapes.encode()), dtype=torch.uint8)
+    if odd := odd_ones_out(gather(fingerprint(bits), group, device)):
+        raise ValueError(f"batch must have the same shapes and dtypes on all ranks, got others on ranks {odd}")
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             leaves[i] = leaf.to(device, copy=True).contiguous()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from draco_ext.codes import decode
-from draco_ext.distributed.groups import divide
+from draco_ext.distributed.groups import divide, timeout_of
 from draco_ext.distributed.transports import (
     Difference,
     Exchange,
@@ -24,6 +24,9 @@ from draco_ext.distributed.transports import (
     Peers,
     Transport,
     differences,
+    mark,
+    spoil_short,
+    tag_of,
 )
 
 SERVER = 0  # rank
@@ -52,7 +55,8 @@ class ServerTransport(Transport):
     def __init__(self, peers: Peers, *, deadline: float, atol: float = 0.0, rtol: float = 0.0) -> None:
         # Of its own, and gloo: its connections stand between two ranks each, so that one that breaks is one rank's.
         group = divide(peers.group, [range(peers.code.workers)], backend="gloo", timeout=NEVER)
-        super().__init__(replace(peers, group=group), atol=atol, rtol=rtol)
+        patience = min(timeout_of(peers.group).total_seconds() + deadline, NEVER.total_seconds())
+        super().__init__(replace(peers, group=group, patience=timedelta(seconds=patience)), atol=atol, rtol=rtol)
         self._server = peers.ranks.index(SERVER)
         self._deadline = deadline
         self._lines: dict[int, _Line] = {}
@@ -93,7 +97,7 @@ class ServerTransport(Transport):
         rows[self._server] = values
         awaited = set()
         for j, line in self._lines.items():
-            line.begin(number, torch.empty_like(values, device="cpu"))
+            line.begin(number, mark(torch.empty_like(values, device="cpu")))
             if line.in_time:
                 awaited.add(j)
         absent = set(self._lines)
@@ -110,6 +114,7 @@ class ServerTransport(Transport):
                 awaited.discard(j)
                 absent.discard(j)
         self.peers.seconds.communicate += time.perf_counter() - begin
+        spoil_short(rows)
         missing = torch.zeros(self.code.workers, dtype=torch.bool, device=values.device)
         missing[list(absent)] = True
         decoded = decode(rows, self.code, missing=missing if absent else None, **self.tolerance)
@@ -201,12 +206,12 @@ class _Line(threading.Thread):
         try:
             while (order := self._orders.get()) is not None:
                 number, room = order
-                dist.recv(room, group=self._group, group_src=self._rank)
+                dist.recv(room, group=self._group, group_src=self._rank, tag=tag_of(room))
                 self._arrived.put((self._worker, number, room))
                 result = self._results.get()
                 self._held = (room, *result)
                 for tensor in result:
-                    dist.send(tensor, group=self._group, group_dst=self._rank)
+                    dist.send(tensor, group=self._group, group_dst=self._rank, tag=tag_of(tensor))
                 self._claimed += 1
                 if result[0][0, 0] == _GIVEN_UP:
                     return

@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from torch import Tensor
 from draco_ext import ops
 from draco_ext.codes import Code, Decoded, RepetitionCode, decode
 from draco_ext.distributed.groups import divide
+
+KEY_BITS = 55  # of a rank's share: the sum of 255 fits into an int64
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,13 @@ class Pending:
     """
 
     def __init__(
-        self, peers: Peers, works: Sequence[dist.Work], result: Tensor, kept: tuple[Tensor, ...], *, soon: bool
+        self,
+        peers: Peers,
+        works: Sequence[tuple[dist.Work, int | None]],  # each with the rank at its other end, where that is only one
+        result: Tensor,
+        kept: tuple[Tensor, ...],
+        *,
+        soon: bool,
     ) -> None:
         self.soon = soon
         self._peers = peers
@@ -117,12 +126,23 @@ class Pending:
         self._kept = kept
 
     def wait(self) -> Tensor:
-        """The values."""
-        begin = time.perf_counter()
-        for work in self._works:
-            work.wait()
-        self._peers.seconds.communicate += time.perf_counter() - begin
+        """The values.
+
+        Raises:
+            RuntimeError: they have not come: at once where a connection breaks, else when the process group's timeout
+                has passed.
+        """
         self._peers.held.append(self._kept)
+        begin = time.perf_counter()
+        for work, rank in self._works:
+            try:
+                work.wait(self._peers.patience)
+            except RuntimeError as error:
+                other = "a rank" if rank is None else f"rank {rank}"
+                raise RuntimeError(
+                    f"{other} has died, hangs, or sends something of another length ({error})"
+                ) from error
+        self._peers.seconds.communicate += time.perf_counter() - begin
         return self._result
 
 
@@ -135,7 +155,7 @@ class Peers:
         code: the code.
         worker: the worker that this rank is.
         ranks: of every worker, its rank within the group.
-        key: of the digests, the same on all ranks and new in every run.
+        patience: how long values are waited for; 0: as long as the group's timeout says.
         seconds: that were spent.
         held: tensors of the last exchanges. A thread of gloo may still refer to them after it is done; were its
             reference the last, it would need Python's lock, and abort where Python is ending.
@@ -145,7 +165,7 @@ class Peers:
     code: Code
     worker: int
     ranks: tuple[int, ...]
-    key: int
+    patience: timedelta = timedelta(0)
     seconds: Seconds = field(default_factory=Seconds)
     held: deque[tuple[Tensor, ...]] = field(default_factory=lambda: deque(maxlen=2))
 
@@ -154,7 +174,11 @@ class Peers:
         rows = values.new_empty((self.code.workers, *values.shape))
         by_rank = [rows[self.ranks.index(rank)] for rank in range(self.code.workers)]
         work = dist.all_gather(by_rank, values, group=self.group, async_op=True)
-        return Pending(self, [work], rows, (values, *by_rank), soon=True)
+        return Pending(self, [(work, None)], rows, (values, *by_rank), soon=True)
+
+    def draw_key(self, device: torch.device) -> Pending:
+        """A key (1,), of which nobody knows anything before everybody has called this; see `draw_share`."""
+        return self.sum(draw_share(device), soon=True)
 
     def swap(self, values: Tensor, rows: Tensor) -> Pending:
         """Everybody's values into rows, like `gather`, but straight from each: nobody can alter what another sent."""
@@ -162,40 +186,58 @@ class Peers:
         rows[own] = values
         exchanges = []
         for distance in range(1, n):
-            to, source = (own + distance) % n, (own - distance) % n
-            exchanges.append(dist.P2POp(dist.isend, values, group=self.group, group_peer=self.ranks[to]))
-            exchanges.append(dist.P2POp(dist.irecv, rows[source], group=self.group, group_peer=self.ranks[source]))
+            to, source = self.ranks[(own + distance) % n], (own - distance) % n
+            for op, tensor, peer in (dist.isend, values, to), (dist.irecv, rows[source], self.ranks[source]):
+                exchanges.append(dist.P2POp(op, tensor, group=self.group, group_peer=peer, tag=tag_of(tensor)))
         works = dist.batch_isend_irecv(exchanges) if exchanges else []
-        return Pending(self, works, rows, (values, rows, *(exchange.tensor for exchange in exchanges)), soon=True)
+        # NCCL gives one for all.
+        ranks = [exchange.group_peer for exchange in exchanges] if len(works) == len(exchanges) else [None] * len(works)
+        kept = (values, rows, *(exchange.tensor for exchange in exchanges))
+        return Pending(self, list(zip(works, ranks, strict=True)), rows, kept, soon=True)
 
     def sum(self, values: Tensor, group: dist.ProcessGroup | None = None, *, soon: bool = False) -> Pending:
         """Everybody's values added up, in place; or those of a group only."""
         work = dist.all_reduce(values, group=self.group if group is None else group, async_op=True)
-        return Pending(self, [work], values, (values,), soon=soon)
+        return Pending(self, [(work, None)], values, (values,), soon=soon)
 
     def spread(self, values: Tensor, worker: int, group: dist.ProcessGroup) -> Pending:
         """One worker's values to all of a group, in place."""
         source = dist.get_process_group_ranks(self.group)[self.ranks[worker]]
         work = dist.broadcast(values, source, group=group, async_op=True)
-        return Pending(self, [work], values, (values,), soon=False)
+        return Pending(self, [(work, self.ranks[worker])], values, (values,), soon=False)
 
     def send(self, values: Tensor, worker: int) -> None:
         """To one worker; until they have left."""
-        begin = time.perf_counter()
-        self.held.append((values,))
-        dist.send(values, group=self.group, group_dst=self.ranks[worker])
-        self.seconds.communicate += time.perf_counter() - begin
+        rank = self.ranks[worker]
+        work = dist.isend(values, group=self.group, group_dst=rank, tag=tag_of(values))
+        Pending(self, [(work, rank)], values, (values,), soon=True).wait()
 
     def receive(self, values: Tensor, worker: int) -> None:
         """From one worker, in place; until they are there."""
-        begin = time.perf_counter()
-        self.held.append((values,))
-        dist.recv(values, group=self.group, group_src=self.ranks[worker])
-        self.seconds.communicate += time.perf_counter() - begin
+        rank = self.ranks[worker]
+        work = dist.irecv(values, group=self.group, group_src=rank, tag=tag_of(values))
+        Pending(self, [(work, rank)], values, (values,), soon=True).wait()
 
 
-# Yields what it waits for, so that other buckets begin meanwhile, and is sent the values; returns the outcome.
-Exchange = Generator[Pending, Tensor, Outcome]
+def draw_share(device: torch.device) -> Tensor:
+    """(1,) int64: this rank's share in a key, which is the sum of all. Not to be sent before the message is final.
+
+    From the operating system: torch's generators are seeded, the same on many ranks.
+    """
+    return torch.tensor([secrets.randbits(KEY_BITS)], device=device)
+
+
+def tag_of(values: Tensor) -> int:
+    """What a message is sent under: its length. One of another length does not meet the room made for it.
+
+    Without it gloo leaves the end of the room as it was, or aborts the process where the message is longer.
+    """
+    return values.numel() * values.element_size() % 2**31
+
+
+# Yields what it waits for, so that other buckets begin meanwhile, and is sent the values; returns the outcome. Yields
+# None to let the buckets before it go on first.
+Exchange = Generator[Pending | None, Tensor, Outcome]
 
 
 class Transport(abc.ABC):
@@ -239,7 +281,8 @@ class AllGather(Transport):
 
     def exchange(self, message: Message, number: int) -> Exchange:
         """Gathers, then decodes."""
-        rows = yield self.peers.swap(message.values, self._room(message.values, number))
+        rows = yield self.peers.swap(message.values, mark(self._room(message.values, number)))
+        spoil_short(rows)
         decoded = decode(rows, self.code, **self.tolerance)
         message.put(decoded.gradient)
         return Outcome(differences(rows, decoded), bool(decoded.failed))
@@ -258,8 +301,8 @@ class AllReduceRepetition(Transport):
     The bucket is cut into as many shards as a group has members (the smallest group, where they differ). Each member
     is responsible for one of them: it adds it up with its like in the other groups, and gives the sum to its own group.
     With m members and G groups a rank so sends (2 (G - 1) / G + m - 1) / m times the bucket, where a plain all-reduce
-    sends nearly 2; with one group nothing, and with s = 0 it is the plain all-reduce. To that come 16 bytes per rank
-    and bucket; nothing of the size of a message is held.
+    sends nearly 2; with one group nothing, and with s = 0 it is the plain all-reduce. To that come 24 bytes per rank
+    and bucket, for the digest and a share in its key; nothing of the size of a message is held.
 
     A member that is outvoted is first sent the right message by one of the majority, and tells what differed. So it is
     always the same member that contributes a shard, with the same bits, and the order of the sum never changes.
@@ -274,6 +317,10 @@ class AllReduceRepetition(Transport):
         self._shards = min(self.code.group_sizes)
         self._own = next(members for members in self._groups if peers.worker in members)
         self._shard = peers.worker - self._own.start  # for which this worker is responsible, if there is one
+        # Buckets by number: messages in order, how many of them have shares in the key, and what has been gathered.
+        self._undigested: list[tuple[int, Tensor]] = []
+        self._key = self._with_key = 0
+        self._digests: dict[int, list[tuple[int, int]]] = {}
         self._ring = self._circle = None
         if len(self._groups) == 1:
             return
@@ -289,12 +336,11 @@ class AllReduceRepetition(Transport):
             self._ring = ring
 
     def exchange(self, message: Message, number: int) -> Exchange:
-        """Gathers digests, votes, mends, adds up."""
+        """Draws a key, gathers digests, votes, mends, adds up."""
         if self.code.adversaries == 0:  # groups of one
             yield from self._add_up(message)
             return Outcome({}, False)
-        gathered = yield self.peers.gather(ops.digest(message.values, self.peers.key + number))
-        digests = [tuple(row) for row in gathered.tolist()]
+        digests = yield from self._gather_digests(message.values, number)
         suspects, helpers, failed = [], {}, False
         for members in self._groups:
             winner, votes = Counter(digests[j] for j in members).most_common(1)[0]
@@ -310,6 +356,33 @@ class AllReduceRepetition(Transport):
         found = self._hand_over(message.values, suspects, helpers)
         yield from self._add_up(message)
         return Outcome(found, False)
+
+    def _gather_digests(self, values: Tensor, number: int) -> Generator[Pending | None, Tensor, list[tuple[int, int]]]:
+        """Of all workers' messages, under a key that nobody knows before this rank's message is final.
+
+        Every exchange, however small, is a round in which all ranks wait. So there is one for each bucket, not two: the
+        first of a step waits for the second, draws a key for both, and gathers the digests of both; with them go the
+        shares in the key of the one that has begun meanwhile, and so on.
+        """
+        self._undigested.append((number, values))
+        yield None
+        while number not in self._digests:
+            if self._undigested[0][0] != number:
+                yield None  # the foremost acts for all
+                continue
+            if self._with_key == 0:
+                covered = len(self._undigested)
+                self._key = int((yield self.peers.draw_key(values.device)))
+                self._with_key = covered
+            batch = self._undigested[: self._with_key]
+            behind = len(self._undigested) - len(batch)  # whose shares go with this
+            own = [ops.digest(message, (self._key + i) % 2**63) for i, (_, message) in enumerate(batch)]
+            *columns, shares = (yield self.peers.gather(torch.cat([*own, draw_share(values.device)]))).T.tolist()
+            for i, (other, _) in enumerate(batch):
+                self._digests[other] = list(zip(columns[2 * i], columns[2 * i + 1], strict=True))
+            del self._undigested[: len(batch)]
+            self._key, self._with_key = sum(shares) % 2**63, behind
+        return self._digests.pop(number)
 
     def _add_up(self, message: Message) -> Generator[Pending, Tensor, None]:
         """The mean over the groups, of which each member has the same message, into the bucket."""
@@ -343,7 +416,7 @@ class AllReduceRepetition(Transport):
                 values.copy_(right)
         told = torch.tensor([own.elements, own.first, own.largest], dtype=torch.float64, device=values.device)
         rows = peers.gather(told).wait().tolist()
-        return {j: Difference(int(rows[j][0]), int(rows[j][1]), rows[j][2]) for j in suspects}
+        return {j: _heard(*rows[j], length=values.numel()) for j in suspects}
 
 
 class AllReduceCyclic(Transport):
@@ -358,12 +431,11 @@ class AllReduceCyclic(Transport):
     def exchange(self, message: Message, number: int) -> Exchange:
         """Adds up, and meanwhile gathers projections; where they object, adds up with weights."""
         code, peers, values = self.code, self.peers, message.values
-        # The projection must not be known before all messages are made: everybody has a share in its seed.
-        share = torch.tensor([secrets.randbits(48)], device=values.device)
-        seeds = peers.gather(share)
+        # The projection must not be known before all messages are made.
+        drawn = peers.draw_key(values.device)
         total = peers.sum(message.bucket if message.ready else message.put(values, 1 / code.workers))
-        seed = int((yield seeds).sum())
-        projections, energy = ops.cyclic_project(values[None], seed)
+        key = yield drawn
+        projections, energy = ops.cyclic_project(values[None], int(key))
         own = torch.cat([torch.view_as_real(projections[0]).flatten(), energy[0]])
         rows = yield peers.gather(own)
         pairs, energies = (half.contiguous() for half in rows.tensor_split([2 * projections.numel()], dim=1))
@@ -384,9 +456,38 @@ class AllReduceCyclic(Transport):
         return Outcome(dict.fromkeys(found), bool(failed))
 
 
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def mark(rooms: Tensor) -> Tensor:
+    """Before messages arrive in these rooms, one in each row, or in this one; returns them."""
+    rooms.view(BITS[rooms.element_size()])[..., -1] = _mark(rooms.dtype)
+    return rooms
+
+
+def spoil_short(rows: Tensor) -> None:
+    """Messages that have ended before their rooms become NaN: what follows them would differ from rank to rank."""
+    short = rows.view(BITS[rows.element_size()])[:, -1] == _mark(rows.dtype)
+    if short.any():
+        rows[short] = torch.nan
+
+
+def _mark(dtype: torch.dtype) -> int:
+    """The bits of a NaN that no arithmetic makes."""
+    infinity = torch.tensor([torch.inf], dtype=dtype)
+    return int(infinity.view(BITS[infinity.element_size()])) + 42
+
+
+def _heard(elements: float, first: float, largest: float, *, length: int) -> Difference | None:
+    """What a suspect tells of itself, if it can be."""
+    if 0 <= first < length and 0 <= elements <= length and largest >= 0:
+        return Difference(int(elements), int(first), largest)
+    return None
+
+
 def difference(sent: Tensor, right: Tensor) -> Difference:
     """Between two messages, bit by bit."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[sent.element_size()]
+    bits = BITS[sent.element_size()]
     differing = (sent.view(bits) != right.view(bits)).nonzero().flatten()
     if len(differing) == 0:
         return Difference(0, 0, 0.0)
