@@ -2,6 +2,7 @@
 // these keep memory safe whoever calls.
 #pragma once
 
+#include <sys/random.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -137,6 +138,14 @@ void dispatch_real(const char* op, ScalarType type, const F& f) {
   if (type == ScalarType::Float) return f(float{});
   if (type == ScalarType::Double) return f(double{});
   STD_TORCH_CHECK(false, op, ": expected float32 or float64");
+}
+
+// Of a decode's projections: from the operating system, after the messages are in. One that is known beforehand, or can
+// be computed from others, can be attacked.
+inline uint64_t fresh_seed(const char* op) {
+  uint64_t seed = 0;
+  STD_TORCH_CHECK(getentropy(&seed, sizeof seed) == 0, op, ": the operating system gives no random numbers");
+  return seed;
 }
 
 }  // namespace draco

@@ -1,19 +1,10 @@
 // The fused decode: sum and project in one sweep, looking for suspects after the first tiles and after the last. Moves
 // n x d elements in and d out; once more for the tiles that were summed with suspects found later, the first sixteenth
 // as a rule, and all for one that is bad in none of those.
-#include <sys/random.h>
-
 #include "cpu/cyclic.h"
 
 namespace draco {
 namespace {
-
-// From the operating system, after the messages are in: a projection that is known beforehand can be attacked.
-uint64_t fresh_seed() {
-  uint64_t seed = 0;
-  STD_TORCH_CHECK(getentropy(&seed, sizeof seed) == 0, "cyclic_decode: the operating system gives no random numbers");
-  return seed;
-}
 
 // Both sets of workers, or only the first where together they have more than `most`.
 std::vector<uint8_t> union_up_to(int most, const std::vector<uint8_t>& set, const std::vector<uint8_t>& other) {
@@ -92,9 +83,9 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const O
   Verdict verdict;
   dispatch_real(op, messages.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    verdict =
-        decode<T>(messages, absent, likely, s, noise_model(sizeof(T) == 8, static_cast<int>(n), s, atol, rtol), mean,
-                  seed.has_value() ? static_cast<uint64_t>(*seed) : fresh_seed(), static_cast<T*>(gradient.data_ptr()));
+    verdict = decode<T>(messages, absent, likely, s, noise_model(sizeof(T) == 8, static_cast<int>(n), s, atol, rtol),
+                        mean, seed.has_value() ? static_cast<uint64_t>(*seed) : fresh_seed(op),
+                        static_cast<T*>(gradient.data_ptr()));
   });
   if (length < columns) gradient = torch::stable::narrow(gradient, 0, 0, length);
   return {gradient, mask_tensor(verdict.suspects), flag_tensor(verdict.failed)};

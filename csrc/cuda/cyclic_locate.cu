@@ -5,7 +5,6 @@
 //                  (or n x 40 per tile, where projections are given) and writes the projections; every block checks its
 //                  own tiles against the table of checks. Where some projection is not explained, the last block to
 //                  finish searches (core/locator.h), on scratch in global memory that its first-level cache holds.
-#include <random>
 
 #include "core/locator.h"
 #include "cuda/block.cuh"
@@ -278,13 +277,7 @@ int64_t place_search(Search& search, unsigned char* scratch) {
 
 void begin_search(const Device& device, const Search& search, Mask missing, Mask expected, bool weigh,
                   std::optional<int64_t> seed) {
-  uint64_t key = 0;
-  if (seed.has_value()) {
-    key = static_cast<uint64_t>(*seed);
-  } else {
-    std::random_device random;
-    key = static_cast<uint64_t>(random()) << 32 | random();
-  }
+  const uint64_t key = seed.has_value() ? static_cast<uint64_t>(*seed) : fresh_seed("cyclic_decode");
   DRACO_LAUNCH(device, begin_kernel, 1, kTeamThreads, 0,
                Begin{search, missing, expected, weigh, seed.has_value(), key});
 }
