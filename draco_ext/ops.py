@@ -11,7 +11,7 @@ what came and what was expected, before anything is computed.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +33,7 @@ TILE: int = _C.TILE
 
 def projections_shape(length: int) -> tuple[int, int]:
     """Tiles of a message and random projections of each: four where there is one tile, two where there are more."""
+    check_int("length", length, 0)
     return (length + TILE - 1) // TILE, 4 if length <= TILE else 2
 
 
@@ -69,20 +70,26 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> No
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 
-def check_workers(workers: object, adversaries: object) -> None:
-    """Raises unless 2 * adversaries + 1 <= workers."""
-    check_int("workers", workers, 1, MOST_WORKERS)
+def check_workers(workers: object, adversaries: object, name: str = "workers") -> None:
+    """Raises unless 2 * adversaries + 1 <= workers; `name` says where their number comes from."""
+    check_int(name, workers, 1, MOST_WORKERS)
     check_int("adversaries", adversaries, 0)
     if workers < 2 * adversaries + 1:
-        raise ValueError(f"workers must be at least 2 * adversaries + 1 = {2 * adversaries + 1}, got {workers}")
+        raise ValueError(f"{name} must be at least 2 * adversaries + 1 = {2 * adversaries + 1}, got {workers}")
 
 
 def check_tolerance(name: str, value: object) -> None:
     """Raises unless value is a finite number >= 0."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value <= sys.float_info.max:  # ints may be larger than any float
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raises unless value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def check_tensor(
@@ -93,10 +100,11 @@ def check_tensor(
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must have dtype {_names(dtypes)}, got {_names([tensor.dtype])}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise ValueError(f"{name} must be a dense tensor, got {got}")
     if tensor.dim() != dim:
         raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require grad (decoding has no gradient): detach it first")
     if like is not None and tensor.device != like.device:
@@ -144,6 +152,12 @@ def _check_pairs(messages: Tensor) -> None:
         )
 
 
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two contiguous vectors of the same dtype share elements of a storage."""
+    apart = x.storage_offset() - y.storage_offset()
+    return -x.size(0) < apart < y.size(0) and x.untyped_storage()._cdata == y.untyped_storage()._cdata
+
+
 def _check_length(length: object, messages: Tensor) -> None:
     check_int("length", length, max(0, messages.size(1) - 1), messages.size(1))
 
@@ -187,6 +201,8 @@ def majority_vote(
     """
     check_messages(messages, VOTE_DTYPES)
     check_int("adversaries", adversaries, 0)
+    if not isinstance(group_sizes, (tuple, list)):
+        raise TypeError(f"group_sizes must be a tuple or list of ints, got {type(group_sizes).__name__}")
     least = 2 * adversaries + 1
     for size in group_sizes:
         if type(size) is not int or not least <= size <= MOST_GROUP_MEMBERS:  # calls cost as much as a vote
@@ -196,7 +212,10 @@ def majority_vote(
     check_mask("missing", missing, messages)
     check_tolerance("atol", atol)
     check_tolerance("rtol", rtol)
-    return torch.ops.draco_ext.majority_vote(messages, missing, list(group_sizes), adversaries, atol, rtol, mean)
+    check_bool("mean", mean)
+    return torch.ops.draco_ext.majority_vote(
+        messages, missing, list(group_sizes), adversaries, float(atol), float(rtol), mean
+    )
 
 
 @torch.library.register_fake("draco_ext::majority_vote")
@@ -289,7 +308,7 @@ def cyclic_encode_add_(
 
     Args:
         message: (d + d % 2,), contiguous, float32 or float64; changed in place.
-        gradient: (d,), contiguous, the same dtype and device.
+        gradient: (d,), contiguous, the same dtype and device, elsewhere in memory.
         workers: n.
         adversaries: s.
         worker: from 0 to n - 1.
@@ -309,6 +328,8 @@ def cyclic_encode_add_(
     d = gradient.size(0)
     if message.size(0) != d + d % 2:
         raise ValueError(f"message must have {d + d % 2} elements, got {message.size(0)}")
+    if not torch.compiler.is_compiling() and _overlap(message, gradient):
+        raise ValueError("gradient must not share memory with message")
     r = 2 * adversaries + 1
     if all((part + (2 * t * workers + r) // (2 * r)) % workers != worker for t in range(r)):
         raise ValueError(f"part must be one that worker {worker} computes, got {part}")
@@ -390,7 +411,7 @@ def cyclic_locate(
         give NaN weights, no suspects and no failure: then the gradient itself is not finite.
     """
     check_tensor("projections", projections, 3, (torch.complex128,))
-    check_workers(projections.size(0), adversaries)
+    check_workers(projections.size(0), adversaries, "projections' rows")
     check_int("length", length, 0)
     shape = projections_shape(length)
     if projections.shape[1:] != shape or not projections.is_contiguous():
@@ -404,12 +425,13 @@ def cyclic_locate(
             f"energy must be contiguous, of shape {tuple(projections.shape[:2])}, got {tuple(energy.shape)}"
         )
     check_mask("missing", missing, projections)
-    if dtype not in CYCLIC_DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in CYCLIC_DTYPES:
         raise TypeError(f"dtype must be {_names(CYCLIC_DTYPES)}, got {dtype}")
     check_tolerance("atol", atol)
     check_tolerance("rtol", rtol)
+    check_bool("mean", mean)
     return torch.ops.draco_ext.cyclic_locate(
-        projections, energy, missing, adversaries, length, dtype == torch.float64, atol, rtol, mean
+        projections, energy, missing, adversaries, length, dtype == torch.float64, float(atol), float(rtol), mean
     )
 
 
@@ -486,16 +508,19 @@ def cyclic_decode(
     """
     check_messages(messages, CYCLIC_DTYPES)
     _check_pairs(messages)
-    check_workers(messages.size(0), adversaries)
+    check_workers(messages.size(0), adversaries, "messages' rows")
     check_mask("missing", missing, messages)
     check_mask("expected", expected, messages)
     length = messages.size(1) if length is None else length
     _check_length(length, messages)
     check_tolerance("atol", atol)
     check_tolerance("rtol", rtol)
+    check_bool("mean", mean)
     if seed is not None:
         check_int("seed", seed, -(2**63), 2**63 - 1)
-    return torch.ops.draco_ext.cyclic_decode(messages, missing, expected, adversaries, length, atol, rtol, mean, seed)
+    return torch.ops.draco_ext.cyclic_decode(
+        messages, missing, expected, adversaries, length, float(atol), float(rtol), mean, seed
+    )
 
 
 @torch.library.register_fake("draco_ext::cyclic_decode")
