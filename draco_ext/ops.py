@@ -2,8 +2,9 @@
 
 Every function works on CPU tensors and, in a build with CUDA, on those of a GPU: there on the current stream of their
 device, without waiting for it. None makes a hidden copy: message matrices may have any row stride but need contiguous
-rows. The same call on the same kind of device gives the same bits, whatever the number of threads. A plain-torch
-version of each stands in `draco_ext.reference`.
+rows. The same call on the same kind of device gives the same bits, whatever the number of threads. The child of a fork
+computes on one thread, since torch's do not survive it: torch's own ops wait there for ever unless it begins with
+`torch.set_num_threads(1)`, as a DataLoader's workers do. A plain-torch version of each stands in `draco_ext.reference`.
 
 All raise TypeError for an argument of the wrong type or dtype and ValueError for a wrong value, naming the argument,
 what came and what was expected, before anything is computed.
