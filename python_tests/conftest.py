@@ -17,7 +17,7 @@ import torch
 SEED = int(os.environ.get("DRACO_SEED", "20180327"))
 
 # ci draws the same examples every time, long many others; both print how to see a failing one again.
-hypothesis.settings.register_profile("ci", max_examples=40, derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile(
     "long", max_examples=3000, deadline=None, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck)
 )

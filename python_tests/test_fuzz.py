@@ -32,7 +32,7 @@ def test_every_call_is_answered():
 
 
 def test_nothing_leaks():
-    status, output = fuzz("--leaks", "--calls", 9000)
+    status, output = fuzz("--leaks", "--calls", 6000)
     assert status == 0, output
 
 
