@@ -323,6 +323,8 @@ def cyclic_encode_add_(
     check_workers(workers, adversaries)
     check_int("worker", worker, 0, workers - 1)
     check_int("part", part, 0, workers - 1)
+    if message.is_neg():  # torch cannot write to a view that stands for the negative of its memory
+        raise ValueError("message must not be a negated view (such as z.conj().imag): call .resolve_neg()")
     for name, vector in (("message", message), ("gradient", gradient)):
         if not vector.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got stride {vector.stride(0)}")

@@ -413,7 +413,8 @@ def spoil(draw: random.Random, arguments: dict[str, object], keep: tuple[str, ..
                 elif shaken == 2:
                     arguments[name] = draw.choice((old[:-1], old[:0], old[None], old[..., :-1], old.flatten()))
                 else:  # the memory of another argument
-                    others = [a for a in arguments.values() if isinstance(a, torch.Tensor) and a.numel()]
+                    others = [a for a in arguments.values() if type(a) is torch.Tensor and a.numel()]
+                    others = [a for a in others if not a.is_quantized]  # torch crashes on views of these
                     arguments[name] = draw.choice(others).flatten()[: old.size(0)].view(old.dtype)
             except (RuntimeError, NotImplementedError, TypeError, IndexError):
                 arguments[name] = any_tensor(draw)

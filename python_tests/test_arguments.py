@@ -311,6 +311,12 @@ def test_message_and_gradient_lie_apart():
     assert (memory[16:] == 1).all()
 
 
+def test_negated_message():
+    negated = torch.zeros(0, dtype=torch.complex64).conj().imag
+    with pytest.raises(ValueError, match="message must not be a negated view"):
+        ops.cyclic_encode_add_(negated, torch.zeros(0), 7, 1, 0, 0)
+
+
 def test_the_ops_themselves_cannot_overflow():
     raw, huge = torch.ops.draco_ext, 2**62 + 3  # twice that is 6, where it wraps around
     projections, energy = ops.cyclic_project(GOOD[C][:, :0], 0)
