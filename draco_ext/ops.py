@@ -429,7 +429,8 @@ def cyclic_locate(
         )
     check_mask("missing", missing, projections)
     if not isinstance(dtype, torch.dtype) or dtype not in CYCLIC_DTYPES:
-        raise TypeError(f"dtype must be {_names(CYCLIC_DTYPES)}, got {dtype}")
+        got = dtype if isinstance(dtype, torch.dtype) else type(dtype).__name__
+        raise TypeError(f"dtype must be {_names(CYCLIC_DTYPES)}, got {got}")
     check_tolerance("atol", atol)
     check_tolerance("rtol", rtol)
     check_bool("mean", mean)

@@ -153,7 +153,8 @@ def decode(
     if not isinstance(code, Code):
         raise TypeError(f"code must be a RepetitionCode or CyclicCode, got {type(code).__name__}")
     if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        got = repr(reduction) if isinstance(reduction, str) else type(reduction).__name__
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {got}")
     plain = isinstance(messages, Tensor) and not messages.is_nested
     if plain and messages.dim() == 2 and messages.size(0) != code.workers:
         raise ValueError(
