@@ -74,6 +74,7 @@ class CMakeBuild(build_ext):
             f"-DDRACO_TORCH_VERSION={torch.version}",
             f"-DDRACO_OUTPUT={target}",
             f"-DDRACO_CUDA={'ON' if nvcc else 'OFF'}",
+            f"-DDRACO_SANITIZE={os.environ.get('DRACO_SANITIZE', '')}",
             *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
         ]  # fmt: skip
         try:

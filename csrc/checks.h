@@ -22,7 +22,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kMostGroup = 511;  // members that a vote can count
+constexpr int64_t kMostGroup = 511;                // members that a vote can count
+constexpr int64_t kMostLength = int64_t{1} << 60;  // more than any memory holds; arithmetic on it cannot overflow
 
 inline void check_matrix(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", t.dim());
@@ -31,7 +32,7 @@ inline void check_matrix(const char* op, const char* name, const Tensor& t) {
 }
 
 inline void check_workers(const char* op, int64_t workers, int64_t adversaries) {
-  STD_TORCH_CHECK(adversaries >= 0 && workers > 2 * adversaries && workers <= 32767, op,
+  STD_TORCH_CHECK(adversaries >= 0 && workers > 0 && workers <= 32767 && adversaries <= (workers - 1) / 2, op,
                   ": needs 2 * adversaries + 1 <= workers <= 32767, got workers=", workers,
                   ", adversaries=", adversaries);
 }
@@ -48,12 +49,12 @@ inline void check_groups(const char* op, const Tensor& messages, const std::vect
                          int64_t adversaries) {
   int64_t workers = 0;
   for (const int64_t size : group_sizes) {
-    STD_TORCH_CHECK(size >= 2 * adversaries + 1 && size <= kMostGroup, op,
+    STD_TORCH_CHECK(size > 0 && size <= kMostGroup && adversaries >= 0 && adversaries <= (size - 1) / 2, op,
                     ": group sizes must be from 2 * adversaries + 1 to ", kMostGroup, ", got ", size);
     workers += size;
   }
-  STD_TORCH_CHECK(adversaries >= 0 && !group_sizes.empty() && workers == messages.size(0), op,
-                  ": group_sizes must add up to the ", messages.size(0), " messages, got ", workers);
+  STD_TORCH_CHECK(!group_sizes.empty() && workers == messages.size(0), op, ": group_sizes must add up to the ",
+                  messages.size(0), " messages, got ", workers);
 }
 
 // The bytes of a vector to be digested.
@@ -83,10 +84,12 @@ inline void check_projections(const char* op, const Tensor& projections, const T
   STD_TORCH_CHECK(
       projections.dim() == 3 && projections.scalar_type() == ScalarType::ComplexDouble && projections.is_contiguous(),
       op, ": projections must be a contiguous (workers, tiles, projections) complex128 tensor");
+  check_workers(op, projections.size(0), adversaries);
+  STD_TORCH_CHECK(length >= 0 && length <= kMostLength, op, ": length must be from 0 to ", kMostLength, ", got ",
+                  length);
   const int64_t n = projections.size(0), tiles = tile_count(length);
-  check_workers(op, n, adversaries);
-  STD_TORCH_CHECK(length >= 0 && projections.size(1) == tiles && projections.size(2) == projections_per_tile(length),
-                  op, ": projections must be those of messages of length ", length);
+  STD_TORCH_CHECK(projections.size(1) == tiles && projections.size(2) == projections_per_tile(length), op,
+                  ": projections must be those of messages of length ", length);
   STD_TORCH_CHECK(energy.dim() == 2 && energy.size(0) == n && energy.size(1) == tiles && energy.is_contiguous() &&
                       energy.scalar_type() == ScalarType::Double &&
                       energy.get_device_index() == projections.get_device_index(),
@@ -110,6 +113,7 @@ inline std::vector<Complex> check_encode(const char* op, const Tensor& gradients
   check_workers(op, workers, adversaries);
   STD_TORCH_CHECK(gradients.size(0) == 2 * adversaries + 1, op, ": gradients must have ", 2 * adversaries + 1,
                   " rows, got ", gradients.size(0));
+  STD_TORCH_CHECK(worker >= 0 && worker < workers, op, ": worker must be from 0 to ", workers - 1, ", got ", worker);
   const int n = static_cast<int>(workers), s = static_cast<int>(adversaries);
   std::vector<int64_t> parts;
   for (int t = 0; t <= 2 * s; ++t) parts.push_back((worker - cyclic_offset(n, s, t) + workers) % workers);

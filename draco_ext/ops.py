@@ -2,8 +2,9 @@
 
 Every function works on CPU tensors and, in a build with CUDA, on those of a GPU: there on the current stream of their
 device, without waiting for it. None makes a hidden copy: message matrices may have any row stride but need contiguous
-rows. The same call on the same kind of device gives the same bits, whatever the number of threads. A plain-torch
-version of each stands in `draco_ext.reference`.
+rows. The same call on the same kind of device gives the same bits, whatever the number of threads. The child of a fork
+computes on one thread, since torch's do not survive it: torch's own ops wait there for ever unless it begins with
+`torch.set_num_threads(1)`, as a DataLoader's workers do. A plain-torch version of each stands in `draco_ext.reference`.
 
 All raise TypeError for an argument of the wrong type or dtype and ValueError for a wrong value, naming the argument,
 what came and what was expected, before anything is computed.
@@ -11,7 +12,7 @@ what came and what was expected, before anything is computed.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,7 @@ TILE: int = _C.TILE
 
 def projections_shape(length: int) -> tuple[int, int]:
     """Tiles of a message and random projections of each: four where there is one tile, two where there are more."""
+    check_int("length", length, 0)
     return (length + TILE - 1) // TILE, 4 if length <= TILE else 2
 
 
@@ -69,26 +71,33 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> No
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 
-def check_workers(workers: object, adversaries: object) -> None:
-    """Raises unless 2 * adversaries + 1 <= workers."""
-    check_int("workers", workers, 1, MOST_WORKERS)
+def check_workers(workers: object, adversaries: object, name: str = "workers") -> None:
+    """Raises unless 2 * adversaries + 1 <= workers; `name` says where their number comes from."""
+    check_int(name, workers, 1, MOST_WORKERS)
     check_int("adversaries", adversaries, 0)
     if workers < 2 * adversaries + 1:
-        raise ValueError(f"workers must be at least 2 * adversaries + 1 = {2 * adversaries + 1}, got {workers}")
+        raise ValueError(f"{name} must be at least 2 * adversaries + 1 = {2 * adversaries + 1}, got {workers}")
 
 
 def check_tolerance(name: str, value: object) -> None:
     """Raises unless value is a finite number >= 0."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value <= sys.float_info.max:  # ints may be larger than any float
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
 def check_dtype(name: str, dtype: object, dtypes: Sequence[torch.dtype]) -> None:
-    """One of these dtypes."""
-    if dtype not in dtypes:
-        raise TypeError(f"{name} must be {_names(dtypes)}, got {dtype}")
+    """Raises unless it is one of these dtypes."""
+    if not isinstance(dtype, torch.dtype) or dtype not in dtypes:
+        got = dtype if isinstance(dtype, torch.dtype) else type(dtype).__name__
+        raise TypeError(f"{name} must be {_names(dtypes)}, got {got}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raises unless value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def check_tensor(
@@ -99,10 +108,11 @@ def check_tensor(
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must have dtype {_names(dtypes)}, got {_names([tensor.dtype])}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise ValueError(f"{name} must be a dense tensor, got {got}")
     if tensor.dim() != dim:
         raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require grad (decoding has no gradient): detach it first")
     if like is not None and tensor.device != like.device:
@@ -150,6 +160,12 @@ def _check_pairs(messages: Tensor) -> None:
         )
 
 
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two contiguous vectors of the same dtype share elements of a storage."""
+    apart = x.storage_offset() - y.storage_offset()
+    return -x.size(0) < apart < y.size(0) and x.untyped_storage()._cdata == y.untyped_storage()._cdata
+
+
 def _check_length(length: object, messages: Tensor) -> None:
     check_int("length", length, max(0, messages.size(1) - 1), messages.size(1))
 
@@ -193,6 +209,8 @@ def majority_vote(
     """
     check_messages(messages, VOTE_DTYPES)
     check_int("adversaries", adversaries, 0)
+    if not isinstance(group_sizes, (tuple, list)):
+        raise TypeError(f"group_sizes must be a tuple or list of ints, got {type(group_sizes).__name__}")
     least = 2 * adversaries + 1
     for size in group_sizes:
         if type(size) is not int or not least <= size <= MOST_GROUP_MEMBERS:  # calls cost as much as a vote
@@ -202,7 +220,10 @@ def majority_vote(
     check_mask("missing", missing, messages)
     check_tolerance("atol", atol)
     check_tolerance("rtol", rtol)
-    return torch.ops.draco_ext.majority_vote(messages, missing, list(group_sizes), adversaries, atol, rtol, mean)
+    check_bool("mean", mean)
+    return torch.ops.draco_ext.majority_vote(
+        messages, missing, list(group_sizes), adversaries, float(atol), float(rtol), mean
+    )
 
 
 @torch.library.register_fake("draco_ext::majority_vote")
@@ -296,7 +317,7 @@ def cyclic_encode_add_(
 
     Args:
         message: (d + d % 2,), contiguous, float32 or float64; changed in place.
-        gradient: (d,), contiguous, the same dtype and device.
+        gradient: (d,), contiguous, the same dtype and device, elsewhere in memory.
         workers: n.
         adversaries: s.
         worker: from 0 to n - 1.
@@ -310,12 +331,16 @@ def cyclic_encode_add_(
     check_workers(workers, adversaries)
     check_int("worker", worker, 0, workers - 1)
     check_int("part", part, 0, workers - 1)
+    if message.is_neg():  # torch cannot write to a view that stands for the negative of its memory
+        raise ValueError("message must not be a negated view (such as z.conj().imag): call .resolve_neg()")
     for name, vector in (("message", message), ("gradient", gradient)):
         if not vector.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got stride {vector.stride(0)}")
     d = gradient.size(0)
     if message.size(0) != d + d % 2:
         raise ValueError(f"message must have {d + d % 2} elements, got {message.size(0)}")
+    if not torch.compiler.is_compiling() and _overlap(message, gradient):
+        raise ValueError("gradient must not share memory with message")
     r = 2 * adversaries + 1
     if all((part + (2 * t * workers + r) // (2 * r)) % workers != worker for t in range(r)):
         raise ValueError(f"part must be one that worker {worker} computes, got {part}")
@@ -397,7 +422,7 @@ def cyclic_locate(
         give NaN weights, no suspects and no failure: then the gradient itself is not finite.
     """
     check_tensor("projections", projections, 3, (torch.complex128,))
-    check_workers(projections.size(0), adversaries)
+    check_workers(projections.size(0), adversaries, "projections' rows")
     check_int("length", length, 0)
     shape = projections_shape(length)
     if projections.shape[1:] != shape or not projections.is_contiguous():
@@ -414,8 +439,9 @@ def cyclic_locate(
     check_dtype("dtype", dtype, CYCLIC_DTYPES)
     check_tolerance("atol", atol)
     check_tolerance("rtol", rtol)
+    check_bool("mean", mean)
     return torch.ops.draco_ext.cyclic_locate(
-        projections, energy, missing, adversaries, length, dtype == torch.float64, atol, rtol, mean
+        projections, energy, missing, adversaries, length, dtype == torch.float64, float(atol), float(rtol), mean
     )
 
 
@@ -492,16 +518,19 @@ def cyclic_decode(
     """
     check_messages(messages, CYCLIC_DTYPES)
     _check_pairs(messages)
-    check_workers(messages.size(0), adversaries)
+    check_workers(messages.size(0), adversaries, "messages' rows")
     check_mask("missing", missing, messages)
     check_mask("expected", expected, messages)
     length = messages.size(1) if length is None else length
     _check_length(length, messages)
     check_tolerance("atol", atol)
     check_tolerance("rtol", rtol)
+    check_bool("mean", mean)
     if seed is not None:
         check_int("seed", seed, -(2**63), 2**63 - 1)
-    return torch.ops.draco_ext.cyclic_decode(messages, missing, expected, adversaries, length, atol, rtol, mean, seed)
+    return torch.ops.draco_ext.cyclic_decode(
+        messages, missing, expected, adversaries, length, float(atol), float(rtol), mean, seed
+    )
 
 
 @torch.library.register_fake("draco_ext::cyclic_decode")

@@ -10,10 +10,18 @@ import functools
 import itertools
 import os
 
+import hypothesis
 import pytest
 import torch
 
 SEED = int(os.environ.get("DRACO_SEED", "20180327"))
+
+# ci draws the same examples every time, long many others; both print how to see a failing one again.
+hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.register_profile(
+    "long", max_examples=3000, deadline=None, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_addoption(parser):

@@ -265,3 +265,77 @@ def test_the_ops_themselves_keep_memory_safe():
 def test_public_names():
     for name in draco_ext.__all__:
         assert getattr(draco_ext, name).__doc__
+
+
+@pytest.mark.parametrize("value", [None, 1, "yes", torch.tensor(True)])
+def test_mean(value):
+    projections, energy = ops.cyclic_project(GOOD[C], 0)
+    for call in (
+        lambda: ops.majority_vote(GOOD[R], (3, 3), 1, mean=value),
+        lambda: ops.cyclic_locate(projections, energy, 2, 8, mean=value),
+        lambda: ops.cyclic_decode(GOOD[C], 2, mean=value),
+    ):
+        with pytest.raises(TypeError, match="mean must be a bool, got"):
+            call()
+
+
+def test_what_fuzzing_found():
+    with pytest.raises(ValueError, match="atol must be finite and at least 0"):
+        decode(GOOD[R], R, atol=10**400)
+    assert not decode(GOOD[C], C, rtol=10**99).failed
+    with pytest.raises(TypeError, match="group_sizes must be a tuple or list of ints, got int"):
+        ops.majority_vote(GOOD[R], 6, 1)
+    with pytest.raises(TypeError, match="group_sizes must be a tuple or list of ints, got generator"):
+        ops.majority_vote(GOOD[R], (size for size in (3, 3)), 1)
+    with pytest.raises(ValueError, match="messages must be a dense tensor, got a nested tensor"):
+        decode(torch.nested.nested_tensor([torch.zeros(8)] * 6), R)
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum'"):
+        decode(GOOD[R], R, reduction=torch.zeros(2))
+    with pytest.raises(ValueError, match="messages' rows must be at least 2 \\* adversaries \\+ 1 = 9, got 7"):
+        ops.cyclic_decode(GOOD[C], 4)
+    with pytest.raises(TypeError, match="length must be an int, got str"):
+        ops.projections_shape("8")
+    projections, energy = ops.cyclic_project(GOOD[C], 0)
+    with pytest.raises(TypeError, match="dtype must be float32, float64"):
+        ops.cyclic_locate(projections, energy, 2, 8, dtype=projections.numpy())
+
+
+def test_message_and_gradient_lie_apart():
+    memory = torch.ones(24)
+    for first in (0, 1, 7):
+        with pytest.raises(ValueError, match="gradient must not share memory with message"):
+            ops.cyclic_encode_add_(memory[:8], memory[first : first + 8], 7, 1, 0, 0)
+    ops.cyclic_encode_add_(memory[8:16], memory[:8], 7, 1, 0, 0)
+    ops.cyclic_encode_add_(memory[8:16], memory[16:], 7, 1, 0, 0)
+    assert (memory[:8] == 1).all()
+    assert (memory[16:] == 1).all()
+
+
+def test_negated_message():
+    negated = torch.zeros(0, dtype=torch.complex64).conj().imag
+    with pytest.raises(ValueError, match="message must not be a negated view"):
+        ops.cyclic_encode_add_(negated, torch.zeros(0), 7, 1, 0, 0)
+
+
+def test_the_ops_themselves_cannot_overflow():
+    raw, huge = torch.ops.draco_ext, 2**62 + 3  # twice that is 6, where it wraps around
+    projections, energy = ops.cyclic_project(GOOD[C][:, :0], 0)
+    for call in (
+        lambda: raw.majority_vote(GOOD[R], None, [3, 3], huge, 0.0, 0.0, True),
+        lambda: raw.cyclic_decode(GOOD[C], None, None, huge, 8, 0.0, 0.0, True, None),
+        lambda: raw.cyclic_encode(torch.zeros(7, 8), 7, huge, 0),
+        lambda: raw.cyclic_encode(torch.zeros(5, 8), 7, 2, -(2**63)),
+        lambda: raw.cyclic_locate(projections, energy, None, 2, 2**63 - 1, False, 0.0, 0.0, True),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_masks_of_other_bytes(code):
+    """True is any byte but 0: a mask may be a view of uint8."""
+    for byte in (1, 2, 255):
+        mask = torch.tensor([0, byte, 0, 0, 0, 0, 0][: code.workers], dtype=torch.uint8).view(torch.bool)
+        out = decode(GOOD[code], code, missing=mask)
+        assert not out.failed
+        assert not out.suspects.any()

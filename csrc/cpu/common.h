@@ -21,7 +21,7 @@ inline std::vector<uint8_t> read_mask(const char* op, const char* name, const Op
   check_mask(op, name, mask, like);
   if (!mask.has_value()) return bits;
   const auto* from = static_cast<const uint8_t*>(mask->data_ptr());
-  for (size_t j = 0; j < bits.size(); ++j) bits[j] = from[j * mask->stride(0)];
+  for (size_t j = 0; j < bits.size(); ++j) bits[j] = from[j * mask->stride(0)] != 0;
   return bits;
 }
 
@@ -77,6 +77,17 @@ inline Tensor new_result(const Tensor& like, int64_t size) {
 // Whether a result of this many bytes would only fill the caches.
 inline bool is_large(int64_t bytes) { return bytes > int64_t{4} << 20; }
 
+// Whether this process is the child of a fork (set in dispatch.cpp).
+inline bool is_forked_child = false;
+
+// f(begin, end) for parts of at least `grain` of the range from 0 to count, on torch's threads. Those of libgomp do not
+// survive a fork: a child that asked for them would wait for ever, so it does without.
+template <typename F>
+void parallel(int64_t count, int64_t grain, const F& f) {
+  if (count > grain && !is_forked_child) return torch::stable::parallel_for(0, count, grain, f);
+  if (count > 0) f(int64_t{0}, count);
+}
+
 constexpr int64_t kUnit = 64;  // columns: whole lines of the cache, whatever the dtype
 
 // f(begin, columns) for tiles of at most `tile` columns, whole units but for the last, as many for each of torch's
@@ -90,14 +101,9 @@ void for_each_tile(int64_t columns, int64_t tile, int64_t unit, const F& f) {
     width = (columns + tiles * unit - 1) / (tiles * unit) * unit;
     tiles = (columns + width - 1) / width;
   }
-  const auto run = [&](int64_t first, int64_t last) {
+  parallel(tiles, 1, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) f(t * width, std::min(width, columns - t * width));
-  };
-  if (tiles <= 1) {
-    run(0, tiles);
-  } else {
-    torch::stable::parallel_for(0, tiles, 1, run);
-  }
+  });
 }
 
 }  // namespace draco

@@ -92,13 +92,9 @@ class Sweep {
       if (sum != nullptr)
         kernel.finish[static_cast<int>(dtype)](total, columns, divisor, is_large(length_ * sizeof(T)), sum + at);
     };
-    if (pieces == 1) {
-      piece(0);
-    } else {
-      torch::stable::parallel_for(0, pieces, 1, [&](int64_t from, int64_t to) {
-        for (int64_t p = from; p < to; ++p) piece(p);
-      });
-    }
+    parallel(pieces, 1, [&](int64_t from, int64_t to) {
+      for (int64_t p = from; p < to; ++p) piece(p);
+    });
     for (int64_t j = 0; j < n; ++j) {
       for (int64_t p = 0; p < pieces; ++p) {
         const int64_t tile = first + p / (kTile / kPiece);

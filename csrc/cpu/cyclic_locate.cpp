@@ -64,15 +64,10 @@ Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& miss
                            hinted > 0 && hinted <= most ? hint.data() : nullptr};
   const Kernels& kernel = kernels();
   const auto energy = [&](const Complex* check, int checks, double* out) {
-    const auto block = [&](int64_t begin, int64_t end) {
+    parallel(columns, 256, [&](int64_t begin, int64_t end) {
       kernel.check_energy(check, checks, n, projections.re.data() + begin, projections.im.data() + begin, columns,
                           end - begin, out + begin);
-    };
-    if (columns <= 256) {
-      block(0, columns);
-    } else {
-      torch::stable::parallel_for(0, columns, 256, block);
-    }
+    });
   };
   Locator<Alone> locator(Alone(), input, scratch.get());
   std::vector<uint8_t> left_out(n);

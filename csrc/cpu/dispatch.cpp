@@ -1,4 +1,6 @@
-// Chooses the kernels for this machine.
+// Chooses the kernels for this machine; notices forks.
+#include <pthread.h>
+
 #include <cstdlib>
 #include <string>
 
@@ -20,6 +22,8 @@ extern const Kernels kKernels_avx512;
 #endif
 
 namespace {
+
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
 
 const Kernels& choose() {
   std::vector<const Kernels*> usable;

@@ -187,9 +187,11 @@ def decode(
     """
     if not isinstance(code, Code):
         raise TypeError(f"code must be a RepetitionCode or CyclicCode, got {type(code).__name__}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    if isinstance(messages, Tensor) and messages.dim() == 2 and messages.size(0) != code.workers:
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
+        got = repr(reduction) if isinstance(reduction, str) else type(reduction).__name__
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {got}")
+    plain = isinstance(messages, Tensor) and not messages.is_nested
+    if plain and messages.dim() == 2 and messages.size(0) != code.workers:
         raise ValueError(
             f"messages must have a row for each of the {code.workers} workers, got shape {tuple(messages.shape)}"
         )
