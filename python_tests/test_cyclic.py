@@ -10,7 +10,7 @@ import draco_ext
 from draco_ext import CyclicCode, ops, reference
 
 DTYPES = [torch.float32, torch.float64]
-CODES = [(n, s) for n in range(1, 10) for s in range((n - 1) // 2 + 1)]
+CODES = [(n, s) for n in range(1, 11) for s in range((n - 1) // 2 + 1)]
 BOUND = {torch.float32: 1e-6, torch.float64: 1e-13}  # on the decoded mean, whatever is sent
 INVISIBLE = {"low-bit", "minus-zero"}  # may be below the rounding that the code itself makes
 

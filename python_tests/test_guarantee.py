@@ -57,7 +57,7 @@ def test_small_ball():
             share = (sums <= x * norm).double().mean().item()
             assert share <= 2 * x + 4 * math.sqrt(x / len(sums)), f"{pattern} {x}: {share}"
             if len(pattern) == 2:
-                assert share >= x, f"{pattern} {x}: {share}"
+                assert share >= 0.8 * x, f"{pattern} {x}: {share}"
 
 
 def test_bound_follows_its_arguments():
@@ -197,7 +197,7 @@ def test_adaptive_adversary(n, s, d, dtype, generator):
     if s <= 5:
         assert search.worst <= (1e-4 if dtype == torch.float32 else 1e-12), told
         assert search.failures <= 0.02 * search.decodes, told
-    assert search.framed <= 1e-3 * search.decodes, told
+    assert search.framed <= max(2, 0.01 * search.decodes), told
     assert search.worst > search.unit, "no attack did anything"
 
 
@@ -241,6 +241,7 @@ def test_beyond_s_it_fails_or_is_right(generator):
         sent = honest.clone()
         for j in bad.tolist():  # one by one: each has its own random numbers
             sent[j] = attacked(honest, [j], alone[rng.integers(len(alone))], generator)[j]
+            sent[j] *= 1 + 0.1 * torch.rand(sent.size(1), generator=generator)
             sent[j] += torch.randn(sent.size(1), generator=generator)
         out = draco_ext.decode(sent, code)
         if out.failed:

@@ -8,7 +8,7 @@ import draco_ext
 from draco_ext import RepetitionCode, ops, reference
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-CODES = [(n, s) for n in range(1, 10) for s in range((n - 1) // 2 + 1)]
+CODES = [(n, s) for n in range(1, 11) for s in range((n - 1) // 2 + 1)]
 
 
 def bits(t):

@@ -40,6 +40,7 @@ constexpr int kWindow = 5;           // so many more workers than sought are in 
 constexpr int kBeam = 32;            // sets that the best-first search keeps
 constexpr int kChildren = 12;        // exchanges of one member that it considers
 constexpr int kTogether = 4;         // active projections that one thread multiplies at a time
+constexpr int kMostDoublings = 10;   // of the tolerated amplitude, below which nobody is named
 constexpr double kRounding = 1e-12;  // of singular values, relative to the largest, with room
 constexpr double kNever = NAN;       // what argmin passes over
 constexpr double kMostWork = 6e7;    // complex multiplications of one search: bounds what an attacker can make it cost
@@ -569,9 +570,9 @@ class Locator {
     return found;
   }
 
-  // Whether member i is certainly bad: no other worker in its place comes near to explaining the projections. Near,
-  // within 2 to the power of most_ times the tolerated amplitude, as the bad may differ from the set in other members
-  // as well; searched for with adversaries of every shape (python_tests/test_guarantee.py).
+  // Whether member i is taken for certainly bad: no other worker in its place comes near to explaining the projections.
+  // Near is within 2 to the power of most_ times the tolerated amplitude, 1000 at most: the bad may differ from the set
+  // in other members as well, and so nearly explain them without i. How often that misleads: docs/guarantee.md.
   DRACO_TEAM_CALL bool certain(int found, int i) {
     copy_without(best_, set_, found, i);
     gains(best_, found - 1);
@@ -579,7 +580,7 @@ class Locator {
     const int other = best_gain();
     if (gain_[other] < 0) return true;
     put(best_ + found - 1, other);
-    return excess(best_, found) > ldexp(1.0, 2 * most_);
+    return excess(best_, found) > ldexp(1.0, 2 * (most_ < kMostDoublings ? most_ : kMostDoublings));
   }
 
   // Prony's method on the syndromes that the erased workers do not enter (their nodes are roots of what they are
