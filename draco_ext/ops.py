@@ -33,9 +33,9 @@ TILE: int = _C.TILE
 
 
 def projections_shape(length: int) -> tuple[int, int]:
-    """Tiles of a message and random projections of each: four where there is one tile, two where there are more."""
+    """Tiles of a message and random projections of each: four up to four tiles, two beyond."""
     check_int("length", length, 0)
-    return (length + TILE - 1) // TILE, 4 if length <= TILE else 2
+    return (length + TILE - 1) // TILE, 4 if length <= 4 * TILE else 2
 
 
 VOTE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -145,7 +145,7 @@ def projection_weights(length: int, seed: int) -> Tensor:
     def signed(words: np.ndarray) -> np.ndarray:
         return ((words & np.uint32(0x807FFFFF)) | np.uint32(0x3F800000)).view(np.float32)
 
-    chunk, projections = 1024, 4 if length <= 32768 else 2
+    chunk, projections = 1024, 4 if length <= 131072 else 2
     columns = np.arange(length)
     phi = signed(philox(seed, columns % chunk // 2, 1))[:, :projections].astype(np.float64)
     psi = signed(philox(seed, columns // chunk, 2))[:, :projections].astype(np.float64)

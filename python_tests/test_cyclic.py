@@ -90,7 +90,7 @@ def test_encode_matches_reference(dtype, d, device, generator):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length", [0, 2, 14, 16, 30, 1024, 1026, 32768, 66666])
+@pytest.mark.parametrize("length", [0, 2, 14, 16, 30, 1024, 1026, 32768, 66666, 131074])
 def test_project_matches_reference(dtype, length, device, generator):
     messages = torch.randn(7, length, generator=generator, dtype=torch.float64).to(dtype)
     missing = torch.tensor([False, True, False, False, False, False, False])

@@ -65,7 +65,7 @@ def test_bound_follows_its_arguments():
     assert 1e-5 < code.error_bound(torch.float32, length=100) < 1e-2
     assert code.error_bound(torch.float64) < 1e-7 * code.error_bound(torch.float32)
     assert code.error_bound(torch.float32, length=100) < code.error_bound(torch.float32)
-    assert code.error_bound(torch.float32) == code.error_bound(torch.float32, length=ops.TILE + 2)
+    assert code.error_bound(torch.float32) == code.error_bound(torch.float32, length=4 * ops.TILE + 2)
     likelier = [code.error_bound(torch.float32, probability=p) for p in (1e-9, 1e-6, 1e-3, 1.0)]
     assert likelier == sorted(likelier, reverse=True)
     sizes = [CyclicCode(21, s).error_bound(torch.float32) for s in range(4)]
@@ -179,7 +179,15 @@ class Search:
                             error, size, reached = nearby, size * step, now
 
 
-ADAPTIVE = [(7, 2, 200), (15, 3, 1000), (64, 5, 1000), (64, 5, 2 * ops.TILE), (100, 10, 300), (255, 8, 300)]
+ADAPTIVE = [
+    (7, 2, 200),
+    (15, 3, 1000),
+    (64, 5, 1000),
+    (64, 5, 2 * ops.TILE),
+    (64, 5, 5 * ops.TILE),
+    (100, 10, 300),
+    (255, 8, 300),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

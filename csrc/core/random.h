@@ -20,9 +20,10 @@ constexpr double kWeightPower = 7.0 / 3.0;  // mean square of a number in +-[1, 
 
 DRACO_HD int64_t tile_count(int64_t length) { return (length + kTile - 1) / kTile; }
 
-// Independent projections of each tile. A short message has one tile only and needs more of them: an error is
-// overlooked when all of its projections happen to fall below the noise.
-DRACO_HD int projections_per_tile(int64_t length) { return length <= kTile ? kMostProjections : 2; }
+// Independent projections of each tile. An error is overlooked when all of its tile's happen to fall below the noise:
+// that matters more where a tile is a large part of the message.
+constexpr int64_t kFewTiles = 4;
+DRACO_HD int projections_per_tile(int64_t length) { return length <= kFewTiles * kTile ? kMostProjections : 2; }
 
 struct Philox {
   uint32_t word[4];

@@ -1,7 +1,7 @@
 // Random projections of the messages and, in the same sweep, their sum.
 //   sweep    128 threads a block; a warp takes some consecutive chunks of 1024 columns, all rows of one chunk after the
 //            other, 16 bytes of a row a lane and access. Reads n x d elements once, writes d (the sum) and, per row and
-//            group of 1 to 8 chunks, 5 doubles (9 where there is one tile): at most 1% of what it reads.
+//            group of 1 to 8 chunks, 5 doubles (9 where there are few tiles): at most 1% of what it reads.
 //   gather   256 threads a block: adds up the groups of each tile. Reads what sweep wrote; in the fused decode the
 //            locator does this itself.
 //
@@ -243,9 +243,9 @@ void sweep(const Device& device, const Tensor& messages, const Sweep& sweep, con
                             static_cast<T>(sweep.divisor),
                             partials,
                             rows_aligned<T>(messages.data_ptr(), messages.stride(0), messages.size(0))};
-    const bool one_tile = projections_per_tile(length) == kMostProjections;
-    const auto kernel = sweep.weights == nullptr ? (one_tile ? sweep_kernel<T, 4, false> : sweep_kernel<T, 2, false>)
-                                                 : (one_tile ? sweep_kernel<T, 4, true> : sweep_kernel<T, 2, true>);
+    const bool most = projections_per_tile(length) == kMostProjections;
+    const auto kernel = sweep.weights == nullptr ? (most ? sweep_kernel<T, 4, false> : sweep_kernel<T, 2, false>)
+                                                 : (most ? sweep_kernel<T, 4, true> : sweep_kernel<T, 2, true>);
     DRACO_LAUNCH(device, kernel, blocks, kSweepThreads, 0, args);
   });
 }

@@ -134,8 +134,8 @@ TEST(tiles_and_their_projections) {
     int64_t length, tiles;
     int projections;
   } cases[] = {
-      {0, 0, 4},     {1, 1, 4},     {32767, 1, 4}, {32768, 1, 4},
-      {32769, 2, 2}, {65536, 2, 2}, {65537, 3, 2}, {int64_t{1} << 40, int64_t{1} << 25, 2},
+      {0, 0, 4},     {1, 1, 4},      {32767, 1, 4},  {32768, 1, 4},
+      {32769, 2, 4}, {131072, 4, 4}, {131073, 5, 2}, {int64_t{1} << 40, int64_t{1} << 25, 2},
   };
   for (const auto& c : cases) {
     CHECK_EQ(tile_count(c.length), c.tiles, "length ", c.length);

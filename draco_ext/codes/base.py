@@ -108,7 +108,7 @@ class Code(abc.ABC):
 
         Args:
             dtype: of the messages.
-            length: of the messages; those of one tile are projected more often. Default: any.
+            length: of the messages; those of few tiles are projected more often. Default: any.
             probability: that a decode exceeds the bound, over the randomness that it draws after the messages are in.
                 No bound holds with certainty: an error can be orthogonal to all random projections.
 
