@@ -30,8 +30,11 @@
 namespace draco {
 namespace {
 
-constexpr double kTolerance = 6.0;   // a check may be this many times the noise (root mean square over the checks)
-constexpr double kQuiet = 0.1;       // of the tolerated energy: what honest noise really leaves
+constexpr double kTolerance = 6.0;  // a check may be this many times the noise (root mean square over the checks)
+constexpr double kQuiet = 0.1;      // of the tolerated energy: what honest noise really leaves
+// What the search takes for explained: less than 1, as all columns are looked at again by other code, rounded
+// otherwise.
+constexpr double kExplained = 0.9;
 constexpr int kActiveStep = 8;       // projections that join the search at a time, the least explained first
 constexpr int kMostActive = 32;      // and in all
 constexpr int kMostSubsets = 20000;  // size of step 4
@@ -482,7 +485,7 @@ class Locator {
       }
     }
     copy(set_, sets, nu);
-    return excess(set_, nu) <= 1;
+    return excess(set_, nu) <= kExplained;
   }
 
   // Puts a set into the sorted list of the best, unless it is there; how many are there then.
@@ -529,10 +532,10 @@ class Locator {
     for (;;) {
       const double now = excess(set_, nu);
       if (now <= kQuiet) return true;
-      if (work_ > kMostWork) return now <= 1;
+      if (work_ > kMostWork) return now <= kExplained;
       double least = -1;
       for (int i = 0; i < nu; ++i) {
-        if (work_ > kMostWork) return now <= 1;
+        if (work_ > kMostWork) return now <= kExplained;
         copy_without(trial_, set_, nu, i);
         const double total = gains(trial_, nu - 1);
         const int joins = best_gain();
@@ -543,7 +546,7 @@ class Locator {
           put(best_ + nu - 1, joins);
         }
       }
-      if (!(least < reached * (1 - 1e-9))) return now <= 1;
+      if (!(least < reached * (1 - 1e-9))) return now <= kExplained;
       reached = least;
       copy(set_, best_, nu);
     }
