@@ -255,7 +255,7 @@ class Scratch:
 @click.option("--seed", default=20180327, show_default=True, help="What they are drawn from.")
 @click.option("--only", multiple=True, help="Only files whose path begins so, such as csrc/core/locator.h.")
 @click.option("--at", "line", type=int, help="Only mutants of this line: see whether a new test notices.")
-@click.option("--patience", default=180.0, show_default=True, help="Seconds until tests count as endless.")
+@click.option("--patience", default=600.0, show_default=True, help="Seconds until tests count as endless.")
 def main(count, seed, only, line, patience):
     """Plants mistakes and looks whether the tests notice; exit status 1 where they do not."""
     files = sorted({str(path.relative_to(ROOT)) for pattern in SOURCES for path in ROOT.glob(pattern)})
