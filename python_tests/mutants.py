@@ -76,6 +76,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "draco_ext/distributed/transports.py",
         "if key not in self._rooms or self._rooms[key].numel() <= size:",
     ): "makes a room of the same size again: only the time",
+    (
+        "csrc/cpu/cyclic_decode.cpp",
+        "if (absent > 3 * s) {",
+    ): "find_suspects asks again; the sum is then overwritten by NaN",
 }
 
 
