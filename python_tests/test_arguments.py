@@ -182,6 +182,26 @@ def test_length(code, length, error):
         decode(GOOD[code], code, length=length)
 
 
+def test_seeds_have_64_bits():
+    x = torch.zeros(3, 8)
+    for function in (
+        lambda seed: ops.digest(x[0], seed),
+        lambda seed: ops.cyclic_project(x, seed),
+        lambda seed: ops.cyclic_decode(x, 1, seed=seed),
+    ):
+        for seed in (-(2**63), 2**63 - 1):
+            function(seed)
+        for seed in (-(2**63) - 1, 2**63):
+            with pytest.raises(ValueError, match="seed must be from -9223372036854775808 to 9223372036854775807, got"):
+                function(seed)
+
+
+def test_tiles_of_a_length():
+    """Also of an odd one, which a message does not have but a gradient does."""
+    for length in (0, 1, 2, ops.TILE - 1, ops.TILE, ops.TILE + 1, 2 * ops.TILE, 2 * ops.TILE + 1):
+        assert ops.projections_shape(length)[0] == -(-length // ops.TILE), length
+
+
 def test_length_that_fits():
     assert decode(GOOD[C], C, length=7).gradient.shape == (7,)
     assert decode(GOOD[C], C, length=8).gradient.shape == (8,)

@@ -372,6 +372,33 @@ def test_errors_of_very_different_size(device, generator):
             assert relative_error(out.gradient, gradients.double().mean(0)) < 1e-6
 
 
+def test_every_projection_that_may_join_the_search(device):
+    """Bad workers in tiles of their own, each much worse than the next: found in turns, until there is no room left."""
+    code, bad, missing = CyclicCode(14, 5), (1, 4, 7, 11), [0, 9]
+    rng = np.random.default_rng(5)
+    tiles = 4 * len(bad)  # with 2 projections each; 8 join the search in a turn, 32 in all
+    projections = code.weights @ (rng.standard_normal((14, 2 * tiles)) + 1j * rng.standard_normal((14, 2 * tiles)))
+    for i, j in enumerate(bad):
+        projections[j, 8 * i : 8 * i + 8] += 1e3 ** (3 - i) * rng.standard_normal(8)
+    projections[missing] = 0
+    absent = torch.zeros(14, dtype=torch.bool)
+    absent[missing] = True
+    energy = torch.ones(14, tiles, dtype=torch.float64)
+    weights, suspects, failed = on(
+        device,
+        ops.cyclic_locate,
+        torch.from_numpy(projections.reshape(14, tiles, 2)),
+        energy,
+        code.adversaries,
+        tiles * ops.TILE,
+        missing=absent,
+    )
+    assert not failed
+    assert named(suspects) == set(bad)
+    exact = reference.decoding_weights(14, 5, (*bad, *missing)) / 14
+    np.testing.assert_allclose(weights.cpu().numpy(), exact, atol=1e-12)
+
+
 def test_suspects_in_few_of_many_tiles(device, simt, generator):
     """The CPU looks for suspects after the first tiles already: whoever is bad there, elsewhere or in both is found.
 

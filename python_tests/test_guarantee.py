@@ -75,6 +75,16 @@ def test_bound_follows_its_arguments():
         assert RepetitionCode(9, 1).error_bound(dtype) == 0
 
 
+@pytest.mark.parametrize(
+    ("n", "s", "float32", "float64"),
+    [(3, 1, 6.31731e-4, 3.36046e-12), (9, 2, 4.39254e-3, 2.3857e-11), (15, 3, 1.75063e-2, 9.66416e-11)],
+)
+def test_bound_is_that_of_the_table(n, s, float32, float64):
+    """Of docs/guarantee.md, with more digits: a factor that slips is still a bound, but not the one derived there."""
+    assert CyclicCode(n, s).error_bound(torch.float32, length=100) == pytest.approx(float32, rel=1e-4)
+    assert CyclicCode(n, s).error_bound(torch.float64, length=100) == pytest.approx(float64, rel=1e-4)
+
+
 @pytest.mark.parametrize("code", [CyclicCode(7, 2), RepetitionCode(6, 1)], ids=str)
 def test_bound_rejects(code):
     for arguments, error, words in (
