@@ -121,8 +121,11 @@ def cuda():
 
 @pytest.fixture
 def simt(request):
-    """Whether kernels run on the host, a thousand times slower than on a GPU: enumerations are to be cut down."""
-    return request.config.getoption("--simt") is not None
+    """Whether kernels run on the host, a thousand times slower than on a GPU: enumerations are to be cut down.
+
+    Not under HYPOTHESIS_PROFILE=long.
+    """
+    return request.config.getoption("--simt") is not None and os.environ.get("HYPOTHESIS_PROFILE") != "long"
 
 
 def on(device, function, *args, **kwargs):
