@@ -82,7 +82,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cyclic_nodes", &nodes, py::arg("workers"));
   m.def("cyclic_supports", &supports, py::arg("workers"), py::arg("adversaries"));
   m.attr("PROJECTION_SCALE") = draco::kWeightPower;
-  m.def("projections_per_tile", &draco::projections_per_tile, py::arg("length"));
   m.def("cyclic_tolerance", &tolerance, py::arg("workers"), py::arg("adversaries"), py::arg("float64"),
         "By how much a check may miss, relative to the reference norm: root mean square over the checks.");
   m.def("cyclic_weights", &weights, py::arg("workers"), py::arg("adversaries"));

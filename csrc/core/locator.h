@@ -517,8 +517,8 @@ class Locator {
     return last + 1;
   }
 
-  DRACO_TEAM_CALL void pursue(int nu, int given = 0) {
-    for (int i = given; i < nu; ++i) {
+  DRACO_TEAM_CALL void pursue(int nu) {
+    for (int i = 0; i < nu; ++i) {
       gains(set_, i);  // of the messages without those chosen already, however large they are
       put(set_ + i, best_gain());
     }

@@ -72,7 +72,7 @@ class CyclicCode(Code):
         added, strongest = weights.sum(), np.linalg.norm(weights)
         honest = added * (amplification(2 * s) * (r + 2) + amplification(s) * (n + 4))
         # The largest error that passes below the noise floor, for a check of norm 1.
-        projections = _C.projections_per_tile(self.message_length(length) if length is not None else 2**62)
+        _, projections = ops.projections_shape(self.message_length(length) if length is not None else 2**62)
         floor = _C.cyclic_tolerance(n, s, dtype == torch.float64) * math.sqrt(2 * s) * _C.PROJECTION_SCALE * strongest
         hidden = floor * 2 / probability ** (1 / projections)
         # The same in one worker's message, and what adding such messages up rounds.
