@@ -738,8 +738,7 @@ class Locator {
     }
     for (int i = 0; i < pool; ++i) {
       const int64_t best = team_.argmin(n_, [&](int64_t j) {
-        bool taken = false;
-        for (int l = 0; l < erased_count_; ++l) taken |= erased_[l] == j;
+        bool taken = in_.missing[j] || in_.nonfinite[j];
         for (int l = 0; l < i; ++l) taken |= pool_[l] == j;
         return taken ? kNever : rank_[j] == rank_[j] ? -rank_[j] : HUGE_VAL;
       });
@@ -755,9 +754,7 @@ class Locator {
     for (int first = 0; first < present && work_ < kMostWork; first += step) {
       int seen = 0;
       for (int j = 0; j < n_; ++j) {
-        bool out = false;
-        for (int l = 0; l < erased_count_; ++l) out |= erased_[l] == j;
-        if (out) continue;
+        if (in_.missing[j] || in_.nonfinite[j]) continue;
         const int place = (seen++ - first + present) % present;
         if (place < pool && team_.thread == 0) pool_[place] = j;
       }
