@@ -7,24 +7,31 @@
 // explains the messages when all of its checks are at the noise level; the locator returns the smallest such set that
 // it finds:
 //
-//   1. Prony's method: the null vector of the stacked Hankel systems of all active projections is the polynomial whose
+//   1. A set that explained other projections already, with up to three workers more.
+//   2. Prony's method: the null vector of the stacked Hankel systems of all active projections is the polynomial whose
 //      roots are the bad nodes. Exact when the errors stand well above the noise, also for colluders.
-//   2. Greedy pursuit, for errors of very different size: the largest is erased before the next is looked for.
-//   3. Exchange of one member at a time while the unexplained energy falls.
-//   4. All subsets of neighbours on the circle, whose errors can nearly cancel in the syndromes.
-//   5. Best-first search over exchanges, and all subsets of a pool of likely workers.
+//   3. Greedy pursuit, for errors of very different size: the largest is erased before the next is looked for.
+//   4. The signal subspace (MUSIC with smoothing: Schmidt 1986; Shan, Wax and Kailath 1985): windows of the syndromes
+//      span what the bad nodes' windows span. Far better conditioned than 2., the more the errors differ from column
+//      to column: it finds hundreds of bad workers that do not collude.
+//   5. Consensus of workers taken at random, where the code has few dimensions.
+//   6. All subsets of neighbours on the circle, whose errors can nearly cancel in the syndromes.
+//   7. Best-first search over exchanges, and all subsets of a pool of likely workers.
 //
-// Whatever the search does, a set is only accepted when it explains every projection; otherwise decoding has failed. A
-// member of the set is named only if no other worker could be it: errors little above the noise may be explained by
-// several sets, all of which give the same gradient up to noise, and the honest must not be accused.
+// What 2. to 5. give is improved by exchanging one member at a time while the unexplained energy falls. Whatever the
+// search does, a set is only accepted when it explains every projection; otherwise decoding has failed. A member of the
+// set is named only if no other worker could be it: errors little above the noise may be explained by several sets, all
+// of which give the same gradient up to noise, and the honest must not be accused.
 // All arithmetic is double. Scratch comes from the caller: nothing is allocated here. Every method is a collective of
 // its team (core/team.h): all threads make the same decisions from the same values.
 #pragma once
 
 #include <cmath>
 
+#include "core/algebra.h"
 #include "core/common.h"
 #include "core/cyclic.h"
+#include "core/random.h"
 #include "core/team.h"
 
 namespace draco {
@@ -35,10 +42,16 @@ constexpr double kQuiet = 0.1;      // of the tolerated energy: what honest nois
 // What the search takes for explained: less than 1, as all columns are looked at again by other code, rounded
 // otherwise.
 constexpr double kExplained = 0.9;
-constexpr int kActiveStep = 8;       // projections that join the search at a time, the least explained first
-constexpr int kMostActive = 32;      // and in all
-constexpr int kMostSubsets = 20000;  // size of step 4
-constexpr int kMostSubsetSize = 12;  // and step 4 is left out for larger sets
+constexpr int kActiveStep = 8;     // projections that join the search at a time, the least explained first
+constexpr int kPronyColumns = 32;  // of them, the last, are in Prony's system
+constexpr int kMoreMembers = 3;    // that a set which explained others before may lack
+constexpr int kFewMembers = 8;     // up to which every number of bad workers is tried
+constexpr int kSnapshots = 3;      // windows of the syndromes per member that the subspace is taken from
+constexpr int kMostDimension = 8;  // of a code whose workers are asked for a consensus
+constexpr int kConsensusTrials = 1024, kConsensusColumns = 8;
+constexpr int kConsensusDomain = 6;  // of Philox, beside those of core/random.h
+constexpr int kMostSubsets = 20000;  // size of step 6
+constexpr int kMostSubsetSize = 12;  // and step 6 is left out for larger sets
 constexpr int kWindow = 5;           // so many more workers than sought are in a window of neighbours
 constexpr int kBeam = 32;            // sets that the best-first search keeps
 constexpr int kChildren = 12;        // exchanges of one member that it considers
@@ -47,20 +60,6 @@ constexpr int kMostDoublings = 10;   // of the tolerated amplitude, below which 
 constexpr double kRounding = 1e-12;  // of singular values, relative to the largest, with room
 constexpr double kNever = NAN;       // what argmin passes over
 constexpr double kMostWork = 6e7;    // complex multiplications of one search: bounds what an attacker can make it cost
-
-// Cuts scratch into arrays; without scratch it only counts the bytes.
-struct Arena {
-  unsigned char* scratch;
-  int64_t used;
-
-  DRACO_MEMBER explicit Arena(unsigned char* scratch_) : scratch(scratch_), used(0) {}
-  template <typename T>
-  DRACO_MEMBER T* take(int64_t count) {
-    T* taken = scratch == nullptr ? nullptr : reinterpret_cast<T*>(scratch + used);
-    used += (count * sizeof(T) + 15) / 16 * 16;
-    return taken;
-  }
-};
 
 struct LocatorInput {
   int workers, adversaries;
@@ -78,45 +77,133 @@ DRACO_HD double unexplained(double energy, double noise, int checks) {
   return ratio * ratio / (kTolerance * kTolerance * checks);
 }
 
+// How many projections can take part in a search: as many as bad workers could be wrong in alone, with some room.
+DRACO_HD int most_active(int adversaries) { return 2 * adversaries + 32; }
+
+// Of a set that is looked at: half as many again as may be bad.
+DRACO_HD int64_t most_members(int64_t adversaries) { return adversaries + adversaries / 2; }
+
+// The arrays of a search, and of its steps, which take theirs from what is left of the scratch.
+struct LocatorScratch {
+  Complex *factor, *diagonal, *power, *image, *check, *active_p, *residual, *node, *dual, *along, *reach, *product;
+  double *size, *reach_size, *gain, *rank, *energy;
+  int *erased, *set, *trial, *best, *pool;
+  int64_t* active;
+
+  DRACO_MEMBER LocatorScratch(Arena& arena, int64_t n, int64_t s) {
+    const int64_t k = 2 * s, a = most_active(static_cast<int>(s));
+    factor = arena.take<Complex>(k * k + 1);
+    diagonal = arena.take<Complex>(k + 1);
+    power = arena.take<Complex>(k * n + 1);
+    image = arena.take<Complex>(k * n + 1);
+    check = arena.take<Complex>(k * n + 1);
+    active_p = arena.take<Complex>(n * a);
+    residual = arena.take<Complex>(k * a + 1);
+    node = arena.take<Complex>(n);
+    const int64_t most = most_members(s);
+    dual = arena.take<Complex>(most * k + 1);
+    along = arena.take<Complex>(most * n + 1);
+    reach = arena.take<Complex>(most * a + 1);
+    product = arena.take<Complex>(n * a);
+    size = arena.take<double>(n);
+    reach_size = arena.take<double>(most + 1);
+    gain = arena.take<double>(n);
+    rank = arena.take<double>(n);
+    energy = arena.take<double>(a);
+    erased = arena.take<int>(n);
+    set = arena.take<int>(n);
+    trial = arena.take<int>(n);
+    best = arena.take<int>(n);
+    pool = arena.take<int>(n);
+    active = arena.take<int64_t>(a);
+  }
+};
+
+struct PronyScratch {
+  Complex *filter, *syndrome, *system, *triangle, *vectors;
+
+  DRACO_MEMBER PronyScratch(Arena arena, int64_t n, int64_t s, int64_t* used) {
+    const int64_t k = 2 * s, a = most_active(static_cast<int>(s)), unknowns = s + 1;
+    filter = arena.take<Complex>(n);
+    syndrome = arena.take<Complex>(k * a + 1);
+    system = arena.take<Complex>((k * kPronyColumns + unknowns) * unknowns);
+    triangle = arena.take<Complex>(unknowns * unknowns);
+    vectors = arena.take<Complex>(unknowns * unknowns);
+    if (used != nullptr && arena.used > *used) *used = arena.used;
+  }
+};
+
+struct SubspaceScratch {
+  Complex *filter, *syndrome, *windows, *basis, *rows;
+  double *left, *whole;
+  int *column, *chosen, *picked;
+
+  static DRACO_MEMBER int64_t most_windows(int64_t s) {
+    return 2 * (kSnapshots * s + most_active(static_cast<int>(s)));
+  }
+  DRACO_MEMBER SubspaceScratch(Arena arena, int64_t n, int64_t s, int64_t* used) {
+    const int64_t k = 2 * s, a = most_active(static_cast<int>(s)), most = most_windows(s);
+    filter = arena.take<Complex>(n);
+    syndrome = arena.take<Complex>(k * a + 1);
+    windows = arena.take<Complex>(k * most + 1);
+    basis = arena.take<Complex>(k * k + 1);
+    rows = arena.take<Complex>(most * s + 1);
+    left = arena.take<double>(most);
+    whole = arena.take<double>(most);
+    column = arena.take<int>(a);
+    chosen = arena.take<int>(a);
+    picked = arena.take<int>(s + 1);
+    if (used != nullptr && arena.used > *used) *used = arena.used;
+  }
+};
+
+struct SubsetScratch {
+  Complex* level;
+
+  DRACO_MEMBER SubsetScratch(Arena arena, int64_t n, int64_t s, int64_t* used) {
+    const int64_t levels = (s < kMostSubsetSize ? s : kMostSubsetSize) + 1;
+    level = arena.take<Complex>(levels * 2 * s * (n + most_active(static_cast<int>(s))) + 1);
+    if (used != nullptr && arena.used > *used) *used = arena.used;
+  }
+};
+
+struct BeamScratch {
+  int* sets;
+  double* left;
+  uint8_t* tried;
+
+  DRACO_MEMBER BeamScratch(Arena arena, int64_t s, int64_t* used) {
+    sets = arena.take<int>(kBeam * s + 1);
+    left = arena.take<double>(kBeam);
+    tried = arena.take<uint8_t>(kBeam);
+    if (used != nullptr && arena.used > *used) *used = arena.used;
+  }
+};
+
 template <typename Team>
 class Locator {
  public:
   static DRACO_MEMBER int64_t scratch_bytes(int workers, int adversaries) {
-    const int64_t n = workers, k = 2 * adversaries, a = kMostActive;
-    const int64_t levels = (adversaries < kMostSubsetSize ? adversaries : kMostSubsetSize) + 1;
-    const int64_t complexes = 2 * k * k + 2 * k + 2 * k * n                          // factors, basis, powers, checks
-                              + n * a + k * a + n                                    // active projections, residuals
-                              + k * a * (k + 1) + 3 * (k + 1) * (k + 1) + k * a + n  // Prony
-                              + levels * k * (n + a);                                // subsets
-    return complexes * sizeof(Complex) + (2 * n + 3 * a) * sizeof(double) + 5 * n * sizeof(int) + 64 * 64;
+    Arena arena(nullptr);
+    LocatorScratch(arena, workers, adversaries);
+    int64_t most = arena.used;
+    PronyScratch(arena, workers, adversaries, &most);
+    SubspaceScratch(arena, workers, adversaries, &most);
+    if (adversaries > 0) SubsetScratch(arena, workers, adversaries, &most);
+    BeamScratch(arena, adversaries, &most);
+    return most;
   }
 
   DRACO_TEAM Locator(const Team& team, const LocatorInput& input, unsigned char* scratch)
-      : team_(team), in_(input), arena_(scratch) {
+      : team_(team), in_(input), arena_(scratch), at_(arena_, input.workers, input.adversaries) {
     n_ = in_.workers;
     k2_ = 2 * in_.adversaries;
-    factor_ = arena_.take<Complex>(int64_t{k2_} * k2_ + 1);
-    diagonal_ = arena_.take<Complex>(k2_ + 1);
-    basis_ = arena_.take<Complex>(int64_t{k2_} * k2_ + 1);
-    power_ = arena_.take<Complex>(int64_t{k2_} * n_ + 1);
-    check_ = arena_.take<Complex>(int64_t{k2_} * n_ + 1);
-    active_p_ = arena_.take<Complex>(int64_t{n_} * kMostActive);
-    residual_ = arena_.take<Complex>(int64_t{k2_} * kMostActive + 1);
-    node_ = arena_.take<Complex>(n_);
-    gain_ = arena_.take<double>(n_);
-    rank_ = arena_.take<double>(n_);
-    energy_ = arena_.take<double>(kMostActive);
-    erased_ = arena_.take<int>(n_);
-    set_ = arena_.take<int>(n_);
-    trial_ = arena_.take<int>(n_);
-    best_ = arena_.take<int>(n_);
-    pool_ = arena_.take<int>(n_);
-    active_ = arena_.take<int64_t>(kMostActive);
+    stride_ = most_active(in_.adversaries);
     const double scale = 1.0 / sqrt(static_cast<double>(n_));
-    for (int j = team_.thread; j < n_; j += team_.threads) node_[j] = cyclic_node(n_, j);
+    for (int j = team_.thread; j < n_; j += team_.threads) at_.node[j] = cyclic_node(n_, j);
     team_.sync();
     for (int64_t i = team_.thread; i < int64_t{k2_} * n_; i += team_.threads)
-      power_[i] = scale * node_[(i / n_ + 1) * (i % n_) % n_];
+      at_.power[i] = scale * at_.node[(i / n_ + 1) * (i % n_) % n_];
     team_.sync();
   }
 
@@ -129,7 +216,7 @@ class Locator {
     for (int j = 0; j < n_; ++j) {
       nonfinite += in_.nonfinite[j];
       if (!in_.missing[j] && !in_.nonfinite[j]) continue;
-      if (team_.thread == 0) erased_[erased] = j;
+      if (team_.thread == 0) at_.erased[erased] = j;
       ++erased;
     }
     for (int j = team_.thread; j < n_; j += team_.threads) left_out[j] = suspects[j] = in_.nonfinite[j];
@@ -143,25 +230,30 @@ class Locator {
     bool hinted = in_.hint == nullptr;
     active_count_ = 0;
     for (;;) {
-      const int checks = make_checks(set_, found);
+      const int checks = make_checks(at_.set, found);
       if (checks == 0) break;  // 2s erasures: nothing is left to check with
-      energy(check_, checks, per_column);
+      energy(at_.check, checks, per_column);
       const int joined = activate(per_column, checks);
       if (joined == 0) break;
       if (joined < 0 || most_ == 0) return false;
       if (!hinted) {  // no fewer can explain all columns, and as a rule they do
         hinted = true;
-        found = list(in_.hint, set_);
+        found = list(in_.hint, at_.set);
         continue;
       }
       found = search(found);
       if (found < 0) return false;
     }
     found = prune(found, energy, per_column);
+    if (found > 0) {
+      make_checks(at_.set, found);
+      residuals(k2_ - erased_count_ - found);
+      reach_out(at_.set, found);
+    }
     for (int i = 0; i < found; ++i) {
       const bool named = certain(found, i);
-      if (team_.thread == 0) left_out[set_[i]] = 1;
-      if (team_.thread == 0 && named) suspects[set_[i]] = 1;
+      if (team_.thread == 0) left_out[at_.set[i]] = 1;
+      if (team_.thread == 0 && named) suspects[at_.set[i]] = 1;
     }
     team_.sync();
     return true;
@@ -170,9 +262,9 @@ class Locator {
   // The checks, (2s - count, workers), that vanish on the workers in the mask; how many there are.
   DRACO_TEAM_CALL int checks_without(const uint8_t* erased, Complex* check) {
     erased_count_ = 0;
-    const int count = list(erased, trial_);
-    const int checks = count > k2_ ? 0 : make_checks(trial_, count);
-    for (int64_t i = team_.thread; i < int64_t{checks} * n_; i += team_.threads) check[i] = check_[i];
+    const int count = list(erased, at_.trial);
+    const int checks = count > k2_ ? 0 : make_checks(at_.trial, count);
+    for (int64_t i = team_.thread; i < int64_t{checks} * n_; i += team_.threads) check[i] = at_.check[i];
     team_.sync();
     return checks;
   }
@@ -181,36 +273,31 @@ class Locator {
   // of minimal norm. Times `factor`. At most 2s workers may be erased.
   DRACO_TEAM_CALL void weights(const uint8_t* erased, double factor, Complex* b) {
     erased_count_ = 0;
-    const int count = list(erased, trial_);
-    factorise(trial_, count);
-    Complex* q = basis_;
+    const int count = list(erased, at_.trial);
+    factorise(at_.trial, count);
+    Complex* q = at_.image;
     if (team_.warp == 0) {
       for (int m = team_.lane; m < k2_; m += team_.lanes) q[m] = {0, 0};
       team_.sync_warp();
       for (int i = 0; i < count; ++i) {  // R^T y = 1, and Q applied to conj(y), then conjugated
         Complex y{0, 0};
-        for (int l = team_.lane; l < i; l += team_.lanes) y = y + factor_[int64_t{i} * k2_ + l] * conj(q[l]);
+        for (int l = team_.lane; l < i; l += team_.lanes) y = y + at_.factor[int64_t{i} * k2_ + l] * conj(q[l]);
         y = Complex{1, 0} - team_.sum(y);
-        if (team_.lane == 0) q[i] = conj(divide(y, diagonal_[i]));
+        if (team_.lane == 0) q[i] = conj(divide(y, at_.diagonal[i]));
         team_.sync_warp();
       }
-      for (int l = count - 1; l >= 0; --l) reflect(factor_ + int64_t{l} * k2_ + l, q + l, k2_ - l);
+      for (int l = count - 1; l >= 0; --l) reflect(team_, at_.factor + int64_t{l} * k2_ + l, q + l, k2_ - l);
     }
     team_.sync();
     for (int j = team_.thread; j < n_; j += team_.threads) {
       Complex sum{1, 0};
-      for (int m = 0; m < k2_; ++m) sum = sum - power_[int64_t{m} * n_ + j] * conj(q[m]);
+      for (int m = 0; m < k2_; ++m) sum = sum - at_.power[int64_t{m} * n_ + j] * conj(q[m]);
       b[j] = erased[j] ? Complex{0, 0} : factor * sum;
     }
     team_.sync();
   }
 
  private:
-  static DRACO_TEAM Complex divide(Complex a, Complex b) {
-    const double size = norm2(b);
-    return size > 0 ? (1 / size) * (a * conj(b)) : Complex{0, 0};
-  }
-
   DRACO_TEAM int list(const uint8_t* mask, int* members) {
     int count = 0;
     for (int j = 0; j < n_; ++j) {
@@ -236,121 +323,77 @@ class Locator {
       if (l != left_out) to[l - (l > left_out)] = from[l];
     team_.sync();
   }
+  DRACO_TEAM bool is_erased(int64_t j) const { return in_.missing[j] || in_.nonfinite[j]; }
 
-  // ---- linear algebra: Householder reflections
-
-  // For one warp. v becomes the unit vector u of I - 2 u u^H, which maps the given v to the returned multiple of e_0.
-  DRACO_TEAM Complex make_reflector(Complex* v, int64_t size) const {
-    double total = 0;
-    for (int64_t m = team_.lane; m < size; m += team_.lanes) total += norm2(v[m]);
-    const double length = sqrt(team_.sum(total));
-    const Complex head = v[0];
-    team_.sync_warp();
-    const double first = sqrt(norm2(head));
-    if (length == 0) return {0, 0};
-    const Complex phase = first > 0 ? (1 / first) * head : Complex{1, 0};
-    const Complex diagonal = -length * phase;
-    const double scale = 1 / sqrt(2 * length * (length + first));
-    for (int64_t m = team_.lane; m < size; m += team_.lanes) v[m] = scale * (m == 0 ? head - diagonal : v[m]);
-    return diagonal;
-  }
-
-  // For one warp. x = (I - 2 u u^H) x.
-  DRACO_TEAM void reflect(const Complex* u, Complex* x, int64_t size) const {
-    Complex dot{0, 0};
-    for (int64_t m = team_.lane; m < size; m += team_.lanes) dot = dot + conj(u[m]) * x[m];
-    dot = 2.0 * team_.sum(dot);
-    for (int64_t m = team_.lane; m < size; m += team_.lanes) x[m] = x[m] - dot * u[m];
-    team_.sync_warp();
-  }
-
-  // QR of a matrix stored by columns. Column l keeps R above its diagonal and the reflector from there down; R's
-  // diagonal goes to `diagonal`.
-  DRACO_TEAM_CALL void factor(Complex* matrix, int64_t rows, int columns, Complex* diagonal) {
-    for (int l = 0; l < columns; ++l) {
-      Complex* u = matrix + l * rows + l;
-      if (team_.warp == 0) {
-        const Complex entry = make_reflector(u, rows - l);
-        if (team_.lane == 0) diagonal[l] = entry;
-      }
-      team_.sync();
-      for (int r = l + 1 + team_.warp; r < columns; r += team_.warps) reflect(u, matrix + r * rows + l, rows - l);
-      team_.sync();
-    }
-  }
+  // ---- the checks that vanish on a set
 
   // Factors the columns h_a of the erased workers and of `members`; how many there are.
   DRACO_TEAM int factorise(const int* members, int count) {
     const int all = erased_count_ + count;
     for (int64_t i = team_.thread; i < int64_t{all} * k2_; i += team_.threads)
-      factor_[i] = power_[i % k2_ * n_ + worker(members, static_cast<int>(i / k2_))];
+      at_.factor[i] = at_.power[i % k2_ * n_ + worker(members, static_cast<int>(i / k2_))];
     team_.sync();
-    factor(factor_, k2_, all, diagonal_);
+    factor(team_, at_.factor, k2_, all, at_.diagonal);
+    work_ += static_cast<double>(all) * all * k2_;
     return all;
   }
   DRACO_TEAM int worker(const int* members, int i) const {
-    return i < erased_count_ ? erased_[i] : members[i - erased_count_];
+    return i < erased_count_ ? at_.erased[i] : members[i - erased_count_];
   }
 
-  // The checks that vanish on the erased workers and on `members`; returns how many there are.
+  // The checks that vanish on the erased workers and on `members`; returns how many there are. Leaves the columns of
+  // Q^H H in `image`: R's rows first, then the checks.
   DRACO_TEAM_CALL int make_checks(const int* members, int count) {
     const int all = erased_count_ + count, checks = k2_ - all;
-    if (all == 0) {
-      for (int64_t i = team_.thread; i < int64_t{k2_} * n_; i += team_.threads) check_[i] = power_[i];
-      team_.sync();
-      return checks;
-    }
-    factorise(members, count);
-    for (int c = team_.warp; c < checks; c += team_.warps) {  // what the reflections leave orthogonal to all h_a
-      Complex* q = basis_ + int64_t{c} * k2_;
-      for (int m = team_.lane; m < k2_; m += team_.lanes) q[m] = {m == all + c ? 1.0 : 0.0, 0};
+    if (all > 0) factorise(members, count);
+    for (int j = team_.warp; j < n_; j += team_.warps) {
+      Complex* column = at_.image + int64_t{j} * k2_;
+      for (int m = team_.lane; m < k2_; m += team_.lanes) column[m] = at_.power[int64_t{m} * n_ + j];
       team_.sync_warp();
-      for (int l = all - 1; l >= 0; --l) reflect(factor_ + int64_t{l} * k2_ + l, q + l, k2_ - l);
-    }
-    team_.sync();
-    for (int64_t i = team_.thread; i < int64_t{checks} * n_; i += team_.threads) {
-      const Complex* q = basis_ + i / n_ * k2_;
-      Complex sum{0, 0};
-      for (int m = 0; m < k2_; ++m) sum = sum + conj(q[m]) * power_[int64_t{m} * n_ + i % n_];
-      check_[i] = sum;
+      for (int l = 0; l < all; ++l) reflect(team_, at_.factor + int64_t{l} * k2_ + l, column + l, k2_ - l);
     }
     team_.sync();
     for (int64_t i = team_.thread; i < int64_t{checks} * all; i += team_.threads)
-      check_[i / all * n_ + worker(members, static_cast<int>(i % all))] = {0, 0};
+      at_.image[int64_t{worker(members, static_cast<int>(i % all))} * k2_ + all + i / all] = {0, 0};
     team_.sync();
-    work_ += static_cast<double>(k2_) * (static_cast<double>(all) * (all + checks) + static_cast<double>(checks) * n_);
+    for (int64_t i = team_.thread; i < int64_t{checks} * n_; i += team_.threads)
+      at_.check[i] = at_.image[i % n_ * k2_ + all + i / n_];
+    team_.sync();
+    work_ += static_cast<double>(n_) * all * (k2_ + checks);
     return checks;
   }
 
   // ---- the active projections
 
-  // Adds the least explained columns to the search, at most kActiveStep; how many, or -1 when there is no room left.
+  // Adds the least explained columns to the search, at most kActiveStep or half of the bad workers that there may be;
+  // how many, or -1 when there is no room left.
   DRACO_TEAM_CALL int activate(const double* energy, int checks) {
-    const int before = active_count_;
-    for (int step = 0; step < kActiveStep; ++step) {
+    const int before = active_count_, most = most_ / 2 > kActiveStep ? most_ / 2 : kActiveStep;
+    for (int step = 0; step < most; ++step) {
       const int64_t worst = team_.argmin(in_.columns, [&](int64_t c) {
         const double size = unexplained(energy[c], in_.noise[c], checks);
         bool out = size <= 1;
-        for (int a = before; a < active_count_; ++a) out |= active_[a] == c;
+        for (int a = before; a < active_count_; ++a) out |= at_.active[a] == c;
         return out ? kNever : size == size ? -size : -HUGE_VAL;
       });
       if (worst < 0) break;
-      if (active_count_ == kMostActive) return active_count_ > before ? active_count_ - before : -1;
+      if (active_count_ == stride_) return active_count_ > before ? active_count_ - before : -1;
       const double noise = in_.noise[worst];
       for (int j = team_.thread; j < n_; j += team_.threads) {
         const int64_t at = j * in_.stride + worst * in_.step;
-        Complex* p = active_p_ + j * kMostActive + active_count_;
+        Complex* p = at_.active_p + int64_t{j} * stride_ + active_count_;
         p[0] = {in_.re[at] / noise, in_.im[at] / noise};
-        for (int t = 1; active_count_ % kTogether == 0 && t < kTogether; ++t) p[t] = {0, 0};
+        for (int t = 1; active_count_ % kTogether == 0 && t < kTogether && active_count_ + t < stride_; ++t)
+          p[t] = {0, 0};
       }
-      if (team_.thread == 0) active_[active_count_] = worst;
+      if (team_.thread == 0) at_.active[active_count_] = worst;
       team_.sync();
       ++active_count_;
     }
     return active_count_ - before;
   }
 
-  // to[m * kMostActive + a] = sum over workers of row(m, j) * P_ja, for all active a.
+  // to[m * stride_ + a] = sum over workers of row(m, j) * P_ja, for all active a.
   template <typename Row>
   DRACO_TEAM void multiply_active(int rows, Row&& row, Complex* to) {
     const int blocks = (active_count_ + kTogether - 1) / kTogether;
@@ -359,23 +402,25 @@ class Locator {
       Complex sum[kTogether] = {};
       for (int j = 0; j < n_; ++j) {
         const Complex factor = row(m, j);
-        for (int t = 0; t < kTogether; ++t) sum[t] = sum[t] + factor * active_p_[j * kMostActive + a + t];
+        for (int t = 0; t < kTogether; ++t) sum[t] = sum[t] + factor * at_.active_p[int64_t{j} * stride_ + a + t];
       }
-      for (int t = 0; t < kTogether; ++t) to[m * kMostActive + a + t] = sum[t];
+      for (int t = 0; t < kTogether; ++t) to[int64_t{m} * stride_ + a + t] = sum[t];
     }
     team_.sync();
     work_ += static_cast<double>(rows) * n_ * active_count_;
   }
 
-  // What the checks leave of the active projections: residual_, and energy_ for each projection.
+  // What the checks leave of the active projections: `residual`, and `energy` for each projection.
   DRACO_TEAM_CALL void residuals(int checks) {
-    multiply_active(checks, [&](int m, int j) { return check_[int64_t{m} * n_ + j]; }, residual_);
+    multiply_active(checks, [&](int m, int j) { return at_.check[int64_t{m} * n_ + j]; }, at_.residual);
     for (int a = team_.thread; a < active_count_; a += team_.threads) {
       double total = 0;
-      for (int m = 0; m < checks; ++m) total += norm2(residual_[m * kMostActive + a]);
-      energy_[a] = total;
+      for (int m = 0; m < checks; ++m) total += norm2(at_.residual[int64_t{m} * stride_ + a]);
+      at_.energy[a] = total;
     }
     team_.sync();
+    total_ = 0;
+    for (int a = 0; a < active_count_; ++a) total_ += at_.energy[a];
   }
 
   // Largest energy of an active projection per check, in units of what is tolerated: at most 1 means explained.
@@ -384,134 +429,230 @@ class Locator {
     residuals(checks);
     double worst = 0;
     for (int a = 0; a < active_count_; ++a)
-      if (!(energy_[a] <= worst)) worst = energy_[a];
+      if (!(at_.energy[a] <= worst)) worst = at_.energy[a];
     team_.sync();
     return checks == 0 ? 0 : worst / (checks * kTolerance * kTolerance);
   }
 
-  // For every worker, by how much erasing it too would lower the unexplained energy, which is returned.
-  DRACO_TEAM_CALL double gains(const int* members, int count) {
-    const int checks = make_checks(members, count);
-    residuals(checks);
-    double total = 0;
-    for (int a = 0; a < active_count_; ++a) total += energy_[a];
+  // `product`, the inner products of every worker's checks with the residuals, and `size`, their squared norms.
+  DRACO_TEAM_CALL void products(int all) {
+    const int checks = k2_ - all;
+    for (int64_t i = team_.thread; i < int64_t{n_} * active_count_; i += team_.threads) {
+      const int64_t j = i / active_count_, a = i % active_count_;
+      const Complex* own = at_.image + j * k2_ + all;
+      Complex dot{0, 0};
+      for (int m = 0; m < checks; ++m) dot = dot + conj(own[m]) * at_.residual[int64_t{m} * stride_ + a];
+      at_.product[j * stride_ + a] = dot;
+    }
     for (int j = team_.warp; j < n_; j += team_.warps) {
-      double size = 0, sum = 0;
-      for (int m = team_.lane; m < checks; m += team_.lanes) size += norm2(check_[int64_t{m} * n_ + j]);
-      for (int a = team_.lane; a < active_count_; a += team_.lanes) {
-        Complex dot{0, 0};
-        for (int m = 0; m < checks; ++m) dot = dot + conj(check_[int64_t{m} * n_ + j]) * residual_[m * kMostActive + a];
-        sum += norm2(dot);
-      }
-      size = team_.sum(size);
-      sum = team_.sum(sum);
-      if (team_.lane == 0) gain_[j] = size > 1e-24 ? sum / size : -1;
+      const double size = squared_norm(team_, at_.image + int64_t{j} * k2_ + all, checks);
+      if (team_.lane == 0) at_.size[j] = size;
     }
     team_.sync();
-    for (int i = team_.thread; i < erased_count_ + count; i += team_.threads) gain_[worker(members, i)] = -1;
-    team_.sync();
     work_ += static_cast<double>(checks) * n_ * active_count_;
-    return total;
+  }
+
+  // For every worker, by how much erasing it too would lower the unexplained energy: `gain`.
+  DRACO_TEAM_CALL void gains(const int* members, int count) {
+    const int checks = make_checks(members, count);
+    residuals(checks);
+    products(k2_ - checks);
+    for (int j = team_.thread; j < n_; j += team_.threads) {
+      double sum = 0;
+      for (int a = 0; a < active_count_; ++a) sum += norm2(at_.product[int64_t{j} * stride_ + a]);
+      at_.gain[j] = at_.size[j] > 1e-24 ? sum / at_.size[j] : -1;
+    }
+    team_.sync();
+    for (int i = team_.thread; i < erased_count_ + count; i += team_.threads) at_.gain[worker(members, i)] = -1;
+    team_.sync();
   }
 
   DRACO_TEAM int best_gain() {
-    const int64_t best = team_.argmin(n_, [&](int64_t j) { return -gain_[j]; });
+    const int64_t best = team_.argmin(n_, [&](int64_t j) { return -at_.gain[j]; });
     return best < 0 ? 0 : static_cast<int>(best);
+  }
+
+  // What exchanges of one member need, after residuals(). For member i let u_i be the unit vector that the checks
+  // without it have more than those of the whole set: a combination of the members' columns, orthogonal to all but its
+  // own. `along` (count, workers) = u_i^H h_j, and `reach` (count, active) what u_i sees of the projections. So one
+  // factorisation serves for all exchanges.
+  DRACO_TEAM_CALL void reach_out(const int* members, int count) {
+    const int all = erased_count_ + count;
+    products(all);
+    for (int i = team_.thread; i < count; i += team_.threads) {  // R^H y = e_i, u_i = Q y / |y|
+      Complex* y = at_.dual + int64_t{i} * k2_;
+      const int own = erased_count_ + i;
+      double total = 0;
+      for (int l = 0; l < all; ++l) {
+        Complex sum = l == own ? Complex{1, 0} : Complex{0, 0};
+        for (int m = own; m < l; ++m) sum = sum - conj(at_.factor[int64_t{l} * k2_ + m]) * y[m];
+        y[l] = l < own ? Complex{0, 0} : divide(sum, conj(at_.diagonal[l]));
+        total += norm2(y[l]);
+      }
+      const double scale = total > 0 ? 1 / sqrt(total) : 0;
+      for (int l = own; l < all; ++l) y[l] = scale * y[l];
+      at_.reach_size[i] = scale;  // u_i^H h of the member itself
+    }
+    team_.sync();
+    for (int64_t i = team_.thread; i < int64_t{count} * n_; i += team_.threads) {
+      const int64_t member = i / n_, j = i % n_;
+      const Complex *y = at_.dual + member * k2_, *image = at_.image + j * k2_;
+      Complex dot{0, 0};
+      for (int l = erased_count_ + static_cast<int>(member); l < all; ++l) dot = dot + conj(y[l]) * image[l];
+      at_.along[i] = dot;
+    }
+    team_.sync();
+    for (int i = team_.thread; i < count * all; i += team_.threads) {
+      const int member = i / all, other = worker(members, i % all);
+      const double own = i % all == erased_count_ + member ? at_.reach_size[member] : 0;
+      at_.along[int64_t{member} * n_ + other] = {own, 0};
+    }
+    team_.sync();
+    multiply_active(count, [&](int i, int j) { return at_.along[int64_t{i} * n_ + j]; }, at_.reach);
+    for (int i = team_.thread; i < count; i += team_.threads) {
+      double total = 0;
+      for (int a = 0; a < active_count_; ++a) total += norm2(at_.reach[int64_t{i} * stride_ + a]);
+      at_.reach_size[i] = total;
+    }
+    team_.sync();
+    work_ += static_cast<double>(count) * all * (all + n_);
+  }
+
+  // Whether worker j can take a member's place, and the squared norm of what h_j adds to the others' columns then.
+  DRACO_TEAM double place(const int* members, int count, int i, int64_t j) const {
+    bool out = is_erased(j);
+    for (int l = 0; l < count; ++l) out |= members[l] == j;
+    const double size = at_.size[j] + norm2(at_.along[int64_t{i} * n_ + j]);
+    return out || !(size > 1e-24) ? 0 : size;
+  }
+  // What the exchange changes in the energy of an active projection; size: of place().
+  DRACO_TEAM double change(int i, int64_t j, double size, int a) const {
+    const Complex reach = at_.reach[int64_t{i} * stride_ + a];
+    const Complex dot = at_.product[j * stride_ + a] + conj(at_.along[int64_t{i} * n_ + j]) * reach;
+    return norm2(reach) - norm2(dot) / size;
+  }
+  // The unexplained energy of all active projections after member i is exchanged for worker j.
+  DRACO_TEAM double left_after(const int* members, int count, int i, int64_t j) const {
+    const double size = place(members, count, i, j);
+    if (size == 0) return kNever;
+    double gain = 0;
+    for (int a = 0; a < active_count_; ++a)
+      gain += norm2(at_.product[j * stride_ + a] +
+                    conj(at_.along[int64_t{i} * n_ + j]) * at_.reach[int64_t{i} * stride_ + a]);
+    const double left = total_ + at_.reach_size[i] - gain / size;
+    return left > 0 ? left : 0;  // rounding may cross 0
   }
 
   // ---- the search
 
-  // Replaces set_ by a set of at least `at_least` workers that explains the active projections; its size, or -1.
-  DRACO_TEAM_CALL int search(int at_least) {
+  // Replaces the first `found` of `set`, which explain some projections, by a set of at least as many workers that
+  // explains all active ones; its size, or -1.
+  DRACO_TEAM_CALL int search(int found) {
     work_ = 0;
-    for (int nu = at_least > 1 ? at_least : 1;; nu = nu < 8 || nu == most_ ? nu + 1 : nu * 2 < most_ ? nu * 2 : most_) {
-      if (nu > most_) break;
+    // With many workers one analysis of a set is so much work itself.
+    const double analysis = static_cast<double>(n_) * k2_ * (2 * most_ + active_count_);
+    budget_ = kMostWork > 12 * analysis ? kMostWork : 12 * analysis;
+    for (int nu = found; found > 0 && nu < most_ && nu < found + kMoreMembers; ++nu) {
+      gains(at_.set, nu);
+      put(at_.set + nu, best_gain());
+      if (exchange(nu + 1)) return nu + 1;
+    }
+    const int few = most_ < kFewMembers ? most_ : kFewMembers;
+    for (int nu = found > 1 ? found : 1; nu <= few; ++nu) {
       if (!prony(nu)) {
         if (nu == most_) return -1;
         continue;
       }
       if (exchange(nu)) return nu;
-      if (work_ > kMostWork) continue;
+      if (work_ > budget_) continue;
       pursue(nu);
       if (exchange(nu)) return nu;
+    }
+    const int size = subspace();
+    if (size > 0) return size;
+    const int others = consensus();
+    if (others > 0) return others;
+    work_ = 0;
+    for (int nu = 2 * kFewMembers; nu < 2 * most_ && most_ > kFewMembers; nu *= 2) {
+      const int tried = nu < most_ ? nu : most_;
+      if (tried >= found && prony(tried) && exchange(tried)) return tried;
     }
     if (most_ <= kMostSubsetSize) {
       work_ = 0;
       if (neighbours()) return most_;
     }
     work_ = 0;
-    prony(most_);  // also leaves rank_: how small the polynomial is at each worker's node
-    for (int j = team_.thread; j < n_; j += team_.threads) rank_[j] = -rank_[j];
+    if (!prony(most_)) return -1;  // also leaves rank: how small the polynomial is at each worker's node
+    for (int j = team_.thread; j < n_; j += team_.threads) at_.rank[j] = -at_.rank[j];
     team_.sync();
     if (best_first(most_)) return most_;
     if (most_ > kMostSubsetSize) return -1;
     work_ = 0;
     if (likeliest()) return most_;
-    gains(set_, 0);
-    for (int j = team_.thread; j < n_; j += team_.threads) rank_[j] = gain_[j];
+    gains(at_.set, 0);
+    for (int j = team_.thread; j < n_; j += team_.threads) at_.rank[j] = at_.gain[j];
     team_.sync();
     if (likeliest()) return most_;
     return -1;
   }
 
-  // Best-first search: of the kBeam sets that leave least unexplained, starting with set_, one member at a time is
+  // Best-first search: of the kBeam sets that leave least unexplained, starting with `set`, one member at a time is
   // exchanged for the kChildren best others, in the best set first of which that was not tried yet.
   DRACO_TEAM_CALL bool best_first(int nu) {
-    Arena arena = arena_;
-    int* sets = arena.take<int>(int64_t{kBeam} * nu);
-    double* left = arena.take<double>(kBeam);
-    uint8_t* tried = arena.take<uint8_t>(kBeam);
-    copy(sets, set_, nu);
-    put(left, HUGE_VAL);
-    put(tried, uint8_t{0});
+    const BeamScratch beam(arena_, in_.adversaries, nullptr);
+    copy(beam.sets, at_.set, nu);
+    put(beam.left, HUGE_VAL);
+    put(beam.tried, uint8_t{0});
     int count = 1;
-    while (work_ < kMostWork) {
-      const int64_t b = team_.argmin(count, [&](int64_t i) { return tried[i] ? kNever : left[i]; });
+    while (work_ < budget_) {
+      const int64_t b = team_.argmin(count, [&](int64_t i) { return beam.tried[i] ? kNever : beam.left[i]; });
       if (b < 0) break;
-      copy(set_, sets + b * nu, nu);
-      put(tried + b, uint8_t{1});
-      if (excess(set_, nu) <= kQuiet) return true;
-      for (int i = 0; i < nu && work_ < kMostWork; ++i) {
-        copy_without(best_, set_, nu, i);
-        const double total = gains(best_, nu - 1);
+      copy(at_.set, beam.sets + b * nu, nu);
+      put(beam.tried + b, uint8_t{1});
+      if (excess(at_.set, nu) <= kQuiet) return true;
+      reach_out(at_.set, nu);
+      for (int i = 0; i < nu; ++i) {
+        copy_without(at_.best, at_.set, nu, i);
+        for (int j = team_.thread; j < n_; j += team_.threads) at_.gain[j] = left_after(at_.set, nu, i, j);
+        team_.sync();
+        work_ += static_cast<double>(n_) * active_count_;
         for (int c = 0; c < kChildren; ++c) {
-          const int joins = best_gain();
-          if (gain_[joins] < 0) break;
-          const double energy = total > gain_[joins] ? total - gain_[joins] : 0;
-          if (count == kBeam && !(energy < left[kBeam - 1])) break;
-          count = insert(best_, nu - 1, joins, energy, sets, left, tried, count);
-          put(gain_ + joins, -1.0);
+          const int64_t joins = team_.argmin(n_, [&](int64_t j) { return at_.gain[j]; });
+          if (joins < 0) break;
+          const double energy = at_.gain[joins];
+          if (count == kBeam && !(energy < beam.left[kBeam - 1])) break;
+          count = insert(at_.best, nu - 1, static_cast<int>(joins), energy, beam, count);
+          put(at_.gain + joins, kNever);
         }
       }
     }
-    copy(set_, sets, nu);
-    return excess(set_, nu) <= kExplained;
+    copy(at_.set, beam.sets, nu);
+    return excess(at_.set, nu) <= kExplained;
   }
 
   // Puts a set into the sorted list of the best, unless it is there; how many are there then.
-  DRACO_TEAM int insert(const int* others, int size, int joins, double energy, int* sets, double* left, uint8_t* tried,
-                        int count) {
+  DRACO_TEAM int insert(const int* others, int size, int joins, double energy, const BeamScratch& beam, int count) {
     const int stride = size + 1;
-    for (int i = team_.thread; i < size; i += team_.threads) trial_[i] = others[i];
-    put(trial_ + size, joins);
+    for (int i = team_.thread; i < size; i += team_.threads) at_.trial[i] = others[i];
+    put(at_.trial + size, joins);
     const int64_t same = team_.argmin(count, [&](int64_t b) {
       int shared = 0;
       for (int i = 0; i <= size; ++i)
-        for (int l = 0; l <= size; ++l) shared += sets[b * stride + i] == trial_[l];
+        for (int l = 0; l <= size; ++l) shared += beam.sets[b * stride + i] == at_.trial[l];
       return shared == size + 1 ? 0.0 : kNever;
     });
     if (same >= 0) return count;
     const int last = count < kBeam ? count : kBeam - 1;
     if (team_.thread == 0) {
       int at = last;
-      for (; at > 0 && energy < left[at - 1]; --at) {
-        left[at] = left[at - 1];
-        tried[at] = tried[at - 1];
-        for (int i = 0; i <= size; ++i) sets[at * stride + i] = sets[(at - 1) * stride + i];
+      for (; at > 0 && energy < beam.left[at - 1]; --at) {
+        beam.left[at] = beam.left[at - 1];
+        beam.tried[at] = beam.tried[at - 1];
+        for (int i = 0; i <= size; ++i) beam.sets[at * stride + i] = beam.sets[(at - 1) * stride + i];
       }
-      left[at] = energy;
-      tried[at] = 0;
-      for (int i = 0; i <= size; ++i) sets[at * stride + i] = trial_[i];
+      beam.left[at] = energy;
+      beam.tried[at] = 0;
+      for (int i = 0; i <= size; ++i) beam.sets[at * stride + i] = at_.trial[i];
     }
     team_.sync();
     return last + 1;
@@ -519,8 +660,8 @@ class Locator {
 
   DRACO_TEAM_CALL void pursue(int nu) {
     for (int i = 0; i < nu; ++i) {
-      gains(set_, i);  // of the messages without those chosen already, however large they are
-      put(set_ + i, best_gain());
+      gains(at_.set, i);  // of the messages without those chosen already, however large they are
+      put(at_.set + i, best_gain());
     }
   }
 
@@ -530,25 +671,19 @@ class Locator {
   DRACO_TEAM_CALL bool exchange(int nu) {
     double reached = HUGE_VAL;
     for (;;) {
-      const double now = excess(set_, nu);
+      const double now = excess(at_.set, nu);
       if (now <= kQuiet) return true;
-      if (work_ > kMostWork) return now <= kExplained;
-      double least = -1;
-      for (int i = 0; i < nu; ++i) {
-        if (work_ > kMostWork) return now <= kExplained;
-        copy_without(trial_, set_, nu, i);
-        const double total = gains(trial_, nu - 1);
-        const int joins = best_gain();
-        const double left = total > gain_[joins] ? total - gain_[joins] : 0;  // rounding may cross 0
-        if (least < 0 || left < least) {
-          least = left;
-          copy(best_, trial_, nu - 1);
-          put(best_ + nu - 1, joins);
-        }
-      }
+      if (work_ > budget_) return now <= kExplained;
+      reach_out(at_.set, nu);
+      const auto left = [&](int64_t i) { return left_after(at_.set, nu, static_cast<int>(i / n_), i % n_); };
+      const int64_t best = team_.argmin(int64_t{nu} * n_, left);
+      work_ += static_cast<double>(nu) * n_ * active_count_;
+      if (best < 0) return now <= kExplained;
+      const double least = left(best);
+      team_.sync();
       if (!(least < reached * (1 - 1e-9))) return now <= kExplained;
       reached = least;
-      copy(set_, best_, nu);
+      put(at_.set + best / n_, static_cast<int>(best % n_));
     }
   }
 
@@ -557,15 +692,24 @@ class Locator {
   template <typename Energy>
   DRACO_TEAM_CALL int prune(int found, Energy&& energy, double* per_column) {
     for (int i = 0; found > 1 && i < found;) {
-      copy_without(trial_, set_, found, i);
-      bool explained = excess(trial_, found - 1) <= 1;
-      if (explained) {
-        const int checks = k2_ - erased_count_ - (found - 1);  // check_ holds them already
-        energy(check_, checks, per_column);
-        explained = activate(per_column, checks) == 0;
-      }
-      if (explained) {
-        copy(set_, trial_, --found);
+      make_checks(at_.set, found);
+      residuals(k2_ - erased_count_ - found);
+      reach_out(at_.set, found);
+      const int checks = k2_ - erased_count_ - (found - 1);
+      const auto explained = [&](int member) {
+        bool all = true;
+        for (int a = 0; a < active_count_; ++a)
+          all &= at_.energy[a] + norm2(at_.reach[int64_t{member} * stride_ + a]) <= checks * kTolerance * kTolerance;
+        return all;
+      };
+      while (i < found && !explained(i)) ++i;
+      team_.sync();
+      if (i == found) break;
+      copy_without(at_.trial, at_.set, found, i);
+      make_checks(at_.trial, found - 1);
+      energy(at_.check, checks, per_column);
+      if (activate(per_column, checks) == 0) {
+        copy(at_.set, at_.trial, --found);
       } else {
         ++i;
       }
@@ -575,80 +719,89 @@ class Locator {
 
   // Whether member i is taken for certainly bad: no other worker in its place comes near to explaining the projections.
   // Near is within 2 to the power of most_ times the tolerated amplitude, 1000 at most: the bad may differ from the set
-  // in other members as well, and so nearly explain them without i. How often that misleads: docs/guarantee.md.
+  // in other members as well, and so nearly explain them without i. Where only one may be bad there are no others. How
+  // often that misleads: docs/guarantee.md. After reach_out().
   DRACO_TEAM_CALL bool certain(int found, int i) {
-    copy_without(best_, set_, found, i);
-    gains(best_, found - 1);
-    put(gain_ + set_[i], -1.0);
-    const int other = best_gain();
-    if (gain_[other] < 0) return true;
-    put(best_ + found - 1, other);
-    return excess(best_, found) > ldexp(1.0, 2 * (most_ < kMostDoublings ? most_ : kMostDoublings));
+    const int64_t other = team_.argmin(n_, [&](int64_t j) { return left_after(at_.set, found, i, j); });
+    if (other < 0) return true;
+    const double size = place(at_.set, found, i, other);
+    double worst = 0;
+    for (int a = 0; a < active_count_; ++a) {
+      const double energy = at_.energy[a] + change(i, other, size, a);
+      if (!(energy <= worst)) worst = energy;
+    }
+    team_.sync();
+    const int checks = k2_ - erased_count_ - found;
+    const double near = most_ == 1 ? 1 : ldexp(1.0, 2 * (most_ < kMostDoublings ? most_ : kMostDoublings));
+    return checks > 0 && worst > near * checks * kTolerance * kTolerance;
   }
 
-  // Prony's method on the syndromes that the erased workers do not enter (their nodes are roots of what they are
-  // multiplied with). Writes set_ (nu workers) and rank_. False, and nothing written, where no set of nu workers can
-  // explain the active projections: the polynomial with its roots there would be a nearly null vector, as a row of the
-  // Hankel system times its coefficients, of norm 1, is what a check of norm 1 that vanishes on the set makes of the
-  // workers' messages, times the filter.
-  DRACO_TEAM_CALL bool prony(int nu) {
-    Arena arena = arena_;
-    const int unknowns = nu + 1, syndromes = k2_ - erased_count_, hankel = syndromes - nu;
-    const int64_t equations = int64_t{hankel} * active_count_;
-    Complex* filter = arena.take<Complex>(n_);
-    Complex* syndrome = arena.take<Complex>(int64_t{syndromes} * kMostActive);
-    // Columns of the stacked Hankel system, one after the other.
-    Complex* system = arena.take<Complex>((equations > unknowns ? equations : unknowns) * unknowns);
-    Complex* triangle = arena.take<Complex>(int64_t{unknowns} * unknowns);
-    Complex* vectors = arena.take<Complex>(int64_t{unknowns} * unknowns);
+  // The syndromes (syndromes, active) that the erased workers do not enter: their nodes are roots of the polynomial
+  // with which every worker's projection is multiplied. Returns the largest of its squared values.
+  DRACO_TEAM_CALL double filter_syndromes(int syndromes, Complex* filter, Complex* syndrome) {
     for (int j = team_.thread; j < n_; j += team_.threads) {
       Complex product{1, 0};
       for (int i = 0; i < erased_count_; ++i)
-        product = j == erased_[i] ? Complex{0, 0} : product * (node_[j] - node_[erased_[i]]);
+        product = j == at_.erased[i] ? Complex{0, 0} : product * (at_.node[j] - at_.node[at_.erased[i]]);
       filter[j] = product;
     }
     team_.sync();
-    double largest_filter = 0;
-    for (int j = 0; j < n_; ++j) largest_filter = fmax(largest_filter, norm2(filter[j]));
-    multiply_active(syndromes, [&](int m, int j) { return filter[j] * power_[int64_t{m} * n_ + j]; }, syndrome);
+    double largest = 0;
+    for (int j = 0; j < n_; ++j) largest = fmax(largest, norm2(filter[j]));
+    multiply_active(syndromes, [&](int m, int j) { return filter[j] * at_.power[int64_t{m} * n_ + j]; }, syndrome);
+    return largest;
+  }
+
+  // Prony's method on the last active projections. Writes `set` (nu workers) and `rank`. False, and nothing written,
+  // where no set of nu workers can explain them: the polynomial with its roots there would be a nearly null vector, as
+  // a row of the Hankel system times its coefficients, of norm 1, is what a check of norm 1 that vanishes on the set
+  // makes of the workers' messages, times the filter.
+  DRACO_TEAM_CALL bool prony(int nu) {
+    const PronyScratch scratch(arena_, n_, in_.adversaries, nullptr);
+    const int unknowns = nu + 1, syndromes = k2_ - erased_count_, hankel = syndromes - nu;
+    const int columns = active_count_ < kPronyColumns ? active_count_ : kPronyColumns, first = active_count_ - columns;
+    const int64_t equations = int64_t{hankel} * columns;
+    const double largest = filter_syndromes(syndromes, scratch.filter, scratch.syndrome);
+    // Columns of the stacked Hankel system, one after the other.
+    Complex* system = scratch.system;
     int64_t rows = equations;
     for (int64_t i = team_.thread; i < equations * unknowns; i += team_.threads) {
       const int64_t l = i / equations, row = i % equations;
-      system[i] = syndrome[(row / active_count_ + l) * kMostActive + row % active_count_];
+      system[i] = scratch.syndrome[(row / columns + l) * stride_ + first + row % columns];
     }
     team_.sync();
     if (equations > unknowns) {  // the triangle of its QR factorisation has the same null vector
-      factor(system, equations, unknowns, diagonal_);
+      factor(team_, system, equations, unknowns, at_.diagonal);
       for (int i = team_.thread; i < unknowns * unknowns; i += team_.threads) {
         const int l = i / unknowns, m = i % unknowns;
-        triangle[i] = m < l ? system[l * equations + m] : m == l ? diagonal_[l] : Complex{0, 0};
+        scratch.triangle[i] = m < l ? system[l * equations + m] : m == l ? at_.diagonal[l] : Complex{0, 0};
       }
       team_.sync();
-      system = triangle;
+      system = scratch.triangle;
       rows = unknowns;
     }
     work_ += static_cast<double>(equations) * unknowns * unknowns;
-    double least = 0, total = 0;
-    const int64_t smallest = null_vector(system, rows, unknowns, vectors, &least, &total);
-    const double tolerated = kTolerance * kTolerance * hankel * static_cast<double>(equations) * largest_filter;
-    if (least > tolerated + kRounding * kRounding * total) return false;
-    Complex* polynomial = vectors + smallest * unknowns;
+    const NullVector found = null_vector(team_, system, rows, unknowns, scratch.vectors);
+    const double tolerated = kTolerance * kTolerance * hankel * static_cast<double>(equations) * largest;
+    if (found.least > tolerated + kRounding * kRounding * found.total) return false;
+    Complex* polynomial = scratch.vectors + found.column * unknowns;
 
-    for (int j = team_.thread; j < n_; j += team_.threads) rank_[j] = sqrt(norm2(evaluate(polynomial, nu, node_[j])));
+    for (int j = team_.thread; j < n_; j += team_.threads)
+      at_.rank[j] = sqrt(norm2(evaluate(polynomial, nu, at_.node[j])));
     team_.sync();
-    for (int i = team_.thread; i < erased_count_; i += team_.threads) rank_[erased_[i]] = HUGE_VAL;
+    for (int i = team_.thread; i < erased_count_; i += team_.threads) at_.rank[at_.erased[i]] = HUGE_VAL;
     team_.sync();
     // The node with the smallest value is a root; dividing it out keeps its neighbours from looking like roots as well.
     for (int i = 0; i < nu; ++i) {
       const int root = static_cast<int>(team_.argmin(n_, [&](int64_t j) {
-        const double value = norm2(evaluate(polynomial, nu - i, node_[j]));
-        bool taken = rank_[j] == HUGE_VAL;
-        for (int l = 0; l < i; ++l) taken |= set_[l] == j;
+        const double value = norm2(evaluate(polynomial, nu - i, at_.node[j]));
+        bool taken = at_.rank[j] == HUGE_VAL;
+        for (int l = 0; l < i; ++l) taken |= at_.set[l] == j;
         return taken ? kNever : value == value ? value : HUGE_VAL;
       }));
-      put(set_ + i, root < 0 ? 0 : root);
+      put(at_.set + i, root < 0 ? 0 : root);
       if (team_.thread == 0 && root >= 0) {
-        for (int m = nu - i - 1; m >= 0; --m) polynomial[m] = polynomial[m] + node_[root] * polynomial[m + 1];
+        for (int m = nu - i - 1; m >= 0; --m) polynomial[m] = polynomial[m] + at_.node[root] * polynomial[m + 1];
         for (int m = 0; m < nu - i; ++m) polynomial[m] = polynomial[m + 1];
       }
       team_.sync();
@@ -662,73 +815,250 @@ class Locator {
     return value;
   }
 
-  // One-sided Jacobi: rotates the columns until they are orthogonal. Unlike methods on the Gram matrix it keeps small
-  // singular values exact. A sweep goes through all pairs as a round-robin tournament, whose rounds are disjoint pairs,
-  // one for each warp. Returns which column of `vectors` belongs to the smallest singular value; the squares of that
-  // and of all together go to `least` and `total`.
-  DRACO_TEAM_CALL int64_t null_vector(Complex* system, int64_t rows, int columns, Complex* vectors, double* least,
-                                      double* total) {
-    for (int64_t i = team_.thread; i < int64_t{columns} * columns; i += team_.threads)
-      vectors[i] = {i / columns == i % columns ? 1.0 : 0.0, 0};
+  // MUSIC: windows of `width` consecutive syndromes, of every active projection, are combinations of the bad nodes'
+  // windows. Longer windows tell nodes better apart, but there are fewer of them, and together they must span as many
+  // dimensions as there are bad workers: so several widths are tried. Returns the number of workers in `set`, which
+  // explains the active projections, or 0.
+  DRACO_TEAM_CALL int subspace() {
+    const SubspaceScratch scratch(arena_, n_, in_.adversaries, nullptr);
+    const int syndromes = k2_ - erased_count_;
+    work_ = 0;
+    const double largest = filter_syndromes(syndromes, scratch.filter, scratch.syndrome);
+    for (int a = team_.thread; a < active_count_; a += team_.threads) scratch.column[a] = a;
     team_.sync();
-    const int players = columns + columns % 2, rounds = players - 1;
-    for (int sweep = 0; sweep < 30; ++sweep) {
-      bool rotated = false;
-      for (int round = 0; round < rounds; ++round) {
-        for (int pair = team_.warp; pair < players / 2; pair += team_.warps) {
-          const int a = pair == 0 ? rounds : (round + pair) % rounds, b = (round + rounds - pair) % rounds;
-          const int p = a < b ? a : b, q = a < b ? b : a;
-          if (q < columns)
-            rotated |= orthogonalise(system + p * rows, system + q * rows, rows, vectors + int64_t{p} * columns,
-                                     vectors + int64_t{q} * columns, columns);
-        }
-        team_.sync();
+    // Errors that are alike in all workers make columns that depend on each other: those then say nothing more.
+    const int rank = basis_of(scratch, 0, syndromes, active_count_, active_count_, most_, largest);
+    if (rank == 0) return 0;
+    int columns = active_count_;
+    if (2 * rank < active_count_) {
+      columns = rank;
+      for (int a = team_.thread; a < rank; a += team_.threads) scratch.column[a] = scratch.chosen[a];
+      team_.sync();
+    }
+    double least = HUGE_VAL;
+    int size = 0;
+    const int needed = (most_ + rank - 1) / rank, enough = (kSnapshots * most_ + rank - 1) / rank;
+    // Wrong by a multiple of what is right, as with a flipped sign, all windows together have n - 2s - 1 dimensions
+    // more than there are of each column: the second width is for those.
+    const int between = most_ + (n_ - k2_ + 1) / 2;
+    const int widths[] = {12 * most_ / 8, between, 10 * most_ / 8, 14 * most_ / 8, 9 * most_ / 8, 11 * most_ / 8};
+    for (int trial = 0; trial < 6 && work_ < budget_; ++trial) {
+      const int longest = syndromes + 1 - needed, shortest = syndromes + 1 - enough;
+      int width = widths[trial];
+      if (trial != 1 && width < shortest) width = shortest;  // more windows add work, but nothing to the space
+      if (width > longest) width = longest - trial * (longest - most_) / 8;
+      if (width <= most_) width = most_ + 1;
+      if (width > syndromes) width = syndromes;
+      const int most = static_cast<int>(SubspaceScratch::most_windows(in_.adversaries)) / (syndromes - width + 1);
+      const int used = columns < most ? columns : most;
+      int nu = signal_nodes(scratch, 0, syndromes, width, used, largest);
+      for (int i = team_.thread; i < nu; i += team_.threads) scratch.picked[i] = at_.set[i];
+      team_.sync();
+      if (nu > 0 && exchange(nu)) return nu;
+      if (nu > 0 && total_ < least) {
+        least = total_;
+        size = nu;
+        copy(at_.pool, at_.set, nu);
       }
-      if (!team_.any(rotated)) break;
+      // The nearest are right, as a rule, and one that is not costs a check only. So the nearest half, and three
+      // quarters, are taken for bad, and the others looked for in what is left: a problem of half the size.
+      for (int half = 2; half <= 3 && nu > kFewMembers && work_ < budget_; ++half) {
+        const int given = nu * half / 4;
+        for (int i = team_.thread; i < given; i += team_.threads) at_.set[i] = scratch.picked[i];
+        team_.sync();
+        const int all = drop_innocent(given + signal_nodes(scratch, given, syndromes, width, used, largest));
+        if (all > 0 && exchange(all)) return all;
+      }
+      if (nu > 0 && nu < most_ && work_ < budget_) {  // of the smallest errors some may be below the noise in windows
+        copy(at_.set, at_.pool, size);
+        for (nu = size; nu < most_ && work_ < budget_; ++nu) {
+          gains(at_.set, nu);
+          put(at_.set + nu, best_gain());
+          if (exchange(nu + 1)) return nu + 1;
+        }
+      }
     }
-    const auto size_of = [&](int64_t p) {
-      double size = 0;
-      for (int64_t m = 0; m < rows; ++m) size += norm2(system[p * rows + m]);
-      return size;
-    };
-    const int64_t smallest = team_.argmin(columns, size_of);
-    if (smallest < 0) return 0;
-    *least = size_of(smallest);
-    for (int p = 0; p < columns; ++p) *total += size_of(p);
-    return smallest;
+    if (size == 0 || most_ <= kMostSubsetSize) return 0;
+    work_ = 0;
+    copy(at_.set, at_.pool, size);
+    return best_first(size) ? size : 0;
   }
 
-  // For one warp. Whether x and y had to be rotated.
-  DRACO_TEAM bool orthogonalise(Complex* x, Complex* y, int64_t rows, Complex* u, Complex* v, int columns) const {
-    Complex dot{0, 0};
-    double xx = 0, yy = 0;
-    for (int64_t m = team_.lane; m < rows; m += team_.lanes) {
-      xx += norm2(x[m]);
-      yy += norm2(y[m]);
-      dot = dot + conj(x[m]) * y[m];
+  // Where the code has few dimensions (n - 2s), so many workers that are honest determine what all honest ones sent,
+  // and are often met by chance: takes them at random, one from each part of the circle, until at most most_ workers
+  // contradict them (information set decoding, Prange 1962). Finds what 4. cannot: half of the workers wrong in the
+  // same way, in a code that hardly differs from repetition. Returns as subspace() does.
+  DRACO_TEAM_CALL int consensus() {
+    const int dimension = n_ - k2_, present = n_ - erased_count_;
+    if (dimension > kMostDimension || present < dimension || most_ <= kFewMembers) return 0;
+    const int columns = active_count_ < kConsensusColumns ? active_count_ : kConsensusColumns;
+    for (uint64_t trial = 0; trial < kConsensusTrials; ++trial) {
+      int seen = 0, next = 0, own[kMostDimension];
+      const auto pick = [&](int part) {
+        const int first = part * present / dimension, last = (part + 1) * present / dimension;
+        return first +
+               static_cast<int>(philox(trial, part, kConsensusDomain).word[0] % static_cast<uint32_t>(last - first));
+      };
+      for (int j = 0, wanted = pick(0); j < n_ && next < dimension; ++j) {
+        if (is_erased(j) || seen++ != wanted) continue;
+        own[next++] = j;
+        if (next < dimension) wanted = pick(next);
+      }
+      for (int j = team_.thread; j < n_; j += team_.threads) {
+        // Honest projections are polynomials of degree n - 2s - 1 in the node.
+        Complex weight[kMostDimension];
+        double noise = 1;
+        bool taken = is_erased(j);
+        for (int i = 0; i < dimension; ++i) {
+          taken |= own[i] == j;
+          weight[i] = {1, 0};
+          for (int l = 0; l < dimension; ++l)
+            if (l != i)
+              weight[i] = weight[i] * divide(at_.node[j] - at_.node[own[l]], at_.node[own[i]] - at_.node[own[l]]);
+          noise += norm2(weight[i]);
+        }
+        bool wrong = false;
+        for (int a = 0; a < columns && !taken; ++a) {
+          Complex apart = at_.active_p[int64_t{j} * stride_ + a];
+          for (int i = 0; i < dimension; ++i) apart = apart - weight[i] * at_.active_p[int64_t{own[i]} * stride_ + a];
+          wrong |= !(norm2(apart) <= kTolerance * kTolerance * noise);
+        }
+        at_.gain[j] = wrong;
+      }
+      team_.sync();
+      int nu = 0;
+      for (int j = 0; j < n_ && nu <= most_; ++j) {
+        if (at_.gain[j] == 0) continue;
+        if (team_.thread == 0 && nu < most_) at_.set[nu] = j;
+        ++nu;
+      }
+      team_.sync();
+      work_ = 0;
+      if (nu > 0 && nu <= most_ && exchange(nu)) return nu;
     }
-    xx = team_.sum(xx);
-    yy = team_.sum(yy);
-    dot = team_.sum(dot);
-    const double size = sqrt(norm2(dot));
-    if (!(size > 1e-15 * sqrt(xx) * sqrt(yy)) || size == 0) return false;
-    const Complex phase = (1 / size) * dot;
-    const double zeta = (yy - xx) / (2 * size);
-    const double t = (zeta >= 0 ? 1 : -1) / (fabs(zeta) + sqrt(1 + zeta * zeta));
-    const double c = 1 / sqrt(1 + t * t), s = c * t;
-    rotate(x, y, rows, c, s, phase);
-    rotate(u, v, columns, c, s, phase);
-    return true;
-  }
-  DRACO_TEAM void rotate(Complex* x, Complex* y, int64_t rows, double c, double s, Complex phase) const {
-    for (int64_t m = team_.lane; m < rows; m += team_.lanes) {
-      const Complex a = x[m], b = conj(phase) * y[m];
-      x[m] = c * a - s * b;
-      y[m] = s * a + c * b;
-    }
+    return 0;
   }
 
-  // The likeliest workers by rank_, as many as kMostSubsets allows subsets of most_ of them.
+  // Takes the members of `set` that explain no more than noise out of it, and returns how many are left, or 0 where
+  // those are more than may be bad.
+  DRACO_TEAM_CALL int drop_innocent(int count) {
+    make_checks(at_.set, count);
+    residuals(k2_ - erased_count_ - count);
+    reach_out(at_.set, count);
+    int kept = 0;
+    for (int i = 0; i < count; ++i) {
+      if (at_.reach_size[i] <= kTolerance * kTolerance * active_count_) continue;
+      if (team_.thread == 0) at_.trial[kept] = at_.set[i];
+      ++kept;
+    }
+    team_.sync();
+    copy(at_.set, at_.trial, kept);
+    return kept <= most_ ? kept : 0;
+  }
+
+  // Entry m of a window of the syndromes; windows go through the columns first.
+  DRACO_TEAM Complex window(const SubspaceScratch& scratch, int64_t index, int64_t m, int columns) const {
+    return scratch.syndrome[(index / columns + m) * stride_ + scratch.column[index % columns]];
+  }
+
+  // Adds to the first `given` columns of `basis`, which are orthonormal, those of the windows that stand above the
+  // noise: the largest that is left joins it, and is taken out of the others. Writes, of each that joins, which window
+  // it was to `chosen`; returns how many, at most `most`.
+  DRACO_TEAM_CALL int basis_of(const SubspaceScratch& scratch, int given, int width, int count, int columns, int most,
+                               double largest) {
+    for (int64_t i = team_.thread; i < int64_t{count} * width; i += team_.threads)
+      scratch.windows[i] = window(scratch, i / width, i % width, columns);
+    team_.sync();
+    // What a window has left is below its rounding where it is 1e-13 of what it was.
+    const double noise = kTolerance * kTolerance * kQuiet * width * largest;
+    int nu = 0;
+    for (; nu < most && given + nu < width; ++nu) {
+      for (int w = team_.warp; w < count; w += team_.warps) {
+        Complex* own = scratch.windows + int64_t{w} * width;
+        if (nu == 0) {
+          const double whole = squared_norm(team_, own, width);
+          if (team_.lane == 0) scratch.whole[w] = whole;
+        }
+        for (int l = nu == 0 ? 0 : given + nu - 1; l < given + nu; ++l) {
+          const Complex* q = scratch.basis + int64_t{l} * width;
+          subtract(team_, inner(team_, q, own, width), q, own, width);
+        }
+        const double left = squared_norm(team_, own, width);
+        if (team_.lane == 0) scratch.left[w] = left;
+      }
+      team_.sync();
+      const int64_t next = team_.argmin(count, [&](int64_t w) {
+        const double left = scratch.left[w];
+        return left > noise && left > 1e-26 * scratch.whole[w] ? -left : kNever;
+      });
+      if (next < 0) break;
+      const double scale = 1 / sqrt(scratch.left[next]);
+      for (int m = team_.thread; m < width; m += team_.threads)
+        scratch.basis[int64_t{given + nu} * width + m] = scale * scratch.windows[next * width + m];
+      put(scratch.chosen + nu, static_cast<int>(next));
+    }
+    work_ += static_cast<double>(count) * width * (nu + given) * 2;
+    return nu;
+  }
+
+  // Behind the first `given` of `set`, which are taken for bad, writes the workers whose windows lie nearest to the
+  // space of the syndromes' windows without theirs; how many dimensions that has above the noise, at most as many as
+  // can be looked at.
+  DRACO_TEAM_CALL int signal_nodes(const SubspaceScratch& scratch, int given, int syndromes, int width, int columns,
+                                   double largest) {
+    const int count = (syndromes - width + 1) * columns;
+    for (int64_t i = team_.thread; i < int64_t{given} * width; i += team_.threads)
+      scratch.basis[i] = at_.power[i % width * n_ + at_.set[i / width]];
+    team_.sync();
+    orthonormalise(team_, scratch.basis, width, given);
+    int most = static_cast<int>(most_members(most_)) - given;
+    if (most > most_) most = most_;
+    if (most > syndromes - 1 - given) most = syndromes - 1 - given;
+    const int nu = basis_of(scratch, given, width, count, columns, most, largest);
+    if (nu == 0) return 0;
+    // The basis is of single windows, noise and all. One step of subspace iteration averages over all of them.
+    Complex* const own = scratch.basis + int64_t{given} * width;
+    for (int64_t i = team_.thread; i < int64_t{nu} * count; i += team_.threads) {
+      const Complex* q = own + i / count * width;
+      Complex dot{0, 0};
+      for (int m = 0; m < width; ++m) dot = dot + conj(window(scratch, i % count, m, columns)) * q[m];
+      scratch.rows[i] = dot;
+    }
+    team_.sync();
+    orthonormalise(team_, scratch.rows, count, nu);
+    for (int64_t i = team_.thread; i < int64_t{nu} * width; i += team_.threads) {
+      const Complex* v = scratch.rows + i / width * count;
+      Complex sum{0, 0};
+      for (int w = 0; w < count; ++w) sum = sum + window(scratch, w, i % width, columns) * v[w];
+      own[i] = sum;
+    }
+    team_.sync();
+    orthonormalise(team_, scratch.basis, width, given + nu);
+    const double whole = static_cast<double>(width) / n_;  // of a worker's window, squared
+    for (int j = team_.warp; j < n_; j += team_.warps) {
+      double known = 0, inside = 0;
+      for (int l = 0; l < given + nu; ++l) {
+        const Complex* q = scratch.basis + int64_t{l} * width;
+        Complex dot{0, 0};
+        for (int m = team_.lane; m < width; m += team_.lanes) dot = dot + conj(q[m]) * at_.power[int64_t{m} * n_ + j];
+        (l < given ? known : inside) += norm2(team_.sum(dot));
+      }
+      if (team_.lane == 0)
+        at_.rank[j] = is_erased(j) || whole - known < 1e-9 * whole ? kNever : inside / (known - whole);
+    }
+    team_.sync();
+    work_ += static_cast<double>(given + nu) * width * (2.0 * count + n_) + 2.0 * nu * nu * (count + width);
+    for (int i = 0; i < given; ++i) put(at_.rank + at_.set[i], kNever);
+    for (int i = given; i < given + nu; ++i) {
+      const int64_t best = team_.argmin(n_, [&](int64_t j) { return at_.rank[j]; });
+      if (best < 0) return i - given;
+      put(at_.set + i, static_cast<int>(best));
+      put(at_.rank + best, kNever);
+    }
+    return nu;
+  }
+
+  // The likeliest workers by rank, as many as kMostSubsets allows subsets of most_ of them.
   DRACO_TEAM_CALL bool likeliest() {
     int pool = most_;
     double count = 1;
@@ -738,11 +1068,11 @@ class Locator {
     }
     for (int i = 0; i < pool; ++i) {
       const int64_t best = team_.argmin(n_, [&](int64_t j) {
-        bool taken = in_.missing[j] || in_.nonfinite[j];
-        for (int l = 0; l < i; ++l) taken |= pool_[l] == j;
-        return taken ? kNever : rank_[j] == rank_[j] ? -rank_[j] : HUGE_VAL;
+        bool taken = is_erased(j);
+        for (int l = 0; l < i; ++l) taken |= at_.pool[l] == j;
+        return taken ? kNever : at_.rank[j] == at_.rank[j] ? -at_.rank[j] : HUGE_VAL;
       });
-      put(pool_ + i, static_cast<int>(best));
+      put(at_.pool + i, static_cast<int>(best));
     }
     return subsets(pool);
   }
@@ -751,12 +1081,12 @@ class Locator {
   DRACO_TEAM_CALL bool neighbours() {
     const int present = n_ - erased_count_, step = kWindow - 1;
     const int pool = most_ + kWindow < present ? most_ + kWindow : present;
-    for (int first = 0; first < present && work_ < kMostWork; first += step) {
+    for (int first = 0; first < present && work_ < budget_; first += step) {
       int seen = 0;
       for (int j = 0; j < n_; ++j) {
-        if (in_.missing[j] || in_.nonfinite[j]) continue;
+        if (is_erased(j)) continue;
         const int place = (seen++ - first + present) % present;
-        if (place < pool && team_.thread == 0) pool_[place] = j;
+        if (place < pool && team_.thread == 0) at_.pool[place] = j;
       }
       team_.sync();
       if (subsets(pool)) return true;
@@ -764,30 +1094,31 @@ class Locator {
     return false;
   }
 
-  // Tries all subsets of most_ workers out of the first of pool_: a depth-first walk that keeps, per level, the checks
+  // Tries all subsets of most_ workers out of the first of `pool`: a depth-first walk that keeps, per level, the checks
   // orthogonal to what is chosen and the residuals under them.
   DRACO_TEAM_CALL bool subsets(int pool) {
     const int nu = most_;
-    Arena arena = arena_;
-    const int checks = make_checks(set_, 0), width = pool + active_count_;
+    const SubsetScratch scratch(arena_, n_, in_.adversaries, nullptr);
+    const int checks = make_checks(at_.set, 0), width = pool + active_count_;
     residuals(checks);
     // Level l: columns of the pool's workers and of the residuals, with the l chosen directions taken out.
-    Complex* level = arena.take<Complex>(int64_t{nu + 1} * checks * width);
+    Complex* level = scratch.level;
     for (int i = team_.thread; i < checks * width; i += team_.threads) {
       const int m = i / width, column = i % width;
-      level[i] = column < pool ? check_[int64_t{m} * n_ + pool_[column]] : residual_[m * kMostActive + column - pool];
+      level[i] = column < pool ? at_.check[int64_t{m} * n_ + at_.pool[column]]
+                               : at_.residual[int64_t{m} * stride_ + column - pool];
     }
     team_.sync();
     double least = -1;
     int depth = 0;
-    put(trial_, -1);  // trial_[l]: index into the pool chosen at level l
-    while (depth >= 0 && work_ < kMostWork) {
+    put(at_.trial, -1);  // at_.trial[l]: index into the pool chosen at level l
+    while (depth >= 0 && work_ < budget_) {
       const Complex* here = level + int64_t{depth} * checks * width;
       if (depth == nu - 1) {  // the last member: only its gain is needed
         double total = 0;
         for (int m = 0; m < checks; ++m)
           for (int a = 0; a < active_count_; ++a) total += norm2(here[m * width + pool + a]);
-        const int first = depth ? trial_[depth - 1] + 1 : 0;
+        const int first = depth ? at_.trial[depth - 1] + 1 : 0;
         const auto left_by = [&](int64_t i) {
           double size = 0, sum = 0;
           for (int m = 0; m < checks; ++m) size += norm2(here[m * width + i]);
@@ -803,16 +1134,16 @@ class Locator {
         const double left = last < first ? least : left_by(last);
         if (last >= first && (least < 0 || left < least)) {
           least = left;
-          for (int l = team_.thread; l < depth; l += team_.threads) best_[l] = pool_[trial_[l]];
-          put(best_ + depth, pool_[last]);
+          for (int l = team_.thread; l < depth; l += team_.threads) at_.best[l] = at_.pool[at_.trial[l]];
+          put(at_.best + depth, at_.pool[last]);
         }
         work_ += static_cast<double>(pool) * checks * active_count_;
         --depth;
         continue;
       }
-      const int chosen = trial_[depth] + 1;
+      const int chosen = at_.trial[depth] + 1;
       team_.sync();
-      put(trial_ + depth, chosen);
+      put(at_.trial + depth, chosen);
       if (chosen > pool - (nu - depth)) {
         --depth;
         continue;
@@ -829,23 +1160,20 @@ class Locator {
         for (int m = 0; m < checks; ++m) below[m * width + i] = here[m * width + i] - dot * here[m * width + chosen];
       }
       work_ += 2.0 * (width - chosen) * checks;
-      put(trial_ + ++depth, chosen);
+      put(at_.trial + ++depth, chosen);
     }
     const double tolerated = kTolerance * kTolerance * (checks - nu) * active_count_;
     if (least < 0 || least > tolerated) return false;
-    copy(set_, best_, nu);
+    copy(at_.set, at_.best, nu);
     return exchange(nu);
   }
 
   Team team_;
   LocatorInput in_;
   Arena arena_;
-  int n_ = 0, k2_ = 0, most_ = 0, erased_count_ = 0, active_count_ = 0;
-  double work_ = 0;
-  Complex *factor_, *diagonal_, *basis_, *power_, *check_, *active_p_, *residual_, *node_;
-  double *gain_, *rank_, *energy_;
-  int *erased_, *set_, *trial_, *best_, *pool_;
-  int64_t* active_;
+  LocatorScratch at_;
+  int n_ = 0, k2_ = 0, most_ = 0, erased_count_ = 0, active_count_ = 0, stride_ = 0;
+  double work_ = 0, budget_ = kMostWork, total_ = 0;  // total_: what residuals() found unexplained in all
 };
 
 }  // namespace
