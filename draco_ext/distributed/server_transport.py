@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -22,9 +23,11 @@ from draco_ext.distributed.transports import (
     Message,
     Outcome,
     Peers,
+    RecordExchange,
     Transport,
     differences,
     mark,
+    read_records,
     spoil_short,
     tag_of,
 )
@@ -60,6 +63,7 @@ class ServerTransport(Transport):
         self._server = peers.ranks.index(SERVER)
         self._deadline = deadline
         self._lines: dict[int, _Line] = {}
+        self._turns = itertools.count()
         if peers.worker == self._server:
             self._arrived: queue.Queue[_Arrival] = queue.Queue()
             others = (j for j in range(self.code.workers) if j != self._server)
@@ -70,18 +74,9 @@ class ServerTransport(Transport):
         """Sends to the server and waits for its answer."""
         yield from ()  # in one go: a rank's messages and results take turns on its connection
         if self.peers.worker == self._server:
-            return self._serve(message, number)
-        verdict = torch.empty(self.code.workers + 1, len(_COLUMNS), dtype=torch.float64)
+            return self._serve(message)
         gradient = torch.empty_like(message.values, device="cpu")
-        try:
-            self.peers.send(message.values.cpu(), self._server)
-            self.peers.receive(verdict, self._server)
-            if verdict[0, 0] == _DECODED:
-                self.peers.receive(gradient, self._server)
-        except RuntimeError as error:
-            raise RuntimeError("the server, rank 0, cannot be reached any more") from error
-        if verdict[0, 0] == _GIVEN_UP:
-            raise RuntimeError(f"this rank was {MOST_UNCLAIMED} buckets behind the others, and was given up")
+        verdict = self._ask(message.values, gradient)
         failed = bool(verdict[0, 0] == _FAILED)
         if failed:
             message.bucket.fill_(torch.nan)
@@ -90,30 +85,35 @@ class ServerTransport(Transport):
         found, missing = _read(verdict)
         return Outcome(found, failed, missing)
 
-    def _serve(self, message: Message, number: int) -> Outcome:
-        begin = time.perf_counter()
+    def gather_record(self, record: Tensor) -> RecordExchange:
+        """Through the server, by turns with the buckets; see `Transport.gather_record`."""
+        yield from ()
+        if self.peers.worker == self._server:
+            rows, absent = self._collect(record.cpu())
+            rows, missing = read_records(rows, absent)
+            self._answer((_write(Outcome({}, False, missing), self.code.workers), rows), absent)
+            return rows, missing
+        rows = torch.empty(self.code.workers, record.numel(), dtype=record.dtype)
+        _, missing = _read(self._ask(record, rows))
+        return rows, missing
+
+    def _ask(self, values: Tensor, answer: Tensor) -> Tensor:
+        """Sends values to the server, takes its answer unless that is a failure, and returns the verdict."""
+        verdict = torch.empty(self.code.workers + 1, len(_COLUMNS), dtype=torch.float64)
+        try:
+            self.peers.send(values.cpu(), self._server)
+            self.peers.receive(verdict, self._server)
+            if verdict[0, 0] == _DECODED:
+                self.peers.receive(answer, self._server)
+        except RuntimeError as error:
+            raise RuntimeError("the server, rank 0, cannot be reached any more") from error
+        if verdict[0, 0] == _GIVEN_UP:
+            raise RuntimeError(f"this rank was {MOST_UNCLAIMED} buckets behind the others, and was given up")
+        return verdict
+
+    def _serve(self, message: Message) -> Outcome:
         values = message.values
-        rows = values.new_zeros(self.code.workers, values.numel())
-        rows[self._server] = values
-        awaited = set()
-        for j, line in self._lines.items():
-            line.begin(number, mark(torch.empty_like(values, device="cpu")))
-            if line.in_time:
-                awaited.add(j)
-        absent = set(self._lines)
-        until = time.monotonic() + self._deadline
-        while awaited:
-            try:
-                j, exchange, came = self._arrived.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                break
-            if came is None:
-                awaited.discard(j)
-            elif exchange == number:
-                rows[j] = came
-                awaited.discard(j)
-                absent.discard(j)
-        self.peers.seconds.communicate += time.perf_counter() - begin
+        rows, absent = self._collect(values)
         spoil_short(rows)
         missing = torch.zeros(self.code.workers, dtype=torch.bool, device=values.device)
         missing[list(absent)] = True
@@ -121,11 +121,41 @@ class ServerTransport(Transport):
         failed = bool(decoded.failed)
         outcome = Outcome(differences(rows, decoded, absent), failed, tuple(sorted(absent)))
         verdict = _write(outcome, self.code.workers)
-        result = (verdict,) if failed else (verdict, decoded.gradient.cpu())
-        for j, line in self._lines.items():
-            line.end(result, late=j in absent)
+        self._answer((verdict,) if failed else (verdict, decoded.gradient.cpu()), absent)
         message.put(decoded.gradient)
         return outcome
+
+    def _collect(self, values: Tensor) -> tuple[Tensor, set[int]]:
+        """Everybody's values, row j from worker j, and the workers that were late; their rows are 0."""
+        begin = time.perf_counter()
+        rows = values.new_zeros(self.code.workers, values.numel())
+        rows[self._server] = values
+        turn = next(self._turns)
+        awaited = set()
+        for j, line in self._lines.items():
+            line.begin(turn, mark(torch.empty_like(values, device="cpu")))
+            if line.in_time:
+                awaited.add(j)
+        absent = set(self._lines)
+        until = time.monotonic() + self._deadline
+        while awaited:
+            try:
+                j, answered, came = self._arrived.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                break
+            if came is None:
+                awaited.discard(j)
+            elif answered == turn:
+                rows[j] = came
+                awaited.discard(j)
+                absent.discard(j)
+        self.peers.seconds.communicate += time.perf_counter() - begin
+        return rows, absent
+
+    def _answer(self, result: tuple[Tensor, ...], absent: set[int]) -> None:
+        """Hands a result, which begins with a verdict, to everybody, also to those who were late."""
+        for j, line in self._lines.items():
+            line.end(result, late=j in absent)
 
 
 # What the server found of each worker, as numbers on the wire; row 0 is what became of the bucket.
@@ -154,7 +184,7 @@ def _read(verdict: Tensor) -> tuple[dict[int, Difference | None], tuple[int, ...
     return found, tuple(missing)
 
 
-_Arrival = tuple[int, int, Tensor | None]  # worker, number of the exchange, its message; None: it will not come
+_Arrival = tuple[int, int, Tensor | None]  # worker, turn, its message; None: it will not come
 
 
 class _Line(threading.Thread):
@@ -180,11 +210,11 @@ class _Line(threading.Thread):
         self._held: tuple[Tensor, ...] = ()  # see Peers.held
         self.start()
 
-    def begin(self, number: int, room: Tensor) -> None:
-        """An exchange begins: its message goes into `room`."""
+    def begin(self, turn: int, room: Tensor) -> None:
+        """A turn begins: its message goes into `room`."""
         if not self._gone:
             self.in_time = self.in_time or self._claimed == self._given
-            self._orders.put((number, room))
+            self._orders.put((turn, room))
 
     def end(self, result: tuple[Tensor, ...], *, late: bool) -> None:
         """Its result, which the rank will get as soon as it has sent its message, however late."""
@@ -205,9 +235,9 @@ class _Line(threading.Thread):
         """Until there is nothing left to do, or the rank is dead."""
         try:
             while (order := self._orders.get()) is not None:
-                number, room = order
+                turn, room = order
                 dist.recv(room, group=self._group, group_src=self._rank, tag=tag_of(room))
-                self._arrived.put((self._worker, number, room))
+                self._arrived.put((self._worker, turn, room))
                 result = self._results.get()
                 self._held = (room, *result)
                 for tensor in result:

@@ -238,6 +238,7 @@ def tag_of(values: Tensor) -> int:
 # Yields what it waits for, so that other buckets begin meanwhile, and is sent the values; returns the outcome. Yields
 # None to let the buckets before it go on first.
 Exchange = Generator[Pending | None, Tensor, Outcome]
+RecordExchange = Generator[Pending | None, Tensor, tuple[Tensor, tuple[int, ...]]]
 
 
 class Transport(abc.ABC):
@@ -263,6 +264,18 @@ class Transport(abc.ABC):
             number: of this exchange, the same on all ranks, never used before.
         """
 
+    @abc.abstractmethod
+    def gather_record(self, record: Tensor) -> RecordExchange:
+        """Gives every rank everybody's record: a few numbers about a step. Not decoded, what a bad rank sends included.
+
+        Args:
+            record: (len,) int64, of the same length on all ranks, on the device of the messages.
+
+        Returns:
+            (workers, len) int64 on the CPU, row j from worker j, and the workers whose record did not come or was cut
+            off; their rows are 0. The same on all ranks, where each sends the same to all.
+        """
+
 
 class AllGather(Transport):
     """Every rank collects all messages and decodes by itself.
@@ -286,6 +299,12 @@ class AllGather(Transport):
         decoded = decode(rows, self.code, **self.tolerance)
         message.put(decoded.gradient)
         return Outcome(differences(rows, decoded), bool(decoded.failed))
+
+    def gather_record(self, record: Tensor) -> RecordExchange:
+        """Straight from each rank; see `Transport.gather_record`."""
+        rooms = mark(record.new_zeros(self.code.workers, record.numel()))
+        rows = yield self.peers.swap(record, rooms)
+        return read_records(rows)
 
     def _room(self, values: Tensor, number: int) -> Tensor:
         """For everybody's messages; taken in turns, since a bucket begins before the one before it is decoded."""
@@ -356,6 +375,11 @@ class AllReduceRepetition(Transport):
         found = self._hand_over(message.values, suspects, helpers)
         yield from self._add_up(message)
         return Outcome(found, False)
+
+    def gather_record(self, record: Tensor) -> RecordExchange:
+        """By an all-gather; see `Transport.gather_record`."""
+        rows = yield self.peers.gather(record)
+        return rows.cpu(), ()
 
     def _gather_digests(self, values: Tensor, number: int) -> Generator[Pending | None, Tensor, list[tuple[int, int]]]:
         """Of all workers' messages, under a key that nobody knows before this rank's message is final.
@@ -455,6 +479,11 @@ class AllReduceCyclic(Transport):
             yield peers.sum(message.bucket)
         return Outcome(dict.fromkeys(found), bool(failed))
 
+    def gather_record(self, record: Tensor) -> RecordExchange:
+        """By an all-gather; see `Transport.gather_record`."""
+        rows = yield self.peers.gather(record)
+        return rows.cpu(), ()
+
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -467,13 +496,27 @@ def mark(rooms: Tensor) -> Tensor:
 
 def spoil_short(rows: Tensor) -> None:
     """Messages that have ended before their rooms become NaN: what follows them would differ from rank to rank."""
-    short = rows.view(BITS[rows.element_size()])[:, -1] == _mark(rows.dtype)
+    short = _short(rows)
     if short.any():
         rows[short] = torch.nan
 
 
+def read_records(rows: Tensor, missing: Collection[int] = ()) -> tuple[Tensor, tuple[int, ...]]:
+    """What `Transport.gather_record` returns, of marked rooms; those that were cut off are missing, too."""
+    rows = rows.cpu()
+    absent = _short(rows)
+    absent[list(missing)] = True
+    rows[absent] = 0
+    return rows, tuple(absent.nonzero().flatten().tolist())
+
+
+def _short(rows: Tensor) -> Tensor:
+    return rows.view(BITS[rows.element_size()])[:, -1] == _mark(rows.dtype)
+
+
 def _mark(dtype: torch.dtype) -> int:
-    """The bits of a NaN that no arithmetic makes."""
+    """The bits of a NaN that no arithmetic makes; as an integer no digest but one in 2^64."""
+    dtype = torch.float64 if dtype == torch.int64 else dtype
     infinity = torch.tensor([torch.inf], dtype=dtype)
     return int(infinity.view(BITS[infinity.element_size()])) + 42
 
