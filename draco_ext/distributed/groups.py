@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -94,3 +94,39 @@ def divide(
             )
             new = made if own in ranks else new
     return new
+
+
+class Rendezvous:
+    """Waits until all ranks of a group have come to the same call, before they begin a collective one.
+
+    A rank that begins one alone would be answered by whatever the others begin next. Here it gets an error instead.
+    Made on all ranks of the group alike.
+    """
+
+    _made: ClassVar[dict[str, int]] = {}  # by group
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        number = Rendezvous._made[group.group_name] = Rendezvous._made.get(group.group_name, -1) + 1
+        self._name = f"draco_ext/{group.group_name}/{number}"
+        self._rank = dist.get_rank(group)
+        self._calls = 0
+
+    def wait(self, ranks: Sequence[int], timeout: float) -> list[int]:
+        """Wait for these ranks, for so many seconds.
+
+        Returns:
+            The ranks that have not come; whether there are any, all agree.
+        """
+        store = dist.distributed_c10d._get_default_store()
+        name = f"{self._name}/{self._calls}"
+        store.set(f"{name}/{self._rank}", "here")
+        absent = []
+        try:
+            store.wait([f"{name}/{rank}" for rank in ranks], timedelta(seconds=max(timeout, 0.001)))
+        except dist.DistStoreError:
+            absent = [rank for rank in ranks if not store.check([f"{name}/{rank}"])]
+        # Who comes at the last moment and who leaves then must not part.
+        if store.compare_set(f"{name}/all", "", "no" if absent else "yes") == b"yes":
+            self._calls += 1
+            return []
+        return absent or [self._rank]

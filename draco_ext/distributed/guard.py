@@ -19,11 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode, DecodingError, RepetitionCode
 from draco_ext.distributed.encoder import GradientEncoder
-from draco_ext.distributed.groups import gather, gather_json, membership
+from draco_ext.distributed.groups import Rendezvous, gather, gather_json, membership
 from draco_ext.distributed.ledger import Finding, Ledger
 from draco_ext.distributed.placement import ranks_per_host, worker_of
+from draco_ext.distributed.record import Claims, StepRecord
 from draco_ext.distributed.reproducibility import SelfTest, fingerprint, odd_ones_out, self_test
 from draco_ext.distributed.server_transport import ServerTransport
+from draco_ext.distributed.state import Repair, ReplicatedState, judge
 from draco_ext.distributed.transports import (
     AllGather,
     AllReduceCyclic,
@@ -32,6 +34,7 @@ from draco_ext.distributed.transports import (
     Outcome,
     Peers,
     Pending,
+    RecordExchange,
     Seconds,
     Transport,
 )
@@ -55,13 +58,24 @@ def _make_transport(name: str, peers: Peers, *, deadline: float, **tolerance: fl
 
 @dataclass
 class Suspect:
-    """A rank that sent wrong messages, in `Report`."""
+    """A rank that sent wrong messages, in `Report`.
+
+    Attributes:
+        worker: of the code.
+        rank: in the process group.
+        host: its name.
+        steps: in which its messages were wrong.
+        buckets: how many of its messages were.
+        other_data: those of the steps in which its inputs differed from those of the ranks with which it shares a part,
+            as it says itself: other mini-batches, or more or fewer forward passes.
+    """
 
     worker: int
     rank: int
     host: str
     steps: list[int] = field(default_factory=list)
     buckets: int = 0
+    other_data: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,8 @@ class Report:
         suspects: by rank; none on account of a step that failed.
         failed_steps: steps without an update, because the guarantee did not cover what came in.
         missing: by rank, the steps in which messages of it did not come in time.
+        repaired: by rank, the steps in which its parameters, buffers or watched optimizers differed from those of the
+            majority, and were given what the majority has.
         unwritten: findings that could not be written into this rank's ledger.
         seconds: where this rank's time went in all steps together.
     """
@@ -83,18 +99,18 @@ class Report:
     suspects: dict[int, Suspect]
     failed_steps: tuple[int, ...]
     missing: dict[int, list[int]] = field(default_factory=dict)
+    repaired: dict[int, list[int]] = field(default_factory=dict)
     unwritten: int = field(default=0, compare=False)
     seconds: Seconds = field(default_factory=Seconds, compare=False)
 
 
 @dataclass
 class _Flight:
-    """An exchange that is not yet at its end: what it waits for, and whom it serves."""
+    """An exchange that is not yet at its end: what it waits for, and what its result is given to."""
 
-    exchange: Exchange
-    bucket: int
-    buffer: Tensor
-    future: torch.futures.Future[Tensor]
+    exchange: Exchange | RecordExchange
+    name: str
+    take: Callable[[Any], None]
     pending: Pending | None = None
 
     @property
@@ -129,6 +145,7 @@ class Guard:
         seed: int,
         ranks_on_host: int | None,
         deadline: float,
+        check_state_every: int,
     ) -> None:
         group = model.process_group
         self.code = code
@@ -163,8 +180,9 @@ class Guard:
             "rtol": rtol,
             "seed": seed,
             "deadline": deadline,
+            "check_state_every": check_state_every,
             "the number of process groups that a rank is in": membership(group),
-            "the sizes and dtypes of the model's parameters (their digest)": _digest_of_sizes(model),
+            "the names, sizes and dtypes of the model's parameters (their digest)": _digest_of_sizes(model),
             "DistributedDataParallel's options": {
                 "bucket_cap_mb": model.bucket_bytes_cap / 2**20,
                 "find_unused_parameters": model.find_unused_parameters,
@@ -191,9 +209,24 @@ class Guard:
         self._inputs: list[Tensor] = []  # fingerprints of the first step's mini-batches
         # DDP's own map of unused parameters is of a step's last pass only, and believes every rank.
         self._may_be_unused = model.find_unused_parameters or model.static_graph
-        self._decoded: list[tuple[Tensor, Tensor]] = []  # parameters and gradients, where some may be unused
+        self._decoded: list[_Decoded] = []  # where some may be unused
+        self._outcomes: list[tuple[Outcome, int]] = []  # of the step that runs, each with its bucket
+        self._claims: Claims | None = None  # of the step that runs
+        self._state = ReplicatedState(model)
+        self._repair = Repair(self._peers, self._state)
+        self._rendezvous = Rendezvous(group)
+        self._check_state_every = check_state_every
+        self._state_is_unknown = True  # not compared yet, or no majority has had the same
+        self._comparisons = 0
+        self._repaired: dict[int, list[int]] = {}
+        # Of each worker, those who compute the same parts: they have the same buffers.
+        assignments = [code.assignment(j) for j in range(code.workers)]
+        self._alike = {j: tuple(k for k, parts in enumerate(assignments) if parts == assignments[j]) for j in range(code.workers)}
         model.register_forward_pre_hook(torch.compiler.disable(self._seed_part), with_kwargs=True)
         model.register_comm_hook(None, self._hook)
+        reduced = [p for name, p in model.module.named_parameters() if p.requires_grad and name not in model.parameters_to_ignore]
+        self._numbers = {parameter: i for i, parameter in enumerate(reduced)}
+        self._record = StepRecord(code, self.worker, reduced, usage=self._may_be_unused)
 
     @property
     def _model(self) -> DistributedDataParallel:
@@ -232,6 +265,7 @@ class Guard:
         for part in range(parts):
             self._model.zero_grad(set_to_none=True)  # what backward left there is in the message, or of the step before
             self._part, self._forwards = part, 0
+            self._record.begin_part(part)
             try:
                 yield first if part == 0 else next(iterator)
             except StopIteration:
@@ -241,6 +275,7 @@ class Guard:
         """Before every forward pass in training: dropout and the like draw the same for all ranks with this part."""
         if not torch.is_grad_enabled():
             return
+        self._record.see(self._part, (arguments, keywords), self._state.device)
         if self._exchanges == 0 and self._forwards == 0:
             self._inputs[self._part :] = [fingerprint((arguments, keywords))]
         if not module.training:
@@ -279,13 +314,20 @@ class Guard:
         begin = time.perf_counter()
         self._encoder.add(bucket, self._part)
         self._peers.seconds.encode += time.perf_counter() - begin
+        if last and self._may_be_unused:
+            for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+                number = self._numbers[parameter]
+                older = parameter.grad is not None and not self._record.is_reached(number)
+                self._decoded.append(_Decoded(number, parameter, gradient, older))
+        if self._may_be_unused and bucket.is_last():  # every parameter that is used has its gradient
+            self._record.end_part()
         if not last:
             future.set_result(buffer)
             return future
         if bucket.index() == 0:
             self._flights = []
-        if self._may_be_unused:
-            self._decoded += zip(bucket.parameters(), bucket.gradients(), strict=True)
+        if bucket.is_last() if self._may_be_unused else bucket.index() == 0:
+            self._send_record(buffer.device)
         message = self._encoder.message(bucket)
         if self._adversary is not None:
             altered = self._adversary(self.step, message.values.clone()).contiguous()
@@ -294,7 +336,12 @@ class Guard:
         self._exchanges += 1
         # What the exchanges before have begun runs meanwhile; the order is the same on all ranks.
         earlier = [flight for flight in self._flights if flight.soon]
-        self._flights.append(_Flight(exchange, bucket.index(), buffer, future))
+
+        def take(outcome: Outcome, number: int = bucket.index()) -> None:
+            self._outcomes.append((outcome, number))
+            future.set_result(buffer)
+
+        self._flights.append(_Flight(exchange, f"bucket {bucket.index()}", take))
         for flight in (self._flights[-1], *earlier):
             self._advance(flight)
         if bucket.is_last():
@@ -313,10 +360,9 @@ class Guard:
             flight.pending = flight.exchange.send(value)
         except StopIteration as stop:
             self._flights.remove(flight)
-            self._note(stop.value, flight.bucket)
-            flight.future.set_result(flight.buffer)
+            flight.take(stop.value)
         except RuntimeError as error:
-            raise RuntimeError(f"no gradient in step {self.step}, bucket {flight.bucket}: {error}") from error
+            raise RuntimeError(f"no gradient in step {self.step}, {flight.name}: {error}") from error
         seconds.decode += time.perf_counter() - begin - (seconds.communicate - waited)
 
     def _land(self) -> None:
@@ -352,16 +398,43 @@ class Guard:
                 part,
             )
 
+    def _send_record(self, device: torch.device) -> None:
+        """Sends what this rank says about the step; in every step at the same place on all ranks."""
+        with_state = self._state_is_unknown or (self._check_state_every > 0 and self.step % self._check_state_every == 0)
+        begin = time.perf_counter()
+        state = self._digest_state() if with_state else None
+        record = self._record.vector(state, device)
+        self._peers.seconds.decode += time.perf_counter() - begin
+
+        def take(gathered: tuple[Tensor, tuple[int, ...]]) -> None:
+            self._claims = self._record.read(*gathered, with_state=with_state)
+
+        flight = _Flight(self._transport.gather_record(record), "record of the step", take)
+        self._flights.append(flight)
+        self._advance(flight)
+
     def _finish(self) -> None:
         """After the last backward pass of a step, when the gradients are in place."""
+        try:
+            self._end_step()
+        except BaseException:
+            self._drop_gradients()
+            raise
+
+    def _end_step(self) -> None:
+        claims, decoded, outcomes = self._claims, self._decoded, self._outcomes
+        self._claims, self._decoded, self._outcomes = None, [], []
+        self._record.begin()
+        self._judge(outcomes, claims)
+        if claims.state and (undecided := self._compare_state(claims.state)):
+            self._failure = self._failure or undecided
         failure, self._failure = self._failure, None
         step, self.step = self.step, self.step + 1
         self._part = self._forwards = 0
         self.failed = failure is not None
-        decoded, self._decoded = self._decoded, []
         if failure is None:
             if decoded:
-                _leave_out_unused(decoded)
+                _leave_out_unused(decoded, claims.used_parameters())
             return
         self._failed_steps.append(step)
         self._drop_gradients()
@@ -398,38 +471,75 @@ class Guard:
 
     # ------------------------------------------------------------------------------------------------ verdicts
 
-    def _note(self, outcome: Outcome, bucket: int) -> None:
-        now = time.time()
+    def _judge(self, outcomes: list[tuple[Outcome, int]], claims: Claims) -> None:
+        """Notes what the exchanges of a step have found."""
+        if not any(outcome.suspects or outcome.missing or outcome.failed for outcome, _ in outcomes):
+            return
+        other_data = claims.with_other_data()
+        for outcome, bucket in outcomes:
+            self._note(outcome, bucket, other_data)
+
+    def _note(self, outcome: Outcome, bucket: int, other_data: set[int]) -> None:
         if outcome.failed and self._failure is None:
-            suspected, missing = ([self._ranks[j] for j in workers] for workers in (outcome.suspects, outcome.missing))
+            suspected, elsewhere = self._explain(outcome, other_data)
+            reasons = [f"suspected: {suspected}"]
+            if elsewhere:
+                reasons.append(f"other data (mini-batches or forward passes that differ from the others'): {elsewhere}")
+            if outcome.missing:
+                reasons.append(f"missing: {[self._ranks[j] for j in outcome.missing]}")
             self._failure = (
                 f"no gradient in step {self.step}, bucket {bucket}: more ranks are bad than {self.code!r} can correct; "
-                f"suspected: {suspected}" + (f", missing: {missing}" if missing else "")
+                + ", ".join(reasons)
             )
         for worker in (*outcome.suspects, *outcome.missing):
-            rank = self._ranks[worker]
             differs = outcome.suspects.get(worker)
-            finding = Finding(
-                time=now,
-                step=self.step,
+            finding = self._finding(
+                worker,
+                "missing" if worker in outcome.missing else "data" if worker in other_data else "gradient",
                 bucket=bucket,
-                worker=worker,
-                rank=rank,
-                host=self._hosts[rank],
                 elements=differs and differs.elements,
                 first=differs and differs.first,
                 largest=differs.largest if differs and differs.largest < float("inf") else None,
                 failed=outcome.failed,
-                missing=worker in outcome.missing,
             )
             if finding.missing:
                 self._miss(finding)
             elif not outcome.failed:
                 self._accuse(finding)
-            if self._ledger is not None:
-                self._ledger.append(finding)
-            if self._callback is not None:
-                self._callback(finding)
+            self._deliver(finding)
+
+    def _explain(self, outcome: Outcome, other_data: set[int]) -> tuple[list[int], list[int]]:
+        """Why a bucket failed: the ranks that may have sent wrong gradients, and those that had other data.
+
+        Without the latter no more than s members of a group may agree with each other: then it could be any of them.
+        """
+        suspected = set(outcome.suspects) - other_data
+        if isinstance(self.code, RepetitionCode):
+            for group in set(self._alike.values()):
+                rest = set(group) - other_data - set(outcome.missing)
+                if rest & set(outcome.suspects) and len(rest - set(outcome.suspects)) <= self.code.adversaries:
+                    suspected |= rest
+        elsewhere = other_data & set(outcome.suspects)
+        return sorted(self._ranks[j] for j in suspected), sorted(self._ranks[j] for j in elsewhere)
+
+    def _finding(self, worker: int, kind: str, **what: Any) -> Finding:
+        rank = self._ranks[worker]
+        return Finding(
+            time=time.time(),
+            step=self.step,
+            worker=worker,
+            rank=rank,
+            host=self._hosts[rank],
+            missing=kind == "missing",
+            kind=kind,
+            **what,
+        )
+
+    def _deliver(self, finding: Finding) -> None:
+        if self._ledger is not None:
+            self._ledger.append(finding)
+        if self._callback is not None:
+            self._callback(finding)
 
     def _miss(self, finding: Finding) -> None:
         steps = self._missing.setdefault(finding.rank, [])
@@ -441,19 +551,83 @@ class Guard:
     def _accuse(self, finding: Finding) -> None:
         if finding.rank not in self._suspects:
             self._suspects[finding.rank] = Suspect(finding.worker, finding.rank, finding.host)
-            logger.warning("rank %d on %s sent a wrong gradient in step %d", finding.rank, finding.host, finding.step)
+            what = "has other data than the ranks with the same part: mini-batches or forward passes differ"
+            what = what if finding.kind == "data" else "sent a wrong gradient"
+            logger.warning("rank %d on %s %s in step %d", finding.rank, finding.host, what, finding.step)
         suspect = self._suspects[finding.rank]
         suspect.buckets += 1
+        if finding.kind == "data" and finding.step not in suspect.other_data[-1:]:
+            suspect.other_data.append(finding.step)
         if finding.step not in suspect.steps[-1:]:
             suspect.steps.append(finding.step)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on exactly, dropout included, and to remember who was bad."""
+    # ------------------------------------------------------------------------------------------------ state
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Compares and repairs an optimizer's state, too, wherever the parameters are: its tensors and numbers.
+
+        To be called on all ranks. Costs twice or three times what the parameters cost.
+
+        Raises:
+            TypeError: it is no optimizer, or one that keeps something else on every rank.
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "consolidate_state_dict"):
+            raise TypeError(
+                "optimizer must be a torch.optim.Optimizer with the same state on all ranks, "
+                f"got {type(optimizer).__name__}"
+            )
+        self._state.watch(optimizer)
+
+    def check_state(self, timeout: float = 60.0) -> tuple[int, ...]:
+        """Compares parameters, buffers and watched optimizers of all ranks now, and repairs those that differ.
+
+        To be called on all ranks, between steps. Costs a read of all that and a small exchange.
+
+        Args:
+            timeout: seconds to wait for the other ranks to call it.
+
+        Returns:
+            The ranks that were wrong.
+
+        Raises:
+            DecodingError: no majority of the ranks has the same.
+            RuntimeError: another rank does not call it.
+        """
+        ops.check_tolerance("timeout", timeout)
+        gone = {rank for rank, steps in self._missing.items() if steps[-1:] == [self.step - 1]}
+        if absent := self._rendezvous.wait([r for r in range(self.code.workers) if r not in gone], timeout):
+            raise RuntimeError(
+                f"check_state and state_dict must be called on all ranks, but rank {absent[0]} has not called it within "
+                f"{timeout:g} s; state_dict(check=False) may be called on one rank alone"
+            )
+        record = self._digest_state().flatten()
+        rows, missing = _complete(self._transport.gather_record(record))
+        present = [j for j in range(self.code.workers) if j not in missing]
+        pairs = {j: tuple(map(tuple, rows[j].view(-1, 2).tolist())) for j in present}
+        before = {rank: len(steps) for rank, steps in self._repaired.items()}
+        if undecided := self._compare_state(pairs):
+            raise DecodingError(undecided)
+        return tuple(sorted(rank for rank, steps in self._repaired.items() if len(steps) > before.get(rank, 0)))
+
+    def state_dict(self, check: bool = True) -> dict[str, Any]:
+        """What a checkpoint needs to go on exactly, dropout included, and to remember who was bad.
+
+        Args:
+            check: calls `check_state` first, so that no rank writes a wrong checkpoint: to be called on all ranks, before
+                the model's own ``state_dict()``. False: may be called on one rank alone.
+
+        Raises:
+            DecodingError: see `check_state`.
+            RuntimeError: another rank does not call it.
+        """
+        if check:
+            self.check_state()
         return {
             "step": self.step,
             "suspects": {rank: asdict(suspect) for rank, suspect in self._suspects.items()},
             "failed_steps": list(self._failed_steps),
             "missing": {rank: list(steps) for rank, steps in self._missing.items()},
+            "repaired": {rank: list(steps) for rank, steps in self._repaired.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -463,6 +637,47 @@ class Guard:
         self._suspects = {rank: Suspect(**suspect) for rank, suspect in state["suspects"].items()}
         self._failed_steps = list(state["failed_steps"])
         self._missing = {rank: list(steps) for rank, steps in state["missing"].items()}
+        self._repaired = {rank: list(steps) for rank, steps in state.get("repaired", {}).items()}
+        self._state_is_unknown = True  # something was loaded
+
+    def _digest_state(self) -> Tensor:
+        """Digests of this rank's state, under a key that all ranks know.
+
+        It may be known: nobody but the rank itself has made its state, unless it was sent a repair, and that was
+        compared under a key drawn afterwards.
+        """
+        words = torch.tensor([self.step, self._comparisons], dtype=torch.int64).view(torch.uint8)
+        self._comparisons += 1
+        return self._state.digests(int(ops.digest(words, self._seed)[0]) % 2**63)
+
+    def _compare_state(self, claims: dict[int, tuple[tuple[int, int], ...]]) -> str | None:
+        """Repairs the ranks in the minority; returns what is to be said where there is no majority."""
+        verdict = judge(claims, self._alike)
+        self._state_is_unknown = bool(verdict.undecided)
+        repaired = self._repair.run(verdict, self._alike)
+        for worker, sections in verdict.wrong.items():
+            finding = self._finding(worker, "state", bucket=-1, elements=None, first=None, largest=None, failed=False)
+            logger.warning(
+                "rank %d on %s had other %s than the majority in step %d; %s",
+                finding.rank,
+                finding.host,
+                " and ".join(sections),
+                finding.step,
+                "it was given the majority's" if repaired[worker] else "it could not be repaired",
+            )
+            if repaired[worker]:
+                self._repaired.setdefault(finding.rank, []).append(finding.step)
+            self._deliver(finding)
+        for group in set(self._alike.values()) if isinstance(self.code, RepetitionCode) else [range(self.code.workers)]:
+            corrupt = [self._ranks[j] for j in group if "parameters" in verdict.wrong.get(j, ())]
+            if len(corrupt) > self.code.adversaries:
+                return (
+                    f"no gradient in step {self.step}: more ranks have computed it with wrong parameters than "
+                    f"{self.code!r} can correct: {corrupt}"
+                )
+        if not verdict.undecided:
+            return None
+        return f"no update in step {self.step}: no majority of the ranks has the same {' and '.join(verdict.undecided)}"
 
     def report(self) -> Report:
         """Who was suspected, in which steps and how many buckets, and which steps failed: the same on all ranks.
@@ -475,15 +690,29 @@ class Guard:
             dict(self._suspects),
             tuple(self._failed_steps),
             dict(self._missing),
+            {rank: list(steps) for rank, steps in self._repaired.items()},
             0 if self._ledger is None else self._ledger.unwritten,
             replace(self._peers.seconds),
         )
 
 
-def _digest_of_sizes(model: torch.nn.Module) -> str:
-    """Of what decides, with DDP's options, which buckets there will be."""
-    sizes = [(list(p.shape), str(p.dtype)) for p in model.parameters() if p.requires_grad]
+def _digest_of_sizes(model: DistributedDataParallel) -> str:
+    """Of what decides, with DDP's options, which buckets there will be, and which parameter is where in them."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # torch.compile puts a name of its own into all of them.
+    sizes = [(name.replace("_orig_mod.", ""), list(p.shape), str(p.dtype)) for name, p in named]
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+
+
+def _complete(exchange: RecordExchange) -> tuple[Tensor, tuple[int, ...]]:
+    """An exchange with nothing else meanwhile."""
+    value = None
+    while True:
+        try:
+            pending = exchange.send(value)
+        except StopIteration as stop:
+            return stop.value
+        value = None if pending is None else pending.wait()
 
 
 def _meet(mine: dict[str, Any], group: dist.ProcessGroup, device: torch.device) -> list[str]:
@@ -518,14 +747,27 @@ def _meet(mine: dict[str, Any], group: dist.ProcessGroup, device: torch.device) 
     return [other["host"] for other in everybody]
 
 
-def _leave_out_unused(decoded: list[tuple[Tensor, Tensor]]) -> None:
-    """Parameters whose decoded gradient is 0 get none, as DDP gives none to those that no rank has used; others one."""
-    used = torch.stack([gradient.any() for _, gradient in decoded]).tolist()
-    for (parameter, gradient), is_used in zip(decoded, used, strict=True):
-        if not is_used:
-            parameter.grad = None
-        elif parameter.grad is None:
-            parameter.grad = gradient.clone()
+@dataclass(frozen=True)
+class _Decoded:
+    """A parameter and where its decoded gradient is, where parameters may be unused.
+
+    older: it has a gradient of earlier passes, which this rank's part has not touched.
+    """
+
+    number: int
+    parameter: Tensor
+    gradient: Tensor
+    older: bool
+
+
+def _leave_out_unused(decoded: list[_Decoded], used: list[bool]) -> None:
+    """Gives all used parameters a gradient, if it is 0, and leaves the others as they were, as DDP does."""
+    for item in decoded:
+        if not used[item.number]:
+            if not item.older:
+                item.parameter.grad = None
+        elif item.parameter.grad is None:
+            item.parameter.grad = item.gradient.clone()
 
 
 def protect(
@@ -542,6 +784,7 @@ def protect(
     seed: int = 0,
     ranks_per_host: int | None = None,
     deadline: float = 60.0,
+    check_state_every: int | None = 20,
 ) -> Guard:
     """Puts a code between a DistributedDataParallel model's gradients and its optimizer.
 
@@ -564,8 +807,13 @@ def protect(
       live. Moves a message per rank to the server and back.
 
     Before every forward pass in training torch's global generator is seeded, the same on all ranks with the part, so
-    that dropout agrees. With find_unused_parameters or static_graph a parameter whose decoded gradient is exactly 0
-    counts as unused: its ``grad`` is None.
+    that dropout agrees. With find_unused_parameters or static_graph a parameter is unused if the majority of the holders
+    of every part say so; as under plain DDP its ``grad`` then stays what it was.
+
+    In the first step, in every step whose number is a multiple of `check_state_every` and before `Guard.state_dict`
+    ranks compare digests of their parameters, buffers and watched optimizers (`Guard.watch`). Those that differ from
+    the majority are named, and given what the majority has before the optimizer steps. Without a majority the step
+    fails.
 
     Args:
         model: on every rank, with a process group of ``code.workers`` ranks; torch.compile it before or afterwards.
@@ -585,6 +833,7 @@ def protect(
         ranks_per_host: see `RedundantBatchSampler`; default: what torchrun says.
         deadline: seconds that the server waits for the others' messages once it has its own. A rank that was late is
             not waited for again until it has caught up.
+        check_state_every: in which steps parameters are compared; 0 or None: in the first one only.
 
     Returns:
         The guard.
@@ -610,6 +859,8 @@ def protect(
     ops.check_tolerance("rtol", rtol)
     ops.check_tolerance("deadline", deadline)
     ops.check_int("seed", seed, 0, 2**63 - 1)
+    check_state_every = 0 if check_state_every is None else check_state_every
+    ops.check_int("check_state_every", check_state_every, 0)
     if isinstance(code, RepetitionCode) and transport == "allreduce" and (atol > 0 or rtol > 0):
         raise ValueError("atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'allgather'")
     accepted = ops.CYCLIC_DTYPES if isinstance(code, CyclicCode) else ops.VOTE_DTYPES
@@ -636,4 +887,5 @@ def protect(
         seed=seed,
         ranks_on_host=ranks_per_host,
         deadline=deadline,
+        check_state_every=check_state_every,
     )

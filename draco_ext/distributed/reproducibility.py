@@ -46,16 +46,22 @@ class SelfTest:
         return f"the gradient of {self.parameter} is not bit-reproducible on ranks {list(self.ranks)}: {self.advice}"
 
 
-def fingerprint(values: Any) -> Tensor:
-    """(2,) int64 on the CPU: stands for the bits of all dense tensors in a nest of containers, in order."""
+def fingerprint(values: Any, device: torch.device | None = None) -> Tensor:
+    """(2,) int64: stands for the bits of all dense tensors in a nest of containers, in order.
+
+    Args:
+        values: the nest.
+        device: where the result is to be, the CPU by default; nothing waits for it unless it is the CPU.
+    """
+    device = torch.device("cpu") if device is None else device
     leaves = (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and leaf.layout == torch.strided)
-    digests = [_digest(leaf) for leaf in leaves]
-    return _digest(torch.stack(digests)) if digests else torch.zeros(2, dtype=torch.int64)
+    digests = [_digest(leaf, device) for leaf in leaves]
+    return _digest(torch.stack(digests), device) if digests else torch.zeros(2, dtype=torch.int64, device=device)
 
 
-def _digest(values: Tensor) -> Tensor:
+def _digest(values: Tensor, device: torch.device) -> Tensor:
     bits = values.detach().contiguous().view(-1).view(torch.uint8)
-    return ops.digest(bits if bits.is_cuda else bits.cpu(), 0).cpu()
+    return ops.digest(bits if bits.is_cuda else bits.cpu(), 0).to(device)
 
 
 def odd_ones_out(rows: Tensor) -> list[int]:
