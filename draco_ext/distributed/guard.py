@@ -25,7 +25,7 @@ from draco_ext.distributed.placement import ranks_per_host, worker_of
 from draco_ext.distributed.record import Claims, StepRecord
 from draco_ext.distributed.reproducibility import SelfTest, fingerprint, odd_ones_out, self_test
 from draco_ext.distributed.server_transport import ServerTransport
-from draco_ext.distributed.state import Repair, ReplicatedState, judge
+from draco_ext.distributed.state import PeerRepair, ReplicatedState, ServerRepair, StateVerdict, judge
 from draco_ext.distributed.transports import (
     AllGather,
     AllReduceCyclic,
@@ -37,6 +37,7 @@ from draco_ext.distributed.transports import (
     RecordExchange,
     Seconds,
     Transport,
+    gather_alone,
 )
 
 logger = logging.getLogger("draco_ext")
@@ -213,7 +214,8 @@ class Guard:
         self._outcomes: list[tuple[Outcome, int]] = []  # of the step that runs, each with its bucket
         self._claims: Claims | None = None  # of the step that runs
         self._state = ReplicatedState(model)
-        self._repair = Repair(self._peers, self._state)
+        served = isinstance(self._transport, ServerTransport)
+        self._repair = (ServerRepair if served else PeerRepair)(self._transport, self._state)
         self._rendezvous = Rendezvous(group)
         self._check_state_every = check_state_every
         self._state_is_unknown = True  # not compared yet, or no majority has had the same
@@ -221,10 +223,14 @@ class Guard:
         self._repaired: dict[int, list[int]] = {}
         # Of each worker, those who compute the same parts: they have the same buffers.
         assignments = [code.assignment(j) for j in range(code.workers)]
-        self._alike = {j: tuple(k for k, parts in enumerate(assignments) if parts == assignments[j]) for j in range(code.workers)}
+        groups: dict[tuple[int, ...], tuple[int, ...]] = {}
+        for j, parts in enumerate(assignments):
+            groups[parts] = (*groups.get(parts, ()), j)
+        self._alike = {j: groups[parts] for j, parts in enumerate(assignments)}
         model.register_forward_pre_hook(torch.compiler.disable(self._seed_part), with_kwargs=True)
         model.register_comm_hook(None, self._hook)
-        reduced = [p for name, p in model.module.named_parameters() if p.requires_grad and name not in model.parameters_to_ignore]
+        named, ignored = model.module.named_parameters(), model.parameters_to_ignore
+        reduced = [parameter for name, parameter in named if parameter.requires_grad and name not in ignored]
         self._numbers = {parameter: i for i, parameter in enumerate(reduced)}
         self._record = StepRecord(code, self.worker, reduced, usage=self._may_be_unused)
 
@@ -400,7 +406,8 @@ class Guard:
 
     def _send_record(self, device: torch.device) -> None:
         """Sends what this rank says about the step; in every step at the same place on all ranks."""
-        with_state = self._state_is_unknown or (self._check_state_every > 0 and self.step % self._check_state_every == 0)
+        every = self._check_state_every
+        with_state = self._state_is_unknown or (every > 0 and self.step % every == 0)
         begin = time.perf_counter()
         state = self._digest_state() if with_state else None
         record = self._record.vector(state, device)
@@ -425,9 +432,10 @@ class Guard:
         claims, decoded, outcomes = self._claims, self._decoded, self._outcomes
         self._claims, self._decoded, self._outcomes = None, [], []
         self._record.begin()
-        self._judge(outcomes, claims)
-        if claims.state and (undecided := self._compare_state(claims.state)):
-            self._failure = self._failure or undecided
+        verdict = judge(claims.state, self._alike)
+        self._judge(outcomes, claims, verdict)
+        problem = self._mend(verdict) if claims.state else None
+        self._failure = self._failure or problem or self._corrupted(verdict)
         failure, self._failure = self._failure, None
         step, self.step = self.step, self.step + 1
         self._part = self._forwards = 0
@@ -471,26 +479,17 @@ class Guard:
 
     # ------------------------------------------------------------------------------------------------ verdicts
 
-    def _judge(self, outcomes: list[tuple[Outcome, int]], claims: Claims) -> None:
+    def _judge(self, outcomes: list[tuple[Outcome, int]], claims: Claims, state: StateVerdict) -> None:
         """Notes what the exchanges of a step have found."""
         if not any(outcome.suspects or outcome.missing or outcome.failed for outcome, _ in outcomes):
             return
         other_data = claims.with_other_data()
         for outcome, bucket in outcomes:
+            if outcome.failed and self._failure is None:
+                self._failure = self._explain(outcome, bucket, other_data, state)
             self._note(outcome, bucket, other_data)
 
     def _note(self, outcome: Outcome, bucket: int, other_data: set[int]) -> None:
-        if outcome.failed and self._failure is None:
-            suspected, elsewhere = self._explain(outcome, other_data)
-            reasons = [f"suspected: {suspected}"]
-            if elsewhere:
-                reasons.append(f"other data (mini-batches or forward passes that differ from the others'): {elsewhere}")
-            if outcome.missing:
-                reasons.append(f"missing: {[self._ranks[j] for j in outcome.missing]}")
-            self._failure = (
-                f"no gradient in step {self.step}, bucket {bucket}: more ranks are bad than {self.code!r} can correct; "
-                + ", ".join(reasons)
-            )
         for worker in (*outcome.suspects, *outcome.missing):
             differs = outcome.suspects.get(worker)
             finding = self._finding(
@@ -508,19 +507,42 @@ class Guard:
                 self._accuse(finding)
             self._deliver(finding)
 
-    def _explain(self, outcome: Outcome, other_data: set[int]) -> tuple[list[int], list[int]]:
-        """Why a bucket failed: the ranks that may have sent wrong gradients, and those that had other data.
+    def _explain(self, outcome: Outcome, bucket: int, other_data: set[int], state: StateVerdict) -> str:
+        """Why a bucket could not be decoded, as far as ranks' records tell."""
+        other_state = {j for j, sections in state.wrong.items() if "parameters" in sections}
+        explained = other_data | other_state
+        suspected = set(outcome.suspects) - explained
+        for group in set(self._alike.values()) if isinstance(self.code, RepetitionCode) else ():
+            # Of those who are left s or fewer may be right about the others: then it could be any of them.
+            rest = set(group) - explained - set(outcome.missing)
+            against = rest & suspected
+            if len(rest) > 1 and against and len(rest - against) <= self.code.adversaries:
+                suspected |= rest
+            elif rest == against and len(rest) == 1:
+                suspected -= rest  # nobody is left who says so
+        reasons = {
+            "suspected": suspected,
+            "other parameters than the majority": other_state,
+            "other data (mini-batches or forward passes that differ from the others')": other_data,
+            "missing": set(outcome.missing),
+        }
+        named = {reason: sorted(self._ranks[j] for j in workers) for reason, workers in reasons.items()}
+        return (
+            f"no gradient in step {self.step}, bucket {bucket}: more ranks are bad than {self.code!r} can correct; "
+            + ", ".join(f"{reason}: {ranks}" for reason, ranks in named.items() if ranks or not any(named.values()))
+        )
 
-        Without the latter no more than s members of a group may agree with each other: then it could be any of them.
-        """
-        suspected = set(outcome.suspects) - other_data
-        if isinstance(self.code, RepetitionCode):
-            for group in set(self._alike.values()):
-                rest = set(group) - other_data - set(outcome.missing)
-                if rest & set(outcome.suspects) and len(rest - set(outcome.suspects)) <= self.code.adversaries:
-                    suspected |= rest
-        elsewhere = other_data & set(outcome.suspects)
-        return sorted(self._ranks[j] for j in suspected), sorted(self._ranks[j] for j in elsewhere)
+    def _corrupted(self, verdict: StateVerdict) -> str | None:
+        """What is to be said where too many ranks have wrong parameters, also if their gradients agree."""
+        groups = set(self._alike.values()) if isinstance(self.code, RepetitionCode) else [range(self.code.workers)]
+        for group in groups:
+            wrong = sorted(self._ranks[j] for j in group if "parameters" in verdict.wrong.get(j, ()))
+            if len(wrong) > self.code.adversaries:
+                return (
+                    f"no gradient in step {self.step}: more ranks have other parameters than the majority than "
+                    f"{self.code!r} can correct: {wrong}"
+                )
+        return None
 
     def _finding(self, worker: int, kind: str, **what: Any) -> Finding:
         rank = self._ranks[worker]
@@ -597,24 +619,24 @@ class Guard:
         gone = {rank for rank, steps in self._missing.items() if steps[-1:] == [self.step - 1]}
         if absent := self._rendezvous.wait([r for r in range(self.code.workers) if r not in gone], timeout):
             raise RuntimeError(
-                f"check_state and state_dict must be called on all ranks, but rank {absent[0]} has not called it within "
-                f"{timeout:g} s; state_dict(check=False) may be called on one rank alone"
+                f"check_state and state_dict must be called on all ranks, but rank {absent[0]} has not called it "
+                f"within {timeout:g} s; state_dict(check=False) may be called on one rank alone"
             )
         record = self._digest_state().flatten()
-        rows, missing = _complete(self._transport.gather_record(record))
+        rows, missing = gather_alone(self._transport, record)
         present = [j for j in range(self.code.workers) if j not in missing]
         pairs = {j: tuple(map(tuple, rows[j].view(-1, 2).tolist())) for j in present}
         before = {rank: len(steps) for rank, steps in self._repaired.items()}
-        if undecided := self._compare_state(pairs):
-            raise DecodingError(undecided)
+        if problem := self._mend(judge(pairs, self._alike)):
+            raise DecodingError(problem)
         return tuple(sorted(rank for rank, steps in self._repaired.items() if len(steps) > before.get(rank, 0)))
 
     def state_dict(self, check: bool = True) -> dict[str, Any]:
         """What a checkpoint needs to go on exactly, dropout included, and to remember who was bad.
 
         Args:
-            check: calls `check_state` first, so that no rank writes a wrong checkpoint: to be called on all ranks, before
-                the model's own ``state_dict()``. False: may be called on one rank alone.
+            check: calls `check_state` first, so that no rank writes a wrong checkpoint: to be called on all ranks, and
+                before the model's own ``state_dict()``. False: may be called on one rank alone.
 
         Raises:
             DecodingError: see `check_state`.
@@ -650,9 +672,8 @@ class Guard:
         self._comparisons += 1
         return self._state.digests(int(ops.digest(words, self._seed)[0]) % 2**63)
 
-    def _compare_state(self, claims: dict[int, tuple[tuple[int, int], ...]]) -> str | None:
-        """Repairs the ranks in the minority; returns what is to be said where there is no majority."""
-        verdict = judge(claims, self._alike)
+    def _mend(self, verdict: StateVerdict) -> str | None:
+        """Repairs the ranks in the minority; returns what is to be said where that is not enough for the step."""
         self._state_is_unknown = bool(verdict.undecided)
         repaired = self._repair.run(verdict, self._alike)
         for worker, sections in verdict.wrong.items():
@@ -668,16 +689,11 @@ class Guard:
             if repaired[worker]:
                 self._repaired.setdefault(finding.rank, []).append(finding.step)
             self._deliver(finding)
-        for group in set(self._alike.values()) if isinstance(self.code, RepetitionCode) else [range(self.code.workers)]:
-            corrupt = [self._ranks[j] for j in group if "parameters" in verdict.wrong.get(j, ())]
-            if len(corrupt) > self.code.adversaries:
-                return (
-                    f"no gradient in step {self.step}: more ranks have computed it with wrong parameters than "
-                    f"{self.code!r} can correct: {corrupt}"
-                )
         if not verdict.undecided:
             return None
-        return f"no update in step {self.step}: no majority of the ranks has the same {' and '.join(verdict.undecided)}"
+        return (
+            f"no gradient in step {self.step}: no majority of the ranks has the same {' and '.join(verdict.undecided)}"
+        )
 
     def report(self) -> Report:
         """Who was suspected, in which steps and how many buckets, and which steps failed: the same on all ranks.
@@ -702,17 +718,6 @@ def _digest_of_sizes(model: DistributedDataParallel) -> str:
     # torch.compile puts a name of its own into all of them.
     sizes = [(name.replace("_orig_mod.", ""), list(p.shape), str(p.dtype)) for name, p in named]
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-
-
-def _complete(exchange: RecordExchange) -> tuple[Tensor, tuple[int, ...]]:
-    """An exchange with nothing else meanwhile."""
-    value = None
-    while True:
-        try:
-            pending = exchange.send(value)
-        except StopIteration as stop:
-            return stop.value
-        value = None if pending is None else pending.wait()
 
 
 def _meet(mine: dict[str, Any], group: dist.ProcessGroup, device: torch.device) -> list[str]:
@@ -807,8 +812,8 @@ def protect(
       live. Moves a message per rank to the server and back.
 
     Before every forward pass in training torch's global generator is seeded, the same on all ranks with the part, so
-    that dropout agrees. With find_unused_parameters or static_graph a parameter is unused if the majority of the holders
-    of every part say so; as under plain DDP its ``grad`` then stays what it was.
+    that dropout agrees. With find_unused_parameters or static_graph a parameter is unused if the majority of every part's
+    holders say so; as under plain DDP its ``grad`` then stays what it was.
 
     In the first step, in every step whose number is a multiple of `check_state_every` and before `Guard.state_dict`
     ranks compare digests of their parameters, buffers and watched optimizers (`Guard.watch`). Those that differ from

@@ -38,7 +38,7 @@ MOST_UNCLAIMED = 32
 # Only the server decides who is late; gloo would take all connections down.
 NEVER = timedelta(days=365)
 
-_DECODED, _FAILED, _GIVEN_UP = range(3)
+_DECODED, _FAILED, _GIVEN_UP, _TAKEN = range(4)
 
 
 class ServerTransport(Transport):
@@ -97,6 +97,43 @@ class ServerTransport(Transport):
         _, missing = _read(self._ask(record, rows))
         return rows, missing
 
+    def fetch(self, worker: int, values: Tensor) -> None:
+        """Takes a worker's values (CPU) to the server, into its own; these two ranks alone call it.
+
+        Where they do not come in time the server's stay as they are.
+        """
+        if self.peers.worker != self._server:
+            self._ask(values, values)
+            return
+        turn, line = next(self._turns), self._lines[worker]
+        line.begin(turn, torch.empty_like(values))
+        arrived = self._await(turn, {worker} if line.in_time else set())
+        if worker in arrived:
+            values.copy_(arrived[worker])
+        line.end((self._status(_TAKEN),), late=worker not in arrived)
+
+    def hand(self, worker: int, values: Tensor) -> None:
+        """Hands the server's values (CPU) to a worker, into its own; these two ranks alone call it.
+
+        The server does not wait for it.
+        """
+        ready = torch.zeros(1, dtype=torch.int64)
+        if self.peers.worker != self._server:
+            self._ask(ready, values)
+            return
+        line = self._lines[worker]
+        line.begin(next(self._turns), ready)
+        line.end((self._status(_DECODED), values), late=False)
+
+    def is_server(self, worker: int) -> bool:
+        """Return whether a worker is the server."""
+        return worker == self._server
+
+    def _status(self, status: int) -> Tensor:
+        verdict = _write(Outcome({}, False), self.code.workers)
+        verdict[0, 0] = status
+        return verdict
+
     def _ask(self, values: Tensor, answer: Tensor) -> Tensor:
         """Sends values to the server, takes its answer unless that is a failure, and returns the verdict."""
         verdict = torch.empty(self.code.workers + 1, len(_COLUMNS), dtype=torch.float64)
@@ -136,7 +173,15 @@ class ServerTransport(Transport):
             line.begin(turn, mark(torch.empty_like(values, device="cpu")))
             if line.in_time:
                 awaited.add(j)
-        absent = set(self._lines)
+        arrived = self._await(turn, awaited)
+        for j, came in arrived.items():
+            rows[j] = came
+        self.peers.seconds.communicate += time.perf_counter() - begin
+        return rows, self._lines.keys() - arrived.keys()
+
+    def _await(self, turn: int, awaited: set[int]) -> dict[int, Tensor]:
+        """What comes in a turn from these workers until the deadline."""
+        arrived = {}
         until = time.monotonic() + self._deadline
         while awaited:
             try:
@@ -146,11 +191,9 @@ class ServerTransport(Transport):
             if came is None:
                 awaited.discard(j)
             elif answered == turn:
-                rows[j] = came
+                arrived[j] = came
                 awaited.discard(j)
-                absent.discard(j)
-        self.peers.seconds.communicate += time.perf_counter() - begin
-        return rows, absent
+        return arrived
 
     def _answer(self, result: tuple[Tensor, ...], absent: set[int]) -> None:
         """Hands a result, which begins with a verdict, to everybody, also to those who were late."""

@@ -6,8 +6,9 @@ one in the minority is sent what the majority has, and believes it only under a 
 
 from __future__ import annotations
 
+import abc
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from draco_ext import ops
 from draco_ext.distributed.record import SECTIONS, Digest, majority
-from draco_ext.distributed.transports import Peers
+from draco_ext.distributed.server_transport import SERVER, ServerTransport
+from draco_ext.distributed.transports import Peers, Transport, gather_alone
 
 CHUNK = 2**20  # bytes; smaller tensors are digested and sent together
 
@@ -53,13 +55,8 @@ class ReplicatedState:
 
     def digest(self, section: str, key: int) -> Tensor:
         """Return the digest (2,) of one section, 0 where there is nothing in it."""
-        digests = [
-            ops.digest(_bytes(chunk, chunk[0].device), (key + 1 + i) % 2**63).to(self.device)
-            for i, chunk in enumerate(_chunks(self._of(section)))
-        ]
-        if not digests:
-            return torch.zeros(2, dtype=torch.int64, device=self.device)
-        return ops.digest(torch.cat(digests).view(torch.uint8), key)
+        pieces = (_bytes(chunk, chunk[0].device) for chunk in _chunks(self._of(section)))
+        return _join(pieces, key, self.device)
 
     def layout(self, section: str) -> Tensor:
         """Return a digest (2,) of what decides how a section is sent: shapes, dtypes and structure."""
@@ -82,20 +79,26 @@ class ReplicatedState:
             _fill(chunk, arrived)
         self._put_numbers(section, tensors)
 
-    def copy(self, section: str) -> list[Tensor]:
-        """Return a section as it is now, as bytes on the CPU."""
-        return [_bytes(chunk, torch.device("cpu"), copy=True) for chunk in _chunks(self._of(section))]
+    def size(self, section: str) -> int:
+        """Return how many bytes a section has."""
+        return sum(map(_size, self._of(section)))
 
-    def sizes(self, section: str) -> list[int]:
-        """Return how many bytes each tensor of `copy` has."""
-        return [sum(map(_size, chunk)) for chunk in _chunks(self._of(section))]
+    def to_bytes(self, section: str) -> Tensor:
+        """Return a copy of a section as bytes on the CPU."""
+        return torch.cat([_bytes(chunk, torch.device("cpu")) for chunk in _chunks(self._of(section))])
 
-    def put(self, section: str, copied: Sequence[Tensor]) -> None:
-        """Takes over what `copy` has returned on another rank."""
+    def from_bytes(self, section: str, values: Tensor) -> None:
+        """Takes over what `to_bytes` has returned on a rank with the same layout."""
         tensors = self._of(section)
-        for chunk, arrived in zip(_chunks(tensors), copied, strict=True):
-            _fill(chunk, arrived)
+        chunks = list(_chunks(tensors))
+        for chunk, piece in zip(chunks, values.split([sum(map(_size, chunk)) for chunk in chunks]), strict=True):
+            _fill(chunk, piece)
         self._put_numbers(section, tensors)
+
+    def digest_of_bytes(self, section: str, values: Tensor, key: int) -> Tensor:
+        """Return the `digest` of a rank whose section these bytes are."""
+        sizes = [sum(map(_size, chunk)) for chunk in _chunks(self._of(section))]
+        return _join((piece.clone() for piece in values.split(sizes)), key, self.device)
 
     def _of(self, section: str) -> list[Tensor]:
         if section != "optimizer":
@@ -139,13 +142,20 @@ def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield chunk
 
 
+def _join(pieces: Iterable[Tensor], key: int, device: torch.device) -> Tensor:
+    digests = [ops.digest(piece, (key + 1 + i) % 2**63).to(device) for i, piece in enumerate(pieces)]
+    if not digests:
+        return torch.zeros(2, dtype=torch.int64, device=device)
+    return ops.digest(torch.cat(digests).view(torch.uint8), key)
+
+
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _bytes(chunk: list[Tensor], device: torch.device, *, copy: bool = False) -> Tensor:
+def _bytes(chunk: list[Tensor], device: torch.device) -> Tensor:
     pieces = [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in chunk]
-    return (torch.cat(pieces) if copy or len(pieces) > 1 else pieces[0]).to(device)
+    return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).to(device)
 
 
 @torch.no_grad()
@@ -168,7 +178,9 @@ def _leaves(optimizer: torch.optim.Optimizer) -> tuple[list[object], pytree.Tree
 
 def _structure(optimizer: torch.optim.Optimizer) -> str:
     leaves, structure = _leaves(optimizer)
-    kinds = [leaf if isinstance(leaf, str) else "number" if _is_number(leaf) else type(leaf).__name__ for leaf in leaves]
+    kinds = [
+        leaf if isinstance(leaf, str) else "number" if _is_number(leaf) else type(leaf).__name__ for leaf in leaves
+    ]
     return f"{structure} {kinds}"
 
 
@@ -225,7 +237,7 @@ def judge(claims: Mapping[int, Sequence[Digest]], groups: Mapping[int, tuple[int
     undecided = []
     for i, section in enumerate(SECTIONS):
         of_all = {j: digests[i] for j, digests in claims.items()}
-        if section != "buffers" and majority(of_all) is None:
+        if section != "buffers" and claims and majority(of_all) is None:
             undecided.append(section)
         for j in claims:
             pool = {k: of_all[k] for k in groups[j] if k in of_all} if section == "buffers" else of_all
@@ -241,26 +253,38 @@ def judge(claims: Mapping[int, Sequence[Digest]], groups: Mapping[int, tuple[int
 _DONE, _DIGEST, _SEND = range(3)
 
 
-class Repair:
-    """Gives ranks in the minority what the majority has, from rank to rank; for transports without a server.
+class Repair(abc.ABC):
+    """A way to give ranks in the minority what the majority has."""
+
+    @abc.abstractmethod
+    def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
+        """Repair those who are wrong, one after another. To be called on all ranks.
+
+        Args:
+            verdict: who that is.
+            groups: see `judge`.
+
+        Returns:
+            For each of them whether it could be repaired.
+        """
+
+
+class PeerRepair(Repair):
+    """From rank to rank, where there is no server.
 
     The rank that is wrong leads: it asks everybody for digests under a key that it has just drawn, one of the majority
     for the bytes, and everybody again under a new key, which the one that sent them could not know. So nobody needs to
     agree with anybody but with that rank, and the other ranks only answer.
     """
 
-    def __init__(self, peers: Peers, state: ReplicatedState) -> None:
-        self._peers = peers
+    def __init__(self, transport: Transport, state: ReplicatedState) -> None:
+        peers = self._peers = transport.peers
         self._state = state
         self._helpers = peers.code.adversaries + 1
         self._most_commands = len(SECTIONS) * (1 + 2 * self._helpers) + 1
 
     def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
-        """Repair those who are wrong, one after another.
-
-        Returns:
-            For each of them whether it could be repaired, as it says itself.
-        """
+        """See `Repair.run`; whether it could be repaired each says of itself."""
         return {
             j: self._lead(sections, verdict, groups) if j == self._peers.worker else self._serve(j)
             for j, sections in verdict.wrong.items()
@@ -323,3 +347,62 @@ class Repair:
             else:
                 self._peers.send(torch.cat([self._state.digest(section, key), self._state.layout(section)]), worker)
         return False
+
+
+class ServerRepair(Repair):
+    """Through the server, in turns with everything else: so a dead or late rank holds nobody up.
+
+    What a worker sends for the server or for another is compared with the majority under a key that the server draws
+    afterwards.
+    """
+
+    def __init__(self, transport: ServerTransport, state: ReplicatedState) -> None:
+        self._transport = transport
+        self._state = state
+        self._own = transport.peers.worker
+        self._serves = transport.is_server(self._own)
+
+    def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
+        """See `Repair.run`."""
+        return {
+            j: all(self._recover(section, j, verdict.right[section, j]) for section in sections)
+            for j, sections in verdict.wrong.items()
+        }
+
+    def _recover(self, section: str, worker: int, right: Sequence[int]) -> bool:
+        rows, missing = gather_alone(self._transport, self._state.layout(section))
+        layouts = {j: tuple(rows[j].tolist()) for j in (worker, *right) if j not in missing}
+        helpers = [j for j in right if layouts.get(j) == layouts.get(worker)]
+        helpers.sort(key=lambda j: not self._transport.is_server(j))
+        for helper in helpers[: self._transport.code.adversaries + 1]:
+            values = self._bring(section, helper, [j for j in right if j not in missing])
+            if values is None:
+                continue
+            if self._transport.is_server(worker):
+                if self._serves:
+                    self._state.from_bytes(section, values)
+            elif self._own == worker:
+                self._transport.hand(worker, values)
+                self._state.from_bytes(section, values)
+            elif self._serves:
+                self._transport.hand(worker, values)
+            return True
+        return False
+
+    def _bring(self, section: str, helper: int, right: Sequence[int]) -> Tensor | None:
+        """A helper's section, on the server; anything on the others; None where it is not the majority's."""
+        if self._own == helper:
+            values = self._state.to_bytes(section)
+        else:
+            values = torch.zeros(self._state.size(section), dtype=torch.uint8)
+        if self._transport.is_server(helper):
+            return values
+        if self._serves or self._own == helper:
+            self._transport.fetch(helper, values)
+        server = self._transport.peers.ranks.index(SERVER)
+        rows, _ = gather_alone(self._transport, torch.tensor([secrets.randbits(62)]))
+        key = int(rows[server])
+        digest = self._state.digest_of_bytes(section, values, key) if self._serves else self._state.digest(section, key)
+        rows, missing = gather_alone(self._transport, digest)
+        digests = {j: tuple(rows[j].tolist()) for j in right if j not in missing}
+        return values if majority(digests) == tuple(rows[server].tolist()) else None

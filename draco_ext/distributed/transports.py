@@ -277,6 +277,17 @@ class Transport(abc.ABC):
         """
 
 
+def gather_alone(transport: Transport, record: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """`Transport.gather_record` with nothing else under way; returns the same."""
+    exchange, value = transport.gather_record(record), None
+    while True:
+        try:
+            pending = exchange.send(value)
+        except StopIteration as stop:
+            return stop.value
+        value = None if pending is None else pending.wait()
+
+
 class AllGather(Transport):
     """Every rank collects all messages and decodes by itself.
 
