@@ -812,8 +812,8 @@ def protect(
       live. Moves a message per rank to the server and back.
 
     Before every forward pass in training torch's global generator is seeded, the same on all ranks with the part, so
-    that dropout agrees. With find_unused_parameters or static_graph a parameter is unused if the majority of every part's
-    holders say so; as under plain DDP its ``grad`` then stays what it was.
+    that dropout agrees. With find_unused_parameters or static_graph a parameter is unused if the majority of each
+    part's holders say so; as under plain DDP its ``grad`` then stays what it was.
 
     In the first step, in every step whose number is a multiple of `check_state_every` and before `Guard.state_dict`
     ranks compare digests of their parameters, buffers and watched optimizers (`Guard.watch`). Those that differ from
