@@ -118,17 +118,17 @@ def _other_batches(rank, report):
 def test_other_mini_batches_are_named():
     several, one, evaluating, disjoint, cyclic, cyclic_one, cyclic_several, no_steps = run_local(_other_batches, 3)
     assert "loader must give ranks that share a part the same mini-batches" in several[0]
-    assert "got others on ranks [1, 2]" in several[0]
+    assert "got others of part 0 on ranks [1, 2]" in several[0]
     assert evaluating[0] == several[0]
     assert "loop over guard.steps(loader)" in no_steps
     assert one[0] is None
     assert one[1][0].startswith("rank 2 on ")
-    assert "has another mini-batch of part 0 than others" in one[1][0]
+    assert "has other inputs of part 0 than others: loader must give" in one[1][0]
     assert one[2] == [2]
     assert disjoint == cyclic == (None, [], [])
     assert cyclic_one[0] is None
     assert cyclic_one[2] == [1]
-    assert "got others on ranks [1, 2]" in cyclic_several[0]
+    assert "got others of part 0 on ranks [1, 2]" in cyclic_several[0]
 
 
 @pytest.mark.slow

@@ -18,12 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode, DecodingError, RepetitionCode
+from draco_ext.distributed.compatibility import check_model, reduced_parameters
 from draco_ext.distributed.encoder import GradientEncoder
 from draco_ext.distributed.groups import Rendezvous, gather, gather_json, membership
+from draco_ext.distributed.inputs import UNKNOWN, compare_inputs
 from draco_ext.distributed.ledger import Finding, Ledger
 from draco_ext.distributed.placement import ranks_per_host, worker_of
 from draco_ext.distributed.record import Claims, StepRecord
-from draco_ext.distributed.reproducibility import SelfTest, fingerprint, odd_ones_out, self_test
+from draco_ext.distributed.reproducibility import SelfTest, fingerprint, self_test
+from draco_ext.distributed.seeding import BATCH, LOADER, seed_generators
 from draco_ext.distributed.server_transport import ServerTransport
 from draco_ext.distributed.state import PeerRepair, ReplicatedState, ServerRepair, StateVerdict, judge
 from draco_ext.distributed.transports import (
@@ -39,6 +42,7 @@ from draco_ext.distributed.transports import (
     Transport,
     gather_alone,
 )
+from draco_ext.distributed.watch import Watch
 
 logger = logging.getLogger("draco_ext")
 
@@ -92,6 +96,7 @@ class Report:
         repaired: by rank, the steps in which its parameters, buffers or watched optimizers differed from those of the
             majority, and were given what the majority has.
         unwritten: findings that could not be written into this rank's ledger.
+        undelivered: findings at which this rank's callback raised an error.
         seconds: where this rank's time went in all steps together.
     """
 
@@ -102,6 +107,7 @@ class Report:
     missing: dict[int, list[int]] = field(default_factory=dict)
     repaired: dict[int, list[int]] = field(default_factory=dict)
     unwritten: int = field(default=0, compare=False)
+    undelivered: int = field(default=0, compare=False)
     seconds: Seconds = field(default_factory=Seconds, compare=False)
 
 
@@ -162,10 +168,12 @@ class Guard:
         on_host = ranks_per_host(code) if ranks_on_host is None else ranks_on_host
         self._ranks = tuple(sorted(range(code.workers), key=lambda rank: worker_of(rank, code, on_host)))
         self.worker = worker_of(self._rank, code, on_host)
+        self._parts = code.assignment(self.worker)
 
         self._ledger, problem = None, None
         if ledger is not None and (self._rank == 0 or "{rank}" in str(ledger)):
-            path = Path(str(ledger).replace("{rank}", str(self._rank)))
+            # Made absolute now: a script may change its directory.
+            path = Path(str(ledger).replace("{rank}", str(self._rank))).absolute()
             try:
                 self._ledger = Ledger(path)
             except OSError as error:
@@ -205,9 +213,14 @@ class Guard:
         self._part = 0  # of this worker's, in the step that runs
         self._forwards = 0  # of that part
         self._in_steps = False
+        self._awaited = False  # within `steps`: whether a mini-batch is handed out that was not yet passed backward
         self._encoder = GradientEncoder(code, self.worker, ready=isinstance(self._transport, AllReduceCyclic))
         self._flights: list[_Flight] = []  # of the step that runs
-        self._inputs: list[Tensor] = []  # fingerprints of the first step's mini-batches
+        # In the first step, of each part: fingerprints of its mini-batch, if `steps` has handed it out, and inputs.
+        self._inputs: dict[int, list[Tensor]] = {}
+        self._findings: list[Finding] = []  # of the step that runs, for the callback
+        self._callback_errors: set[type[Exception]] = set()  # that were logged
+        self._undelivered = 0
         # DDP's own map of unused parameters is of a step's last pass only, and believes every rank.
         self._may_be_unused = model.find_unused_parameters or model.static_graph
         self._decoded: list[_Decoded] = []  # where some may be unused
@@ -227,12 +240,16 @@ class Guard:
         for j, parts in enumerate(assignments):
             groups[parts] = (*groups.get(parts, ()), j)
         self._alike = {j: groups[parts] for j, parts in enumerate(assignments)}
+        model.register_comm_hook(None, self._hook)  # the first: it raises where there is one already
+        # The server's threads talk to the other ranks at any time; those look, too.
+        is_server = transport == "server" and self._rank == 0
+        self._watch = Watch(model, self._drop_gradients, collectives=not is_server)
         model.register_forward_pre_hook(torch.compiler.disable(self._seed_part), with_kwargs=True)
-        model.register_comm_hook(None, self._hook)
-        named, ignored = model.module.named_parameters(), model.parameters_to_ignore
-        reduced = [parameter for name, parameter in named if parameter.requires_grad and name not in ignored]
+        in_buckets = reduced_parameters(model)
+        reduced = [parameter for parameter in model.parameters() if parameter in in_buckets]
         self._numbers = {parameter: i for i, parameter in enumerate(reduced)}
         self._record = StepRecord(code, self.worker, reduced, usage=self._may_be_unused)
+        self._seed_generators(self._parts[0], LOADER)
 
     @property
     def _model(self) -> DistributedDataParallel:
@@ -254,28 +271,48 @@ class Guard:
             RuntimeError: the mini-batches of a step were not all taken and passed backward.
         """
         iterator = iter(loader)
-        parts = len(self.code.assignment(self.worker))
         self._in_steps = True
         try:
-            for first in iterator:
+            while True:
                 before = self.step
-                yield self._parts_of_step(first, iterator, parts)
+                self._seed_generators(self._parts[0], LOADER)
+                try:
+                    first = next(iterator)
+                except StopIteration:
+                    return
+                yield self._parts_of_step(first, iterator)
                 if self.step != before + 1:
-                    raise RuntimeError(
-                        f"step {before} is not complete: each of its {parts} mini-batches needs one backward pass"
-                    )
+                    raise self._incomplete(before)
         finally:
-            self._in_steps = False
+            self._in_steps = self._awaited = False
 
-    def _parts_of_step(self, first: Any, iterator: Iterator[Any], parts: int) -> Iterator[Any]:
-        for part in range(parts):
-            self._model.zero_grad(set_to_none=True)  # what backward left there is in the message, or of the step before
-            self._part, self._forwards = part, 0
-            self._record.begin_part(part)
+    def _parts_of_step(self, first: Any, iterator: Iterator[Any]) -> Iterator[Any]:
+        step = self.step
+        for i, part in enumerate(self._parts):
+            if i > 0:
+                if self._awaited:
+                    raise self._incomplete(step)
+                self._seed_generators(part, LOADER)
             try:
-                yield first if part == 0 else next(iterator)
+                batch = first if i == 0 else next(iterator)
             except StopIteration:
-                raise RuntimeError(f"the loader ended within a step of {parts} mini-batches") from None
+                raise RuntimeError(f"the loader ended within a step of {len(self._parts)} mini-batches") from None
+            self._model.zero_grad(set_to_none=True)  # what backward left there is in the message, or of the step before
+            self._part, self._forwards, self._awaited = i, 0, True
+            self._watch.begin_part()
+            self._record.begin_part(i)
+            if self._exchanges == 0:
+                self._inputs[i] = [fingerprint(batch), UNKNOWN]
+            self._seed_generators(part, BATCH)
+            yield batch
+
+    def _incomplete(self, step: int) -> RuntimeError:
+        return RuntimeError(
+            f"step {step} is not complete: each of its {len(self._parts)} mini-batches needs one backward pass"
+        )
+
+    def _seed_generators(self, part: int, stage: int) -> None:
+        seed_generators(self._seed, self.step, part, stage)
 
     def _seed_part(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> None:
         """Before every forward pass in training: dropout and the like draw the same for all ranks with this part."""
@@ -283,21 +320,16 @@ class Guard:
             return
         self._record.see(self._part, (arguments, keywords), self._state.device)
         if self._exchanges == 0 and self._forwards == 0:
-            self._inputs[self._part :] = [fingerprint((arguments, keywords))]
+            batch, _ = self._inputs.get(self._part, (UNKNOWN, UNKNOWN))
+            self._inputs[self._part] = [batch, fingerprint((arguments, keywords))]
         if not module.training:
             return
         self._check_in_steps()
-        part = self.code.assignment(self.worker)[self._part]
-        words = torch.tensor([self.step, part, self._forwards], dtype=torch.int64).view(torch.uint8)
-        seed = int(ops.digest(words, self._seed)[0])
-        # torch.manual_seed would format a stack trace for every kind of device that is not in use.
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(seed)
+        self._seed_generators(self._parts[self._part], self._forwards)
         self._forwards += 1
 
     def _check_in_steps(self) -> None:
-        if not self._in_steps and len(self.code.assignment(self.worker)) > 1:
+        if not self._in_steps and len(self._parts) > 1:
             raise RuntimeError(f"{self.code!r} has several parts for each rank: loop over guard.steps(loader)")
 
     # ------------------------------------------------------------------------------------------------ DDP's hook
@@ -305,16 +337,28 @@ class Guard:
     def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Called by DDP for every bucket of a backward pass, in the same order on all ranks."""
         try:
-            return self._take(bucket)
+            self._watch.begin_bucket()
+            with self._watch.own():
+                future = self._take(bucket)
+            if bucket.is_last():
+                self._awaited = False
+                self._watch.end_pass()
+            return future
         except BaseException:
             self._drop_gradients()  # this rank's own, and decoded ones
+            self._deliver()
             raise
 
     def _take(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         self._check_in_steps()
+        if self._in_steps and not self._awaited:
+            raise RuntimeError(
+                "guard.steps() takes one backward pass for each mini-batch, got another: put all but the last of a "
+                "mini-batch under model.no_sync()"
+            )
         buffer = bucket.buffer()
         future = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
-        last = self._part == len(self.code.assignment(self.worker)) - 1
+        last = self._part == len(self._parts) - 1
         if last and self._exchanges == 0:
             self._compare_inputs(buffer.device)
         begin = time.perf_counter()
@@ -379,30 +423,23 @@ class Guard:
                 self._advance(flight)
 
     def _compare_inputs(self, device: torch.device) -> None:
-        """In the first step: whether ranks that share a part have the same mini-batch of it.
+        """In the first step: whether ranks that share a part have the same inputs of it.
 
         More than s that have not are a mistake. Fewer may be one, or bad; they cannot stop the others.
         """
-        rows = gather(torch.stack(self._inputs), self._model.process_group, device)
-        odd: dict[int, int] = {}  # worker -> first part of which it has another mini-batch
-        for part in range(self.code.parts):
-            holders = [j for j in range(self.code.workers) if part in self.code.assignment(j)]
-            ours = [rows[self._ranks[j], self.code.assignment(j).index(part)] for j in holders]
-            for i in odd_ones_out(torch.stack(ours)):
-                odd.setdefault(holders[i], part)
-        ranks = {self._ranks[j]: part for j, part in odd.items()}
-        if len(odd) > self.code.adversaries:
-            raise ValueError(
-                "loader must give ranks that share a part the same mini-batches of it, those of a "
-                f"RedundantBatchSampler with the same seed and data; got others on ranks {sorted(ranks)}"
-            )
-        for rank, part in ranks.items():
-            logger.warning(
-                "rank %d on %s has another mini-batch of part %d than others: sampler, seed and data must be the same",
-                rank,
-                self._hosts[rank],
-                part,
-            )
+        own = torch.stack([torch.stack(self._inputs[i]) for i in range(len(self._parts))])
+        for other in compare_inputs(gather(own, self._model.process_group, device), self.code, self._ranks):
+            ranks = sorted(self._ranks[j] for j in other.workers)
+            if len(ranks) > self.code.adversaries:
+                raise ValueError(f"{other.cause}; got others of part {other.part} on ranks {ranks}")
+            for rank in ranks:
+                self._log(
+                    "rank %d on %s has other inputs of part %d than others: %s",
+                    rank,
+                    self._hosts[rank],
+                    other.part,
+                    other.cause,
+                )
 
     def _send_record(self, device: torch.device) -> None:
         """Sends what this rank says about the step; in every step at the same place on all ranks."""
@@ -434,12 +471,16 @@ class Guard:
         self._record.begin()
         verdict = judge(claims.state, self._alike)
         self._judge(outcomes, claims, verdict)
-        problem = self._mend(verdict) if claims.state else None
+        with self._watch.own():
+            problem = self._mend(verdict) if claims.state else None
         self._failure = self._failure or problem or self._corrupted(verdict)
         failure, self._failure = self._failure, None
         step, self.step = self.step, self.step + 1
         self._part = self._forwards = 0
         self.failed = failure is not None
+        self._seed_generators(self._parts[0], LOADER)
+        self._watch.finish()
+        self._deliver()
         if failure is None:
             if decoded:
                 _leave_out_unused(decoded, claims.used_parameters())
@@ -448,7 +489,7 @@ class Guard:
         self._drop_gradients()
         if self._on_failure == "raise":
             raise DecodingError(failure)
-        logger.warning("%s; the step is skipped", failure)
+        self._log("%s; the step is skipped", failure)
 
     def _drop_gradients(self) -> None:
         for parameter in self._model.parameters():
@@ -474,7 +515,7 @@ class Guard:
         """
         result = self_test(self._model.module, self._model.process_group, batch, loss)
         if not result.reproducible:
-            logger.warning("%s", result)
+            self._log("%s", result)
         return result
 
     # ------------------------------------------------------------------------------------------------ verdicts
@@ -505,7 +546,7 @@ class Guard:
                 self._miss(finding)
             elif not outcome.failed:
                 self._accuse(finding)
-            self._deliver(finding)
+            self._add(finding)
 
     def _explain(self, outcome: Outcome, bucket: int, other_data: set[int], state: StateVerdict) -> str:
         """Why a bucket could not be decoded, as far as ranks' records tell."""
@@ -557,16 +598,32 @@ class Guard:
             **what,
         )
 
-    def _deliver(self, finding: Finding) -> None:
+    def _add(self, finding: Finding) -> None:
         if self._ledger is not None:
             self._ledger.append(finding)
-        if self._callback is not None:
-            self._callback(finding)
+        self._findings.append(finding)
+
+    def _deliver(self) -> None:
+        """Give the step's findings to the callback, which cannot end the job."""
+        findings, self._findings = self._findings, []
+        for finding in findings if self._callback is not None else ():
+            try:
+                self._callback(finding)
+            except Exception as error:
+                self._undelivered += 1
+                if type(error) not in self._callback_errors:
+                    self._callback_errors.add(type(error))
+                    logger.exception("callback raised an error; training goes on, and others of its kind are counted")
+
+    def _log(self, message: str, *arguments: Any) -> None:
+        """Log a warning once per job: by the first rank that nobody suspects. Others log for debugging only."""
+        trusted = set(range(self.code.workers)) - self._suspects.keys() - self._missing.keys()
+        logger.log(logging.WARNING if min(trusted, default=0) == self._rank else logging.DEBUG, message, *arguments)
 
     def _miss(self, finding: Finding) -> None:
         steps = self._missing.setdefault(finding.rank, [])
         if not steps:
-            logger.warning("rank %d on %s is missing in step %d", finding.rank, finding.host, finding.step)
+            self._log("rank %d on %s is missing in step %d", finding.rank, finding.host, finding.step)
         if finding.step not in steps[-1:]:
             steps.append(finding.step)
 
@@ -575,7 +632,7 @@ class Guard:
             self._suspects[finding.rank] = Suspect(finding.worker, finding.rank, finding.host)
             what = "has other data than the ranks with the same part: mini-batches or forward passes differ"
             what = what if finding.kind == "data" else "sent a wrong gradient"
-            logger.warning("rank %d on %s %s in step %d", finding.rank, finding.host, what, finding.step)
+            self._log("rank %d on %s %s in step %d", finding.rank, finding.host, what, finding.step)
         suspect = self._suspects[finding.rank]
         suspect.buckets += 1
         if finding.kind == "data" and finding.step not in suspect.other_data[-1:]:
@@ -616,6 +673,10 @@ class Guard:
             RuntimeError: another rank does not call it.
         """
         ops.check_tolerance("timeout", timeout)
+        with self._watch.own():
+            return self._check_state(timeout)
+
+    def _check_state(self, timeout: float) -> tuple[int, ...]:
         gone = {rank for rank, steps in self._missing.items() if steps[-1:] == [self.step - 1]}
         if absent := self._rendezvous.wait([r for r in range(self.code.workers) if r not in gone], timeout):
             raise RuntimeError(
@@ -626,10 +687,12 @@ class Guard:
         rows, missing = gather_alone(self._transport, record)
         present = [j for j in range(self.code.workers) if j not in missing]
         pairs = {j: tuple(map(tuple, rows[j].view(-1, 2).tolist())) for j in present}
-        before = {rank: len(steps) for rank, steps in self._repaired.items()}
-        if problem := self._mend(judge(pairs, self._alike)):
+        verdict = judge(pairs, self._alike)
+        problem = self._mend(verdict)
+        self._deliver()
+        if problem:
             raise DecodingError(problem)
-        return tuple(sorted(rank for rank, steps in self._repaired.items() if len(steps) > before.get(rank, 0)))
+        return tuple(sorted(self._ranks[worker] for worker in verdict.wrong))
 
     def state_dict(self, check: bool = True) -> dict[str, Any]:
         """What a checkpoint needs to go on exactly, dropout included, and to remember who was bad.
@@ -661,6 +724,7 @@ class Guard:
         self._missing = {rank: list(steps) for rank, steps in state["missing"].items()}
         self._repaired = {rank: list(steps) for rank, steps in state.get("repaired", {}).items()}
         self._state_is_unknown = True  # something was loaded
+        self._seed_generators(self._parts[0], LOADER)
 
     def _digest_state(self) -> Tensor:
         """Digests of this rank's state, under a key that all ranks know.
@@ -678,7 +742,7 @@ class Guard:
         repaired = self._repair.run(verdict, self._alike)
         for worker, sections in verdict.wrong.items():
             finding = self._finding(worker, "state", bucket=-1, elements=None, first=None, largest=None, failed=False)
-            logger.warning(
+            self._log(
                 "rank %d on %s had other %s than the majority in step %d; %s",
                 finding.rank,
                 finding.host,
@@ -688,7 +752,7 @@ class Guard:
             )
             if repaired[worker]:
                 self._repaired.setdefault(finding.rank, []).append(finding.step)
-            self._deliver(finding)
+            self._add(finding)
         if not verdict.undecided:
             return None
         return (
@@ -698,16 +762,22 @@ class Guard:
     def report(self) -> Report:
         """Who was suspected, in which steps and how many buckets, and which steps failed: the same on all ranks.
 
-        Also how many seconds were spent on it, and what its ledger lacks: each rank's own.
+        Also how many seconds were spent on it, and what its ledger and its callback lack: each rank's own. A snapshot:
+        it does not change afterwards.
         """
+        suspects = {
+            rank: replace(suspect, steps=list(suspect.steps), other_data=list(suspect.other_data))
+            for rank, suspect in self._suspects.items()
+        }
         return Report(
             self._transport.trust,
             self.step,
-            dict(self._suspects),
+            suspects,
             tuple(self._failed_steps),
-            dict(self._missing),
+            {rank: list(steps) for rank, steps in self._missing.items()},
             {rank: list(steps) for rank, steps in self._repaired.items()},
             0 if self._ledger is None else self._ledger.unwritten,
+            self._undelivered,
             replace(self._peers.seconds),
         )
 
@@ -868,12 +938,11 @@ def protect(
     ops.check_int("check_state_every", check_state_every, 0)
     if isinstance(code, RepetitionCode) and transport == "allreduce" and (atol > 0 or rtol > 0):
         raise ValueError("atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'allgather'")
-    accepted = ops.CYCLIC_DTYPES if isinstance(code, CyclicCode) else ops.VOTE_DTYPES
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype not in accepted:
-            raise TypeError(f"parameters must have a dtype that {code!r} takes, got {parameter.dtype} for {name}")
-    if transport == "server" and (
-        model.find_unused_parameters or (model.broadcast_buffers and next(model.buffers(), None) is not None)
+    check_model(model, code)
+    if (
+        dist.get_rank(model.process_group) == 0
+        and transport == "server"
+        and (model.find_unused_parameters or (model.broadcast_buffers and next(model.buffers(), None) is not None))
     ):
         logger.warning(
             "a rank that dies or hangs will stop all: with buffers and broadcast_buffers, or with "
