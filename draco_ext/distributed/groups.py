@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -115,18 +116,23 @@ class Rendezvous:
         """Wait for these ranks, for so many seconds.
 
         Returns:
-            The ranks that have not come; whether there are any, all agree.
+            The ranks that have not come.
         """
         store = dist.distributed_c10d._get_default_store()
-        name = f"{self._name}/{self._calls}"
-        store.set(f"{name}/{self._rank}", "here")
-        absent = []
-        try:
-            store.wait([f"{name}/{rank}" for rank in ranks], timedelta(seconds=max(timeout, 0.001)))
-        except dist.DistStoreError:
-            absent = [rank for rank in ranks if not store.check([f"{name}/{rank}"])]
-        # Who comes at the last moment and who leaves then must not part.
-        if store.compare_set(f"{name}/all", "", "no" if absent else "yes") == b"yes":
+        until = time.monotonic() + timeout
+        while True:
+            name = f"{self._name}/{self._calls}"
             self._calls += 1
-            return []
-        return absent or [self._rank]
+            store.set(f"{name}/{self._rank}", "here")
+            absent = []
+            try:
+                left = max(until - time.monotonic(), 0.001)
+                store.wait([f"{name}/{rank}" for rank in ranks], timedelta(seconds=left))
+            except dist.DistStoreError:
+                absent = [rank for rank in ranks if not store.check([f"{name}/{rank}"])]
+            # Who comes at the last moment and who leaves then must not part.
+            if store.compare_set(f"{name}/all", "", "no" if absent else "yes") == b"yes":
+                return []
+            if absent:
+                return absent
+            # Another rank has given this call up before: it will come to the next one.

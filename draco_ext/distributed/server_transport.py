@@ -125,10 +125,6 @@ class ServerTransport(Transport):
         line.begin(next(self._turns), ready)
         line.end((self._status(_DECODED), values), late=False)
 
-    def is_server(self, worker: int) -> bool:
-        """Return whether a worker is the server."""
-        return worker == self._server
-
     def _status(self, status: int) -> Tensor:
         verdict = _write(Outcome({}, False), self.code.workers)
         verdict[0, 0] = status

@@ -85,7 +85,8 @@ class ReplicatedState:
 
     def to_bytes(self, section: str) -> Tensor:
         """Return a copy of a section as bytes on the CPU."""
-        return torch.cat([_bytes(chunk, torch.device("cpu")) for chunk in _chunks(self._of(section))])
+        pieces = [_bytes(chunk, torch.device("cpu")) for chunk in _chunks(self._of(section))]
+        return torch.cat([torch.empty(0, dtype=torch.uint8), *pieces])
 
     def from_bytes(self, section: str, values: Tensor) -> None:
         """Takes over what `to_bytes` has returned on a rank with the same layout."""
@@ -360,7 +361,7 @@ class ServerRepair(Repair):
         self._transport = transport
         self._state = state
         self._own = transport.peers.worker
-        self._serves = transport.is_server(self._own)
+        self._server = transport.peers.ranks.index(SERVER)
 
     def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
         """See `Repair.run`."""
@@ -371,21 +372,20 @@ class ServerRepair(Repair):
 
     def _recover(self, section: str, worker: int, right: Sequence[int]) -> bool:
         rows, missing = gather_alone(self._transport, self._state.layout(section))
-        layouts = {j: tuple(rows[j].tolist()) for j in (worker, *right) if j not in missing}
-        helpers = [j for j in right if layouts.get(j) == layouts.get(worker)]
-        helpers.sort(key=lambda j: not self._transport.is_server(j))
+        layouts = {j: tuple(row.tolist()) for j, row in enumerate(rows) if j not in missing}
+        helpers = [j for j in right if layouts.get(j) == layouts.get(worker) == layouts[self._server]]
+        helpers.sort(key=lambda j: j != self._server)
         for helper in helpers[: self._transport.code.adversaries + 1]:
             values = self._bring(section, helper, [j for j in right if j not in missing])
             if values is None:
                 continue
-            if self._transport.is_server(worker):
-                if self._serves:
+            if worker == self._server:
+                if self._own == self._server:
                     self._state.from_bytes(section, values)
-            elif self._own == worker:
+            elif len(values) and self._own in (worker, self._server):
                 self._transport.hand(worker, values)
-                self._state.from_bytes(section, values)
-            elif self._serves:
-                self._transport.hand(worker, values)
+                if self._own == worker:
+                    self._state.from_bytes(section, values)
             return True
         return False
 
@@ -395,14 +395,16 @@ class ServerRepair(Repair):
             values = self._state.to_bytes(section)
         else:
             values = torch.zeros(self._state.size(section), dtype=torch.uint8)
-        if self._transport.is_server(helper):
+        if helper == self._server:
             return values
-        if self._serves or self._own == helper:
+        if len(values) and self._own in (helper, self._server):
             self._transport.fetch(helper, values)
-        server = self._transport.peers.ranks.index(SERVER)
         rows, _ = gather_alone(self._transport, torch.tensor([secrets.randbits(62)]))
-        key = int(rows[server])
-        digest = self._state.digest_of_bytes(section, values, key) if self._serves else self._state.digest(section, key)
+        key = int(rows[self._server])
+        if self._own == self._server:
+            digest = self._state.digest_of_bytes(section, values, key)
+        else:
+            digest = self._state.digest(section, key)
         rows, missing = gather_alone(self._transport, digest)
         digests = {j: tuple(rows[j].tolist()) for j in right if j not in missing}
-        return values if majority(digests) == tuple(rows[server].tolist()) else None
+        return values if majority(digests) == tuple(rows[self._server].tolist()) else None
