@@ -44,6 +44,10 @@ class Collectives:
         for name, started in self._started():
             _own_collectives[name] = started - mark[name]
 
+    def expect_one(self, group: str) -> None:
+        """Leave out of the count the next one on a group."""
+        _own_collectives[group] += group in self._backends
+
     @contextlib.contextmanager
     def own(self) -> Iterator[None]:
         """Leave out of the count what is started within this context."""
@@ -87,6 +91,9 @@ class Watch:
     def __init__(self, model: DistributedDataParallel, refuse: Callable[[], None], *, collectives: bool) -> None:
         groups = {group.group_name: group for group in (model.process_group, dist.group.WORLD)}
         self._collectives = Collectives(groups.values() if collectives else ())
+        self._group = model.process_group.group_name
+        # Behind the last bucket DistributedDataParallel then asks all ranks what is used.
+        self._maps_unused = model.find_unused_parameters and not model.static_graph
         self._refuse = refuse
         self._reduced = reduced_parameters(model)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
@@ -127,16 +134,16 @@ class Watch:
     def end_pass(self) -> None:
         """Note that all buckets of a backward pass have come."""
         self._baseline = None
-        self._mark = self._collectives.mark()
+        if self._maps_unused:
+            self._collectives.expect_one(self._group)
 
     def finish(self) -> None:
         """Note that all gradients are decoded, or gone."""
-        self._excuse()
         self._undecoded.clear()
         self._checked = False
 
     def _excuse(self) -> None:
-        """Leave out what DistributedDataParallel has started since the mark: buffers, a map of unused parameters."""
+        """Leave out what DistributedDataParallel has started since the mark, to give all ranks the same buffers."""
         if self._mark is not None:
             self._collectives.disown(self._mark)
             self._mark = None
