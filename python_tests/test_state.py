@@ -392,9 +392,8 @@ def _other_data(rank, report, code):
             inputs = data(code)
             inputs[FAULT:] += rank == 2
             lines.clear()
-            ends, *_ = train(
-                rank, code, transport, before=before, during=during, inputs=inputs, check_state_every=0, watch=False
-            )
+            options = {"before": before, "during": during, "inputs": inputs, "check_state_every": 0, "watch": False}
+            ends, *_ = train(rank, code, transport, broadcast=False, **options)
             suspects = ends[0][1].suspects
             said = {r: (suspect.steps, suspect.other_data) for r, suspect in suspects.items()}
             report((said, ends[0][3], [line for some in gathered(list(lines)) for line in some]))
@@ -492,8 +491,8 @@ class Stub(nn.Module):
         self.module.big = nn.Parameter(torch.randn(300_000))
         self.module.strided = nn.Parameter(torch.randn(5, 7).t())
         self.module.empty = nn.Parameter(torch.empty(0))
-        self.module.half = nn.Parameter(torch.randn(3).half())
-        self.module.double = nn.Parameter(torch.randn(2).double())
+        self.module.halves = nn.Parameter(torch.randn(3).half())
+        self.module.doubles = nn.Parameter(torch.randn(2).double())
         self.module.frozen = nn.Parameter(torch.tensor(5), requires_grad=False)
         self.module.ignored = nn.Parameter(torch.randn(3))
         self.module.register_buffer("flags", torch.tensor([True, False, True]))
