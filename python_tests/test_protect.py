@@ -391,7 +391,8 @@ def test_bad_ranks_are_named(tmp_path):
         assert {finding["step"] for finding in findings} == {0, 1, 2}
         assert len({(finding["step"], finding["bucket"], finding["worker"]) for finding in findings}) == len(findings)
         assert {(finding["step"], finding["first"]) for finding in findings} == {(0, 0), (1, 37), (2, 74)}
-        assert lines == [f"rank {r} on {findings[0]['host']} sent a wrong gradient in step 0" for r in (1, 4)]
+        said = [f"rank {r} on {findings[0]['host']} sent a wrong gradient in step 0" for r in (1, 4)]
+        assert lines == (said if rank == 0 else [])  # once in a job
         assert sorted(report.suspects) == [1, 4]
         assert report.suspects[4].steps == [0, 1, 2]
         assert report.suspects[4].worker == 3
