@@ -480,13 +480,14 @@ class Guard:
         self.failed = failure is not None
         self._seed_generators(self._parts[0], LOADER)
         self._watch.finish()
+        if failure is not None:
+            self._failed_steps.append(step)
+            self._drop_gradients()
+        elif decoded:
+            _leave_out_unused(decoded, claims.used_parameters())
         self._deliver()
         if failure is None:
-            if decoded:
-                _leave_out_unused(decoded, claims.used_parameters())
             return
-        self._failed_steps.append(step)
-        self._drop_gradients()
         if self._on_failure == "raise":
             raise DecodingError(failure)
         self._log("%s; the step is skipped", failure)

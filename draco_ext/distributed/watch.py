@@ -45,7 +45,7 @@ class Collectives:
             _own_collectives[name] = started - mark[name]
 
     def expect_one(self, group: str) -> None:
-        """Leave out of the count the next one on a group."""
+        """Leave out of the count one more, on a group, which may not have been started yet."""
         _own_collectives[group] += group in self._backends
 
     @contextlib.contextmanager
@@ -92,8 +92,8 @@ class Watch:
         groups = {group.group_name: group for group in (model.process_group, dist.group.WORLD)}
         self._collectives = Collectives(groups.values() if collectives else ())
         self._group = model.process_group.group_name
-        # Behind the last bucket DistributedDataParallel then asks all ranks what is used.
-        self._maps_unused = model.find_unused_parameters and not model.static_graph
+        # DistributedDataParallel asks all ranks what is used: then behind the last bucket, before the first, or never.
+        self._maps_unused_last = self._maps_unused_first = False
         self._refuse = refuse
         self._reduced = reduced_parameters(model)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
@@ -129,12 +129,15 @@ class Watch:
 
     def begin_bucket(self) -> None:
         """Look at what has happened in the backward pass up to this bucket."""
+        if self._maps_unused_first:
+            self._maps_unused_first = False
+            self._collectives.expect_one(self._group)
         self._check("the backward pass")
 
     def end_pass(self) -> None:
         """Note that all buckets of a backward pass have come."""
         self._baseline = None
-        if self._maps_unused:
+        if self._maps_unused_last:
             self._collectives.expect_one(self._group)
 
     def finish(self) -> None:
@@ -165,6 +168,8 @@ class Watch:
                 )
             self._checked = True
         self._reducing = model.require_backward_grad_sync
+        self._maps_unused_last = model.find_unused_parameters and not model.static_graph
+        self._maps_unused_first = model.static_graph and not model._static_graph_delay_allreduce_enqueued
         self._in_backward = False
         self._mark = self._collectives.mark()
 
