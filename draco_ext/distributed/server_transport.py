@@ -8,14 +8,13 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from draco_ext.codes import decode
 from draco_ext.distributed.groups import divide, timeout_of
 from draco_ext.distributed.transports import (
     Difference,
@@ -25,10 +24,10 @@ from draco_ext.distributed.transports import (
     Peers,
     RecordExchange,
     Transport,
-    differences,
+    finish,
     mark,
     read_records,
-    spoil_short,
+    sliced,
     tag_of,
 )
 
@@ -47,7 +46,10 @@ class ServerTransport(Transport):
     A rank whose message is not there when the deadline has passed, counted from the server's own message, is an erasure
     for that bucket, and is not waited for again until it has caught up: it still gets every result, in order, and so
     keeps the same parameters. One that has died, or has left `MOST_UNCLAIMED` results unclaimed, is an erasure from
-    then on. Moves one message per rank to the server and one back; the server holds n messages.
+    then on.
+
+    Moves one message per rank to the server and one back, slice by slice. The server holds the n slices of two turns,
+    those of every turn in which a rank was late until its slice has come, and results that wait for such a rank.
     """
 
     trust = (
@@ -70,28 +72,39 @@ class ServerTransport(Transport):
             self._lines = {j: _Line(self.peers.group, peers.ranks[j], j, self._arrived) for j in others}
             weakref.finalize(self, _close, list(self._lines.values()))
 
-    def exchange(self, message: Message, number: int) -> Exchange:
-        """Sends to the server and waits for its answer."""
+    def _exchange(self, message: Message, number: int) -> Exchange:
+        """Sends to the server and waits for its answer, slice by slice."""
         yield from ()  # in one go: a rank's messages and results take turns on its connection
-        if self.peers.worker == self._server:
-            return self._serve(message)
-        gradient = torch.empty_like(message.values, device="cpu")
-        verdict = self._ask(message.values, gradient)
-        failed = bool(verdict[0, 0] == _FAILED)
-        if failed:
-            message.bucket.fill_(torch.nan)
-        else:
-            message.put(gradient.to(message.bucket.device))
+        slices = sliced(message.values)
+        take = self._serve if self.peers.worker == self._server else self._ask_for
+        return finish(message, [take(values, last=values is slices[-1]) for values in slices])
+
+    def _serve(self, values: Tensor, *, last: bool) -> Outcome:
+        """At the server: decodes everybody's values, in place of its own."""
+        rows, absent = self._collect(values.cpu())
+        gradient, outcome = self._decode_rows(rows.to(values.device), absent)
+        outcome = replace(outcome, missing=tuple(sorted(absent)))
+        verdict = _write(outcome, self.code.workers)
+        self._answer((verdict,) if outcome.failed else (verdict, gradient.cpu()), absent, complete=last)
+        values.copy_(gradient)
+        return outcome
+
+    def _ask_for(self, values: Tensor, *, last: bool) -> Outcome:
+        """At any other rank: sends its values, and gets the decoded ones in their place."""
+        answer = values.cpu()
+        verdict = self._ask(answer, answer)
+        values.copy_(answer)
         found, missing = _read(verdict)
-        return Outcome(found, failed, missing)
+        return Outcome(found, bool(verdict[0, 0] == _FAILED), missing)
 
     def gather_record(self, record: Tensor) -> RecordExchange:
         """Through the server, by turns with the buckets; see `Transport.gather_record`."""
         yield from ()
         if self.peers.worker == self._server:
             rows, absent = self._collect(record.cpu())
-            rows, missing = read_records(rows, absent)
-            self._answer((_write(Outcome({}, False, missing), self.code.workers), rows), absent)
+            rows, missing = read_records(rows.clone(), absent)
+            verdict = _write(Outcome({}, False, missing), self.code.workers)
+            self._answer((verdict, rows), absent, complete=False)
             return rows, missing
         rows = torch.empty(self.code.workers, record.numel(), dtype=record.dtype)
         _, missing = _read(self._ask(record, rows))
@@ -105,12 +118,13 @@ class ServerTransport(Transport):
         if self.peers.worker != self._server:
             self._ask(values, values)
             return
-        turn, line = next(self._turns), self._lines[worker]
-        line.begin(turn, torch.empty_like(values))
-        arrived = self._await(turn, {worker} if line.in_time else set())
-        if worker in arrived:
-            values.copy_(arrived[worker])
-        line.end((self._status(_TAKEN),), late=worker not in arrived)
+        line, came = self._lines[worker], torch.empty_like(values)
+        turn = _Turn(next(self._turns), {worker: came}, values)
+        line.begin(turn)
+        in_time = worker in self._await(turn, {worker} if line.in_time else set())
+        if in_time:
+            values.copy_(came)
+        line.end((self._status(_TAKEN),), late=not in_time, complete=False)
 
     def hand(self, worker: int, values: Tensor) -> None:
         """Hands the server's values (CPU) to a worker, into its own; these two ranks alone call it.
@@ -122,8 +136,8 @@ class ServerTransport(Transport):
             self._ask(ready, values)
             return
         line = self._lines[worker]
-        line.begin(next(self._turns), ready)
-        line.end((self._status(_DECODED), values), late=False)
+        line.begin(_Turn(next(self._turns), None, ready))
+        line.end((self._status(_DECODED), values), late=False, complete=False)
 
     def _status(self, status: int) -> Tensor:
         verdict = _write(Outcome({}, False), self.code.workers)
@@ -144,57 +158,42 @@ class ServerTransport(Transport):
             raise RuntimeError(f"this rank was {MOST_UNCLAIMED} buckets behind the others, and was given up")
         return verdict
 
-    def _serve(self, message: Message) -> Outcome:
-        values = message.values
-        rows, absent = self._collect(values)
-        spoil_short(rows)
-        missing = torch.zeros(self.code.workers, dtype=torch.bool, device=values.device)
-        missing[list(absent)] = True
-        decoded = decode(rows, self.code, missing=missing if absent else None, **self.tolerance)
-        failed = bool(decoded.failed)
-        outcome = Outcome(differences(rows, decoded, absent), failed, tuple(sorted(absent)))
-        verdict = _write(outcome, self.code.workers)
-        self._answer((verdict,) if failed else (verdict, decoded.gradient.cpu()), absent)
-        message.put(decoded.gradient)
-        return outcome
-
     def _collect(self, values: Tensor) -> tuple[Tensor, set[int]]:
-        """Everybody's values, row j from worker j, and the workers that were late; their rows are 0."""
+        """Everybody's values, row j from worker j, and the workers that were late: their rows may change yet."""
         begin = time.perf_counter()
-        rows = values.new_zeros(self.code.workers, values.numel())
+        rows = mark(values.new_empty(self.code.workers, values.numel()))
         rows[self._server] = values
-        turn = next(self._turns)
+        turn = _Turn(next(self._turns), rows, values)
         awaited = set()
         for j, line in self._lines.items():
-            line.begin(turn, mark(torch.empty_like(values, device="cpu")))
+            line.begin(turn)
             if line.in_time:
                 awaited.add(j)
         arrived = self._await(turn, awaited)
-        for j, came in arrived.items():
-            rows[j] = came
+        turn.rows = None
         self.peers.seconds.communicate += time.perf_counter() - begin
-        return rows, self._lines.keys() - arrived.keys()
+        return rows, self._lines.keys() - arrived
 
-    def _await(self, turn: int, awaited: set[int]) -> dict[int, Tensor]:
-        """What comes in a turn from these workers until the deadline."""
-        arrived = {}
+    def _await(self, turn: _Turn, awaited: set[int]) -> set[int]:
+        """Those of the workers whose values come until the deadline."""
+        arrived = set()
         until = time.monotonic() + self._deadline
         while awaited:
             try:
-                j, answered, came = self._arrived.get(timeout=max(0.0, until - time.monotonic()))
+                j, answered = self._arrived.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
                 break
-            if came is None:
+            if answered is None:
                 awaited.discard(j)
-            elif answered == turn:
-                arrived[j] = came
+            elif answered == turn.number:
                 awaited.discard(j)
+                arrived.add(j)
         return arrived
 
-    def _answer(self, result: tuple[Tensor, ...], absent: set[int]) -> None:
+    def _answer(self, result: tuple[Tensor, ...], absent: set[int], *, complete: bool) -> None:
         """Hands a result, which begins with a verdict, to everybody, also to those who were late."""
         for j, line in self._lines.items():
-            line.end(result, late=j in absent)
+            line.end(result, late=j in absent, complete=complete)
 
 
 # What the server found of each worker, as numbers on the wire; row 0 is what became of the bucket.
@@ -223,7 +222,27 @@ def _read(verdict: Tensor) -> tuple[dict[int, Difference | None], tuple[int, ...
     return found, tuple(missing)
 
 
-_Arrival = tuple[int, int, Tensor | None]  # worker, turn, its message; None: it will not come
+_Arrival = tuple[int, int | None]  # worker, and number of the turn for which its values have come; None: none will
+
+
+@dataclass
+class _Turn:
+    """One of the turns that ranks take in sending values and getting a result.
+
+    Attributes:
+        number: counts them.
+        rows: where everybody's values arrive; None once they are decoded: what comes then is thrown away.
+        like: has their length and dtype.
+    """
+
+    number: int
+    rows: Tensor | dict[int, Tensor] | None
+    like: Tensor
+
+    def room(self, worker: int) -> Tensor:
+        """For the values of a worker."""
+        rows = self.rows  # may be taken away meanwhile
+        return torch.empty_like(self.like) if rows is None else rows[worker]
 
 
 class _Line(threading.Thread):
@@ -243,50 +262,59 @@ class _Line(threading.Thread):
         self._rank = rank
         self._worker = worker
         self._arrived = arrived
-        self._orders: queue.Queue[tuple[int, Tensor] | None] = queue.Queue()
-        self._results: queue.Queue[tuple[Tensor, ...]] = queue.Queue()
-        self._given = self._claimed = 0  # results: counted by the server's thread, and by this one
+        self._orders: queue.Queue[_Turn | None] = queue.Queue()
+        self._results: queue.Queue[tuple[tuple[Tensor, ...], bool]] = queue.Queue()
+        # Results, and buckets that they complete: counted by the server's thread, and by this one.
+        self._given = self._claimed = self._buckets_given = self._buckets_claimed = 0
         self._held: tuple[Tensor, ...] = ()  # see Peers.held
         self.start()
 
-    def begin(self, turn: int, room: Tensor) -> None:
-        """A turn begins: its message goes into `room`."""
+    def begin(self, turn: _Turn) -> None:
+        """A turn begins."""
         if not self._gone:
             self.in_time = self.in_time or self._claimed == self._given
-            self._orders.put((turn, room))
+            self._orders.put(turn)
 
-    def end(self, result: tuple[Tensor, ...], *, late: bool) -> None:
-        """Its result, which the rank will get as soon as it has sent its message, however late."""
+    def end(self, result: tuple[Tensor, ...], *, late: bool, complete: bool) -> None:
+        """The turn's result, which the rank will get as soon as it has sent its values, however late.
+
+        Args:
+            result: its first tensor is a verdict.
+            late: the rank is not waited for any more.
+            complete: the result is the last of its bucket.
+        """
         if late:
             self.in_time = False
         if self._gone:
             return
         self._given += 1
-        if self._given - self._claimed > MOST_UNCLAIMED:
+        self._buckets_given += complete
+        if self._buckets_given - self._buckets_claimed > MOST_UNCLAIMED:
             self._gone = True
             while not self._results.empty():
                 self._results.get_nowait()
-            self._results.put((torch.full_like(result[0], _GIVEN_UP),))
+            self._results.put(((torch.full_like(result[0], _GIVEN_UP),), True))
         else:
-            self._results.put(result)
+            self._results.put((result, complete))
 
     def run(self) -> None:
         """Until there is nothing left to do, or the rank is dead."""
         try:
-            while (order := self._orders.get()) is not None:
-                turn, room = order
+            while (turn := self._orders.get()) is not None:
+                room = turn.room(self._worker)
                 dist.recv(room, group=self._group, group_src=self._rank, tag=tag_of(room))
-                self._arrived.put((self._worker, turn, room))
-                result = self._results.get()
+                self._arrived.put((self._worker, turn.number))
+                result, complete = self._results.get()
                 self._held = (room, *result)
                 for tensor in result:
                     dist.send(tensor, group=self._group, group_dst=self._rank, tag=tag_of(tensor))
                 self._claimed += 1
+                self._buckets_claimed += complete
                 if result[0][0, 0] == _GIVEN_UP:
                     return
         except (RuntimeError, ValueError):  # its connection is closed, or the process group destroyed
             self._gone, self.in_time = True, False
-            self._arrived.put((self._worker, -1, None))
+            self._arrived.put((self._worker, None))
 
     def finish(self, timeout: float) -> None:
         """Lets the thread end once all results are handed back."""
