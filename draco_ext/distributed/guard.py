@@ -119,11 +119,12 @@ class _Flight:
     name: str
     take: Callable[[Any], None]
     pending: Pending | None = None
+    needed: bool = True  # by another exchange, or for a gradient; or only at the end
 
     @property
     def soon(self) -> bool:
         """Whether it is to go on when the next bucket begins."""
-        return self.pending is None or self.pending.soon
+        return self.needed and (self.pending is None or self.pending.soon)
 
 
 class Guard:
@@ -453,7 +454,7 @@ class Guard:
         def take(gathered: tuple[Tensor, tuple[int, ...]]) -> None:
             self._claims = self._record.read(*gathered, with_state=with_state)
 
-        flight = _Flight(self._transport.gather_record(record), "record of the step", take)
+        flight = _Flight(self._transport.gather_record(record), "record of the step", take, needed=False)
         self._flights.append(flight)
         self._advance(flight)
 
