@@ -625,8 +625,8 @@ def protect(
 
     The global generators of torch, Python and numpy are seeded here, where `Guard.steps` hands out a mini-batch, before
     every forward pass in training and after every step, the same on all ranks with the part: what is drawn from them
-    in the loop and in the model agrees. With find_unused_parameters or static_graph a parameter whose decoded gradient is exactly 0
-    counts as unused: its ``grad`` is None.
+    in the loop and in the model agrees. With find_unused_parameters or static_graph a parameter whose decoded gradient
+    is exactly 0 counts as unused: its ``grad`` is None.
 
     Args:
         model: on every rank, with a process group of ``code.workers`` ranks; torch.compile it before or afterwards.
