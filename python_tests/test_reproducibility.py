@@ -36,7 +36,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         self.calls += 1
-        hidden = nn.functional.dropout(self.norm(self.first(x)), 0.5)
+        hidden = nn.functional.dropout(self.norm(self.first(x)), 0.5) * (random.random() + np.random.rand())
         return self.second(hidden) * (self.calls if self.unstable else self.scale)
 
 
@@ -47,9 +47,13 @@ def _self_test(rank, report):
     net = model.module
     batch = (torch.randn(8, 4), torch.zeros(8))  # other numbers on each rank: rank 0's count
     before = [torch.random.get_rng_state(), *(b.clone() for b in net.buffers())]
+    states = random.getstate(), np.random.get_state()[1].tolist()
     report(guard.self_test(batch))
     after = [torch.random.get_rng_state(), *net.buffers()]
-    report(all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+    report(
+        all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        and states == (random.getstate(), np.random.get_state()[1].tolist())
+    )
     report(all(p.grad is None for p in net.parameters()))
     net.unstable = rank == 1
     report(guard.self_test(batch))

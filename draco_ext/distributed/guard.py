@@ -883,9 +883,10 @@ def protect(
       with find_unused_parameters, and with buffers unless broadcast_buffers=False; a warning says so). Rank 0 must
       live. Moves a message per rank to the server and back.
 
-    Before every forward pass in training torch's global generator is seeded, the same on all ranks with the part, so
-    that dropout agrees. With find_unused_parameters or static_graph a parameter is unused if the majority of each
-    part's holders say so; as under plain DDP its ``grad`` then stays what it was.
+    The global generators of torch, Python and numpy are seeded here, where `Guard.steps` hands out a mini-batch, before
+    every forward pass in training and after every step, the same on all ranks with the part: what is drawn from them
+    in the loop and in the model agrees. With find_unused_parameters or static_graph a parameter is unused if the
+    majority of each part's holders say so; as under plain DDP its ``grad`` then stays what it was.
 
     In the first step, in every step whose number is a multiple of `check_state_every` and before `Guard.state_dict`
     ranks compare digests of their parameters, buffers and watched optimizers (`Guard.watch`). Those that differ from
@@ -901,12 +902,13 @@ def protect(
             warning.
         ledger: file to which every `Finding` is appended as a line of JSON, see `draco_ext.read_ledger`: by rank 0, or,
             with "{rank}" in its name, by every rank to its own. Where that fails later on, training goes on.
-        callback: called with every `Finding`, on all ranks.
+        callback: called with every `Finding`, on all ranks, after the step. Where it raises an error, that is logged,
+            once for each kind of error, and training goes on.
         adversary: makes this rank bad, for tests and demonstrations: f(step, honest message) -> what is sent.
         atol: honest messages may differ by so much, see `draco_ext.decode`; not for the repetition code with
             "allreduce", which compares bits.
         rtol: the same, relative.
-        seed: of the generator's seeds; the same on all ranks.
+        seed: of the generators' seeds; the same on all ranks.
         ranks_per_host: see `RedundantBatchSampler`; default: what torchrun says.
         deadline: seconds that the server waits for the others' messages once it has its own. A rank that was late is
             not waited for again until it has caught up.
@@ -918,8 +920,11 @@ def protect(
     Raises:
         TypeError: an argument has the wrong type; parameters have a dtype that the code does not take.
         ValueError: an argument has a wrong value, or not the same on all ranks; nor have the models or DDP's options;
-            the ledger cannot be opened: on all ranks alike. In the first step ``backward()`` raises one, too, where
-            more than s ranks have other mini-batches than those with which they share a part.
+            the ledger cannot be opened: on all ranks alike. DDP would keep a gradient from the guard: it is named. In
+            the first step ``backward()`` raises one, too, where more than s holders of a part have other inputs of it.
+        RuntimeError: in a step, where it cannot be protected: a collective between the beginning of a forward pass and
+            the end of its backward pass, an optimizer that steps with gradients that DDP has not reduced, a parameter
+            that requires a gradient only since DDP was made, ``model.join()``. All gradients become None.
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")

@@ -14,10 +14,11 @@ from torch.utils import _pytree as pytree
 
 from draco_ext import ops
 from draco_ext.distributed.groups import gather
+from draco_ext.distributed.seeding import kept_generators, seed_generators
 
 SAME_RANK = (
     "switch on torch.use_deterministic_algorithms(True), torch.backends.cudnn.benchmark = False and "
-    "CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment, and take nothing from outside torch's generator into the model"
+    "CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment, and draw in the model from the global generators only"
 )
 ACROSS_RANKS = (
     "within a group use the same kind of processor, the same torch and libraries, and the same number of threads "
@@ -158,9 +159,9 @@ def self_test(
 
     runs = []
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with kept_generators(device):
         for _ in range(2):
-            torch.manual_seed(0)
+            seed_generators(0, 0, 0, 0)
             value = (loss or _sum_of_squares)(module, batch)
             gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             runs.append(torch.stack([fingerprint(gradient) for gradient in gradients]))

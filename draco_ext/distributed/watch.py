@@ -132,6 +132,7 @@ class Watch:
         if self._maps_unused_first:
             self._maps_unused_first = False
             self._collectives.expect_one(self._group)
+            self._baseline = None if self._baseline is None else self._collectives.count()
         self._check("the backward pass")
 
     def end_pass(self) -> None:
