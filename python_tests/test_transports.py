@@ -1,18 +1,24 @@
 """Transports by themselves, over gloo, without a model: their exchanges one after the other."""
 
 import time
+from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from draco_ext import RepetitionCode
+import draco_ext
+from draco_ext import CyclicCode, RepetitionCode
+from draco_ext.distributed import transports
 from draco_ext.distributed.guard import TRANSPORTS, _make_transport
 from draco_ext.distributed.local import run_local
 from draco_ext.distributed.transports import Message, Peers
 
 
-def transport_of(name, code, rank, deadline=60.0, **tolerance):
-    peers = Peers(dist.group.WORLD, code, rank, tuple(range(code.workers)))
+def transport_of(name, code, rank, deadline=60.0, group=None, **tolerance):
+    peers = Peers(group or dist.group.WORLD, code, rank, tuple(range(code.workers)))
     return _make_transport(name, peers, deadline=deadline, **tolerance)
 
 
@@ -66,3 +72,109 @@ def test_every_rank_gets_the_same_records():
         expected = [(False, [[2**62 + j, -step] for j in range(3)], ()) for step in range(3)]
         assert everybody == [expected] * 3, name
     assert late == [[([[7, 0], [7, 1], [0, 0]], (2,)), ([[7, 0], [7, 1], [7, 2]], ())]] * 3
+
+
+# --------------------------------------------------------------------- the same decision on all ranks
+
+
+FAULTY_STEPS = 100  # of each transport
+
+
+def _near_the_noise_floor(rank, report, code):
+    """A rank whose message is off by 6e-7 to 3e-6 of its size in every step, the same to all."""
+    torch.set_num_threads(1)
+
+    def adversary(step, message):
+        error = torch.randn(message.shape, generator=torch.Generator().manual_seed(step))
+        return message + error / error.norm() * message.norm() * (6e-7 + 2.4e-6 * step / FAULTY_STEPS)
+
+    for transport in TRANSPORTS:
+        torch.manual_seed(1)
+        model = DistributedDataParallel(nn.Linear(20, 2))
+        guard = draco_ext.protect(model, code, transport=transport, adversary=adversary if rank == 1 else None)
+        parts = len(code.assignment(rank))
+        inputs = torch.randn(FAULTY_STEPS * code.parts, 3, 20, generator=torch.Generator().manual_seed(2))
+        loader = [inputs[step * code.parts + k] for step in range(FAULTY_STEPS) for k in code.assignment(rank)]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        assert len(loader) == FAULTY_STEPS * parts
+        for step in guard.steps(loader):
+            for x in step:
+                model(x).square().sum().backward()
+            optimizer.step()
+        parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
+        found = guard.report().suspects
+        named = {j: len(suspect.steps) for j, suspect in found.items()}
+        report((transport, everybodys((guard.step, parameters.view(torch.int32).tolist(), named))))
+
+
+@pytest.mark.parametrize("code", [CyclicCode(4, 1), CyclicCode(7, 1)], ids=repr)
+def test_honest_ranks_leave_out_the_same_errors_near_the_noise_floor(code):
+    for transport, everybody in run_local(_near_the_noise_floor, code.workers, code):
+        assert all(of_rank == everybody[0] for of_rank in everybody), transport
+        steps, _, named = everybody[0]
+        assert steps == FAULTY_STEPS
+        assert set(named) <= {1}, transport  # among few, errors near the floor are left out without naming anybody
+        assert named.get(1, 0) < FAULTY_STEPS, transport
+
+
+class _Dishonest(transports.SharedSeed):
+    """What rank 1 commits itself to and reveals. Rank 0's share is known: zeros."""
+
+    how = "wrong"
+
+    def commit(self, device):
+        if self.how == "copied":
+            share = bytes(transports.SHARE_BYTES)
+            return share, self._swap(transports._commitment(0, share), device)
+        return super().commit(device)
+
+    def reveal(self, share, commitments):
+        if self.how == "silent":
+            return 0, []
+        return super().reveal(share[::-1] if self.how == "wrong" else share, commitments)
+
+
+def _noting_seeds(seeds, decode=CyclicCode._decode):
+    def note_and_decode(code, rows, *, seed, **options):
+        seeds.append(seed)
+        return decode(code, rows, seed=seed, **options)
+
+    return note_and_decode
+
+
+def _dishonest(rank, report):
+    code, length = CyclicCode(4, 1), 50
+    gradients = torch.randn(code.parts, length, generator=torch.Generator().manual_seed(3))
+    message = code.encode(rank, gradients[list(code.assignment(rank))])
+    for how in ("wrong", "copied", "silent"):
+        group = dist.new_group(timeout=timedelta(seconds=2 if how == "silent" else 60))
+        seeds = []
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(_Dishonest, "how", how)
+                patch.setattr(transports, "SharedSeed", _Dishonest)
+            if rank == 0:
+                patch.setattr(transports.secrets, "token_bytes", bytes)
+            patch.setattr(CyclicCode, "_decode", _noting_seeds(seeds))
+            transport = transport_of("allgather", code, rank, group=group)
+            own, bucket, error, outcome = message.clone(), torch.empty(length), None, None
+            try:
+                outcome = to_the_end(transport.exchange(Message(own, bucket, (length,)), 0))
+            except RuntimeError as caught:
+                error = str(caught)
+        right = torch.allclose(bucket, gradients.mean(0), atol=1e-5)
+        report((how, everybodys((error, seeds, outcome and outcome.suspects, right, bucket.tolist()))))
+
+
+def test_a_share_that_is_not_the_one_committed_to():
+    wrong, copied, silent = run_local(_dishonest, 4)
+    for _, everybody in (wrong, copied):
+        honest = [everybody[rank] for rank in (0, 2, 3)]
+        assert all(of_rank == honest[0] for of_rank in honest)
+        error, seeds, suspects, right, _ = honest[0]
+        assert (error, suspects, right) == (None, {1: None}, True)
+        assert len(seeds) == 1
+        assert -(2**63) <= seeds[0] < 2**63
+    _, everybody = silent
+    for rank in (0, 2, 3):
+        assert everybody[rank][0].startswith("rank 1 has died, hangs")
