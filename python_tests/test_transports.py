@@ -228,9 +228,7 @@ def _sliced(rank, report, code):
                 messages = [_message(code, rank, i, alter) for i, alter in enumerate(alterations, 1)]
                 outcomes = to_the_end(*(transport.exchange(message, i) for i, (message, _) in enumerate(messages, 1)))
                 buckets = torch.stack([message.bucket for message, _ in messages])
-                distances = [
-                    (message.bucket - truth).abs().max().nan_to_num(-1.0).item() for message, truth in messages
-                ]
+                apart = [(message.bucket - truth).abs().max().nan_to_num(-1.0).item() for message, truth in messages]
                 results.append(everybodys((outcomes, buckets.view(torch.int32).tolist(), apart)))
                 if name == "allgather":
                     assert transport._under_way == len(transport._unsent) == 0
