@@ -365,7 +365,7 @@ def _texts(rows: Tensor) -> list[bytes]:
     return [bytes(row) for row in rows.tolist()]
 
 
-@dataclass(eq=False)
+@dataclass
 class _Slice:
     """A slice of a message: this rank's values, and where everybody's arrive once it has been sent."""
 
@@ -408,18 +408,11 @@ class AllGather(Transport):
         slices = [_Slice(values) for values in sliced(message.values)]
         self._unsent.extend(slices)
         self._send()
+        yield None  # the buckets before come first
         outcomes = []
-        try:
-            yield None  # the buckets before come first
-            for piece in slices:
-                outcomes.append(self._decode(piece))
-                self._send()
-        finally:  # also where the step has been given up
-            for piece in slices[len(outcomes) :]:
-                if piece.messages is None:
-                    self._unsent.remove(piece)
-                else:
-                    self._under_way -= piece.size
+        for piece in slices:
+            outcomes.append(self._decode(piece))
+            self._send()
         return finish(message, outcomes)
 
     def _send(self) -> None:
