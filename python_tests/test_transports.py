@@ -315,6 +315,6 @@ def _empty(rank, report):
 
 def test_a_bucket_without_elements():
     for code, name, everybody in run_local(_empty, 3):
-        for (gradient, empty), steps, suspects in everybody:
+        for (empty, gradient), steps, suspects in everybody:
             assert gradient[0] == pytest.approx([(code.parts - 1) / 2] * 3, rel=1e-6), (code, name)
             assert (empty, steps, suspects) == ([], 2, {})
