@@ -541,5 +541,7 @@ def test_state_is_copied_bit_by_bit(name):
     assert torch.equal(one.digests(7), two.digests(7))
     assert repr(opt.param_groups[0] | {"params": None}) == repr(other.param_groups[0] | {"params": None})
     assert not torch.equal(states[0][2].module.ignored, states[1][2].module.ignored)
+    stub.module.flags = ~stub.module.flags  # another tensor
+    assert not torch.equal(one.digest("buffers", 7), two.digest("buffers", 7))
     opt.param_groups[0]["weight_decay" if name != "lbfgs" else "tolerance_grad"] = 0.5
     assert not torch.equal(one.digest("optimizer", 7), two.digest("optimizer", 7))

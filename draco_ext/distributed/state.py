@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import secrets
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,14 +35,11 @@ class ReplicatedState:
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
-        ignored = model.parameters_to_ignore
-        # Not the model, which holds the guard.
-        named = {
-            "parameters": [p for name, p in model.module.named_parameters() if name not in ignored],
-            "buffers": [b for name, b in model.module.named_buffers() if name not in ignored],
-        }
-        self._tensors = {name: [t for t in ts if t.layout == torch.strided] for name, ts in named.items()}
-        self.device = self._tensors["parameters"][0].device
+        self._ignored = frozenset(model.parameters_to_ignore)
+        self._module = weakref.ref(model.module)  # held, it would never be freed
+        parameters = model.module.named_parameters()
+        self._parameters = _strided(p for name, p in parameters if name not in self._ignored)
+        self.device = self._parameters[0].device
         self._optimizers: list[torch.optim.Optimizer] = []
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -102,8 +100,12 @@ class ReplicatedState:
         return _join((piece.clone() for piece in values.split(sizes)), key, self.device)
 
     def _of(self, section: str) -> list[Tensor]:
-        if section != "optimizer":
-            return self._tensors[section]
+        if section == "parameters":
+            return self._parameters
+        if section == "buffers":
+            # A module may put another tensor in a buffer's place.
+            buffers = () if (module := self._module()) is None else module.named_buffers()
+            return _strided(buffer for name, buffer in buffers if name not in self._ignored)
         tensors, numbers = [], []
         for leaf in (leaf for optimizer in self._optimizers for leaf in _leaves(optimizer)[0]):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
@@ -127,6 +129,10 @@ class ReplicatedState:
             for parameter, values in zip(_parameters(optimizer), states, strict=True):
                 if values:
                     optimizer.state[parameter].update(values)
+
+
+def _strided(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor.layout == torch.strided]
 
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
