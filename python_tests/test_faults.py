@@ -325,7 +325,7 @@ def test_what_peers_say_is_checked():
     for said in (number, empty, no_dict, host):
         assert said == "ValueError: ranks must send their set-up, got something else from rank 1"
     assert dtype.startswith(
-        "ValueError: the sizes and dtypes of the model's parameters (their digest) must be the same"
+        "ValueError: the names, sizes and dtypes of the model's parameters (their digest) must be the same"
     )
     assert "'bucket_cap_mb': 2" in cap
     assert "on rank 1" in cap

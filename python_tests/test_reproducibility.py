@@ -1,12 +1,18 @@
 """Mistakes in set-up are named in the first step; `Guard.self_test` names what is not bit-reproducible."""
 
+import itertools
 import logging
 import os
+import random
 import subprocess
 import sys
+from collections import UserDict, deque
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from click.testing import CliRunner
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -14,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode
 from draco_ext.cli import commands, doctor
+from draco_ext.distributed import inputs
 from draco_ext.distributed.local import run_local
-from draco_ext.distributed.reproducibility import SelfTest
+from draco_ext.distributed.reproducibility import SelfTest, fingerprint
 
 
 class Net(nn.Module):
@@ -29,7 +36,7 @@ class Net(nn.Module):
 
     def forward(self, x):
         self.calls += 1
-        hidden = nn.functional.dropout(self.norm(self.first(x)), 0.5)
+        hidden = nn.functional.dropout(self.norm(self.first(x)), 0.5) * (random.random() + np.random.rand())
         return self.second(hidden) * (self.calls if self.unstable else self.scale)
 
 
@@ -40,9 +47,13 @@ def _self_test(rank, report):
     net = model.module
     batch = (torch.randn(8, 4), torch.zeros(8))  # other numbers on each rank: rank 0's count
     before = [torch.random.get_rng_state(), *(b.clone() for b in net.buffers())]
+    states = random.getstate(), np.random.get_state()[1].tolist()
     report(guard.self_test(batch))
     after = [torch.random.get_rng_state(), *net.buffers()]
-    report(all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+    report(
+        all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        and states == (random.getstate(), np.random.get_state()[1].tolist())
+    )
     report(all(p.grad is None for p in net.parameters()))
     net.unstable = rank == 1
     report(guard.self_test(batch))
@@ -107,6 +118,21 @@ def _other_batches(rank, report):
     step(code, [ones * part for part in code.assignment(rank)])
     step(code, [ones * (part + 5 * (rank == 1)) for part in code.assignment(rank)])
     step(code, [ones * (part + 5 * rank) for part in code.assignment(rank)])
+    own = torch.Generator().manual_seed(rank)  # one that no guard knows
+
+    def drawing(code, steps):
+        model = DistributedDataParallel(nn.Linear(4, 2))
+        guard = draco_ext.protect(model, code)
+        try:
+            for parts in guard.steps([ones] * len(code.assignment(rank))) if steps else [[ones]]:
+                for part in parts:
+                    model(part + torch.randn(2, 4, generator=own)).sum().backward()
+        except ValueError as error:
+            report(str(error))
+
+    drawing(code, steps=True)
+    drawing(RepetitionCode(3, 1), steps=True)
+    drawing(RepetitionCode(3, 1), steps=False)
     model = DistributedDataParallel(nn.Linear(4, 2)).eval()
     draco_ext.protect(model, code)
     try:
@@ -116,19 +142,196 @@ def _other_batches(rank, report):
 
 
 def test_other_mini_batches_are_named():
-    several, one, evaluating, disjoint, cyclic, cyclic_one, cyclic_several, no_steps = run_local(_other_batches, 3)
+    several, one, evaluating, disjoint, cyclic, cyclic_one, cyclic_several, *drawn, plain, no_steps = run_local(
+        _other_batches, 3
+    )
     assert "loader must give ranks that share a part the same mini-batches" in several[0]
-    assert "got others on ranks [1, 2]" in several[0]
+    assert "got others of part 0 on ranks [1, 2]" in several[0]
     assert evaluating[0] == several[0]
     assert "loop over guard.steps(loader)" in no_steps
     assert one[0] is None
     assert one[1][0].startswith("rank 2 on ")
-    assert "has another mini-batch of part 0 than others" in one[1][0]
+    assert "has other inputs of part 0 than others: loader must give" in one[1][0]
     assert one[2] == [2]
     assert disjoint == cyclic == (None, [], [])
     assert cyclic_one[0] is None
     assert cyclic_one[2] == [1]
-    assert "got others on ranks [1, 2]" in cyclic_several[0]
+    assert "got others of part 0 on ranks [1, 2]" in cyclic_several[0]
+    assert len(drawn) == 2
+    for error in drawn:
+        assert "the mini-batches are the same, but what was made of them is not: draw random numbers" in error
+    assert "loader must give" in plain  # which of the two it is, is not known
+    assert "draw random numbers between mini-batch and forward pass from the global generators" in plain
+
+
+def _one_in_each_group(rank, report):
+    """Ranks 1 and 4 have other data; each group of three can bear one."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append((record.levelno, record.getMessage()))
+    logging.getLogger("draco_ext").addHandler(handler)
+    logging.getLogger("draco_ext").setLevel(logging.DEBUG)
+    model = DistributedDataParallel(nn.Linear(4, 2))
+    guard = draco_ext.protect(model, RepetitionCode(6, 1))
+    model(torch.ones(2, 4) * (rank // 3) + (rank in (1, 4))).sum().backward()
+    everybody = [None] * 6
+    dist.all_gather_object(everybody, (lines, sorted(guard.report().suspects), model.module.bias.grad.tolist()))
+    report(everybody)
+
+
+def test_a_rank_in_each_group_does_not_stop_all():
+    [everybody] = run_local(_one_in_each_group, 6)
+    for rank, (lines, suspects, gradient) in enumerate(everybody):
+        assert suspects == [1, 4]
+        assert gradient == [2, 2]
+        assert [line.split(" on ")[0] for _, line in lines] == ["rank 1", "rank 4", "rank 1", "rank 4"]
+        assert {level for level, _ in lines} == {logging.WARNING if rank == 0 else logging.DEBUG}
+
+
+def test_the_first_suspected_rank_does_not_speak_for_all():
+    [everybody] = run_local(_rank_0_is_bad, 3)
+    assert [len(lines) for lines in everybody] == [0, 1, 0]
+
+
+def _rank_0_is_bad(rank, report):
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("draco_ext").addHandler(handler)
+    model = DistributedDataParallel(nn.Linear(4, 2))
+    draco_ext.protect(model, RepetitionCode(3, 1), adversary=(lambda step, z: -z) if rank == 0 else None)
+    model(torch.ones(2, 4)).sum().backward()
+    everybody = [None] * 3
+    dist.all_gather_object(everybody, lines)
+    report(everybody)
+
+
+def test_comparing_inputs_asks_for_each_assignment_once(monkeypatch):
+    code, asked = CyclicCode(255, 2), []
+    assignment = CyclicCode.assignment
+    monkeypatch.setattr(CyclicCode, "assignment", lambda self, worker: asked.append(worker) or assignment(self, worker))
+    rows = torch.tensor([assignment(code, worker) for worker in range(255)])[:, :, None, None].expand(255, 5, 2, 2)
+    assert inputs.compare_inputs(rows, code, range(255)) == []
+    assert len(asked) == 255
+
+
+@dataclass
+class Sample:
+    values: object
+
+
+class Graph:
+    """As of a library: tensors in attributes, and a path that is this host's."""
+
+    def __init__(self, values, path):
+        self.values, self.path, self.self = values, path, self
+
+
+def _nested(*sizes):
+    return torch.nested.nested_tensor([torch.ones(size, 2) for size in sizes], layout=torch.jagged)
+
+
+DATA = [
+    None,
+    1,
+    1.0,
+    "1",
+    b"1",
+    torch.ones(2),
+    torch.ones(2, 1),
+    torch.ones(2, dtype=torch.float64),
+    torch.ones(2, dtype=torch.complex64).conj(),
+    torch.tensor([1j, 1]).conj(),
+    torch.empty(0),
+    torch.eye(4).to_sparse(),
+    torch.ones(4, 4).to_sparse(),
+    torch.eye(4).to_sparse_csr(),
+    2 * torch.eye(4).to_sparse_csr(),
+    torch.ones(4, 4).to_sparse_csc(),
+    torch.eye(4).to_sparse_bsr((2, 2)),
+    _nested(2, 1),
+    _nested(1, 2),
+    np.ones(2),
+    np.float32(3),
+    np.array(["a", 1], dtype=object),
+    np.array(["b", 1], dtype=object),
+    {"a": torch.ones(3)},
+    {"b": torch.ones(3)},
+    UserDict(a=torch.ones(4)),
+    [torch.ones(3)],
+    deque([torch.ones(3)]),
+    {"x", "y"},
+    Sample("x"),
+    Sample("y"),
+    Sample([torch.zeros(2)]),
+    Graph(torch.ones(2), "here"),
+    Graph(torch.zeros(2), "here"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_fingerprints_tell_all_data_apart():
+    prints = [tuple(fingerprint(value).tolist()) for value in DATA]
+    for (i, one), (j, other) in itertools.combinations(enumerate(prints), 2):
+        assert one != other, (DATA[i], DATA[j])
+    assert [tuple(fingerprint([value]).tolist()) for value in DATA] != prints
+    for value, expected in zip(DATA, prints, strict=True):
+        assert tuple(fingerprint(value).tolist()) == expected
+    assert torch.equal(fingerprint(Graph(torch.ones(2), "there")), fingerprint(Graph(torch.ones(2), "here")))
+    assert torch.equal(fingerprint(torch.ones(3, 2).T), fingerprint(torch.ones(2, 3)))
+
+
+def _draws():
+    return [torch.rand(()).item(), random.random(), float(np.random.rand())]
+
+
+def _seeded(rank, report):
+    """A script that seeds every rank differently, and draws noise in its loop."""
+    torch.set_num_threads(1)
+    gathered = [None] * 6
+    for code, bad in ((RepetitionCode(6, 1), None), (RepetitionCode(6, 1), 1), (CyclicCode(6, 1), None)):
+        torch.manual_seed(7 + rank)
+        random.seed(7 + rank)
+        np.random.seed(7 + rank)
+        model = DistributedDataParallel(Net(), broadcast_buffers=False)
+        model.module.first.weight.data.fill_(0.1)
+        guard = draco_ext.protect(model, code, adversary=(lambda step, z: -z) if rank == bad else None)
+        draws = {(-1, code.assignment(guard.worker)[0]): _draws()}
+        ones = [torch.ones(4, 4)] * 3 * len(code.assignment(guard.worker))
+
+        def take(step, part, x, model=model, draws=draws):
+            draws[step, part] = _draws()
+            (model(x + torch.randn(x.shape)).sum() * random.random()).backward()
+
+        if isinstance(code, RepetitionCode):
+            for step, x in enumerate(ones):
+                if step == 2:  # as from a checkpoint
+                    state = guard.state_dict()
+                    torch.manual_seed(rank)
+                    guard.load_state_dict(state)
+                model.zero_grad()
+                take(step, code.assignment(guard.worker)[0], x)
+        else:
+            for step, parts in enumerate(guard.steps(ones)):
+                for part, x in zip(code.assignment(guard.worker), parts, strict=True):
+                    take(step, part, x)
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).tolist()
+        dist.all_gather_object(gathered, (draws, sorted(guard.report().suspects), gradient))
+        report(list(gathered))
+
+
+def test_draws_outside_the_model_agree_within_a_part():
+    clean, attacked, cyclic = run_local(_seeded, 6)
+    for everybody in (clean, attacked, cyclic):
+        of_parts = {}
+        for draws, suspects, gradient in everybody:
+            assert suspects == ([1] if everybody is attacked else [])
+            assert gradient == everybody[0][2]
+            for key, numbers in draws.items():
+                assert of_parts.setdefault(key, numbers) == numbers
+        assert len({tuple(numbers) for numbers in of_parts.values()}) == len(of_parts)  # other parts draw others
+    assert clean[0][2] == attacked[0][2]
+    assert clean[0][0] == attacked[0][0]
 
 
 @pytest.mark.slow

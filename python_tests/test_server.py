@@ -43,7 +43,7 @@ def _rank(rank, folder, accidents):
         parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
         torch.save({"parameters": parameters, "missing": guard.report().missing}, f"{folder}/{rank}.pt")
 
-    train(rank, CODE, "server", steps=STEPS, deadline=5.0, custom=accident, finish=finish)
+    train(rank, CODE, "server", steps=STEPS, deadline=5.0, custom=accident, finish=finish, check_state_every=3)
     # Rank 0 may not hang up while another still takes its results; one that is lost would never come to a barrier.
     store.set(f"done {rank}", "")
     if rank == 0:

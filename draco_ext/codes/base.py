@@ -128,8 +128,13 @@ class Code(abc.ABC):
         atol: float,
         rtol: float,
         length: int | None,
+        seed: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient, suspects and failed; see `decode`."""
+        """Gradient, suspects and failed; see `decode`.
+
+        Ranks that decode the same messages each by itself need the same bits: they agree on the seed of what the
+        decoder draws. Default: from the operating system.
+        """
 
     def _check_bound(self, dtype: object, dtypes: Sequence[torch.dtype], length: object, probability: object) -> None:
         ops.check_dtype("dtype", dtype, dtypes)

@@ -83,7 +83,7 @@ class CyclicCode(Code):
             math.sqrt(2) * unit * (honest + adding) + (amplification(s) + amplification(2 * s)) * hidden
         )
 
-    def _decode(self, messages, *, missing, expected, mean, atol, rtol, length):
+    def _decode(self, messages, *, missing, expected, mean, atol, rtol, length, seed=None):
         return ops.cyclic_decode(
             messages,
             self.adversaries,
@@ -93,4 +93,5 @@ class CyclicCode(Code):
             atol=atol,
             rtol=rtol,
             mean=mean,
+            seed=seed,
         )

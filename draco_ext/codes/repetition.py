@@ -71,7 +71,7 @@ class RepetitionCode(Code):
         self._check_bound(dtype, ops.VOTE_DTYPES, length, probability)
         return 0.0
 
-    def _decode(self, messages, *, missing, expected, mean, atol, rtol, length):
+    def _decode(self, messages, *, missing, expected, mean, atol, rtol, length, seed=None):
         if expected is not None or length is not None:  # the vote has no use for them
             ops.check_messages(messages, ops.VOTE_DTYPES)
             ops.check_mask("expected", expected, messages)

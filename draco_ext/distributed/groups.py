@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -94,3 +95,44 @@ def divide(
             )
             new = made if own in ranks else new
     return new
+
+
+class Rendezvous:
+    """Waits until all ranks of a group have come to the same call, before they begin a collective one.
+
+    A rank that begins one alone would be answered by whatever the others begin next. Here it gets an error instead.
+    Made on all ranks of the group alike.
+    """
+
+    _made: ClassVar[dict[str, int]] = {}  # by group
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        number = Rendezvous._made[group.group_name] = Rendezvous._made.get(group.group_name, -1) + 1
+        self._name = f"draco_ext/{group.group_name}/{number}"
+        self._rank = dist.get_rank(group)
+        self._calls = 0
+
+    def wait(self, ranks: Sequence[int], timeout: float) -> list[int]:
+        """Wait for these ranks, for so many seconds.
+
+        Returns:
+            The ranks that have not come.
+        """
+        store = dist.distributed_c10d._get_default_store()
+        until = time.monotonic() + timeout
+        while True:
+            name = f"{self._name}/{self._calls}"
+            self._calls += 1
+            store.set(f"{name}/{self._rank}", "here")
+            absent = []
+            try:
+                left = max(until - time.monotonic(), 0.001)
+                store.wait([f"{name}/{rank}" for rank in ranks], timedelta(seconds=left))
+            except dist.DistStoreError:
+                absent = [rank for rank in ranks if not store.check([f"{name}/{rank}"])]
+            # Who comes at the last moment and who leaves then must not part.
+            if store.compare_set(f"{name}/all", "", "no" if absent else "yes") == b"yes":
+                return []
+            if absent:
+                return absent
+            # Another rank has given this call up before: it will come to the next one.

@@ -18,12 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode, DecodingError, RepetitionCode
+from draco_ext.distributed.compatibility import check_model, reduced_parameters
 from draco_ext.distributed.encoder import GradientEncoder
-from draco_ext.distributed.groups import gather, gather_json, membership
+from draco_ext.distributed.groups import Rendezvous, gather, gather_json, membership
+from draco_ext.distributed.inputs import UNKNOWN, compare_inputs
 from draco_ext.distributed.ledger import Finding, Ledger
 from draco_ext.distributed.placement import ranks_per_host, worker_of
-from draco_ext.distributed.reproducibility import SelfTest, fingerprint, odd_ones_out, self_test
+from draco_ext.distributed.record import Claims, StepRecord
+from draco_ext.distributed.reproducibility import SelfTest, fingerprint, self_test
+from draco_ext.distributed.seeding import BATCH, LOADER, seed_generators
 from draco_ext.distributed.server_transport import ServerTransport
+from draco_ext.distributed.state import PeerRepair, ReplicatedState, ServerRepair, StateVerdict, judge
 from draco_ext.distributed.transports import (
     AllGather,
     AllReduceCyclic,
@@ -32,9 +37,12 @@ from draco_ext.distributed.transports import (
     Outcome,
     Peers,
     Pending,
+    RecordExchange,
     Seconds,
     Transport,
+    gather_alone,
 )
+from draco_ext.distributed.watch import Watch
 
 logger = logging.getLogger("draco_ext")
 
@@ -55,13 +63,24 @@ def _make_transport(name: str, peers: Peers, *, deadline: float, **tolerance: fl
 
 @dataclass
 class Suspect:
-    """A rank that sent wrong messages, in `Report`."""
+    """A rank that sent wrong messages, in `Report`.
+
+    Attributes:
+        worker: of the code.
+        rank: in the process group.
+        host: its name.
+        steps: in which its messages were wrong.
+        buckets: how many of its messages were.
+        other_data: those of the steps in which its inputs differed from those of the ranks with which it shares a part,
+            as it says itself: other mini-batches, or more or fewer forward passes.
+    """
 
     worker: int
     rank: int
     host: str
     steps: list[int] = field(default_factory=list)
     buckets: int = 0
+    other_data: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,7 +93,10 @@ class Report:
         suspects: by rank; none on account of a step that failed.
         failed_steps: steps without an update, because the guarantee did not cover what came in.
         missing: by rank, the steps in which messages of it did not come in time.
+        repaired: by rank, the steps in which its parameters, buffers or watched optimizers differed from those of the
+            majority, and were given what the majority has.
         unwritten: findings that could not be written into this rank's ledger.
+        undelivered: findings at which this rank's callback raised an error.
         seconds: where this rank's time went in all steps together.
     """
 
@@ -83,24 +105,26 @@ class Report:
     suspects: dict[int, Suspect]
     failed_steps: tuple[int, ...]
     missing: dict[int, list[int]] = field(default_factory=dict)
+    repaired: dict[int, list[int]] = field(default_factory=dict)
     unwritten: int = field(default=0, compare=False)
+    undelivered: int = field(default=0, compare=False)
     seconds: Seconds = field(default_factory=Seconds, compare=False)
 
 
 @dataclass
 class _Flight:
-    """An exchange that is not yet at its end: what it waits for, and whom it serves."""
+    """An exchange that is not yet at its end: what it waits for, and what its result is given to."""
 
-    exchange: Exchange
-    bucket: int
-    buffer: Tensor
-    future: torch.futures.Future[Tensor]
+    exchange: Exchange | RecordExchange
+    name: str
+    take: Callable[[Any], None]
     pending: Pending | None = None
+    needed: bool = True  # by another exchange, or for a gradient; or only at the end
 
     @property
     def soon(self) -> bool:
         """Whether it is to go on when the next bucket begins."""
-        return self.pending is None or self.pending.soon
+        return self.needed and (self.pending is None or self.pending.soon)
 
 
 class Guard:
@@ -129,6 +153,7 @@ class Guard:
         seed: int,
         ranks_on_host: int | None,
         deadline: float,
+        check_state_every: int,
     ) -> None:
         group = model.process_group
         self.code = code
@@ -144,10 +169,12 @@ class Guard:
         on_host = ranks_per_host(code) if ranks_on_host is None else ranks_on_host
         self._ranks = tuple(sorted(range(code.workers), key=lambda rank: worker_of(rank, code, on_host)))
         self.worker = worker_of(self._rank, code, on_host)
+        self._parts = code.assignment(self.worker)
 
         self._ledger, problem = None, None
         if ledger is not None and (self._rank == 0 or "{rank}" in str(ledger)):
-            path = Path(str(ledger).replace("{rank}", str(self._rank)))
+            # Made absolute now: a script may change its directory.
+            path = Path(str(ledger).replace("{rank}", str(self._rank))).absolute()
             try:
                 self._ledger = Ledger(path)
             except OSError as error:
@@ -163,8 +190,9 @@ class Guard:
             "rtol": rtol,
             "seed": seed,
             "deadline": deadline,
+            "check_state_every": check_state_every,
             "the number of process groups that a rank is in": membership(group),
-            "the sizes and dtypes of the model's parameters (their digest)": _digest_of_sizes(model),
+            "the names, sizes and dtypes of the model's parameters (their digest)": _digest_of_sizes(model),
             "DistributedDataParallel's options": {
                 "bucket_cap_mb": model.bucket_bytes_cap / 2**20,
                 "find_unused_parameters": model.find_unused_parameters,
@@ -186,14 +214,43 @@ class Guard:
         self._part = 0  # of this worker's, in the step that runs
         self._forwards = 0  # of that part
         self._in_steps = False
+        self._awaited = False  # within `steps`: whether a mini-batch is handed out that was not yet passed backward
         self._encoder = GradientEncoder(code, self.worker, ready=isinstance(self._transport, AllReduceCyclic))
         self._flights: list[_Flight] = []  # of the step that runs
-        self._inputs: list[Tensor] = []  # fingerprints of the first step's mini-batches
+        # In the first step, of each part: fingerprints of its mini-batch, if `steps` has handed it out, and inputs.
+        self._inputs: dict[int, list[Tensor]] = {}
+        self._findings: list[Finding] = []  # of the step that runs, for the callback
+        self._callback_errors: set[type[Exception]] = set()  # that were logged
+        self._undelivered = 0
         # DDP's own map of unused parameters is of a step's last pass only, and believes every rank.
         self._may_be_unused = model.find_unused_parameters or model.static_graph
-        self._decoded: list[tuple[Tensor, Tensor]] = []  # parameters and gradients, where some may be unused
+        self._decoded: list[_Decoded] = []  # where some may be unused
+        self._outcomes: list[tuple[Outcome, int]] = []  # of the step that runs, each with its bucket
+        self._claims: Claims | None = None  # of the step that runs
+        self._state = ReplicatedState(model)
+        served = isinstance(self._transport, ServerTransport)
+        self._repair = (ServerRepair if served else PeerRepair)(self._transport, self._state)
+        self._rendezvous = Rendezvous(group)
+        self._check_state_every = check_state_every
+        self._state_is_unknown = True  # not compared yet, or no majority has had the same
+        self._comparisons = 0
+        self._repaired: dict[int, list[int]] = {}
+        # Of each worker, those who compute the same parts: they have the same buffers.
+        assignments = [code.assignment(j) for j in range(code.workers)]
+        groups: dict[tuple[int, ...], tuple[int, ...]] = {}
+        for j, parts in enumerate(assignments):
+            groups[parts] = (*groups.get(parts, ()), j)
+        self._alike = {j: groups[parts] for j, parts in enumerate(assignments)}
+        model.register_comm_hook(None, self._hook)  # the first: it raises where there is one already
+        # The server's threads talk to the other ranks at any time; those look, too.
+        is_server = transport == "server" and self._rank == 0
+        self._watch = Watch(model, self._drop_gradients, collectives=not is_server)
         model.register_forward_pre_hook(torch.compiler.disable(self._seed_part), with_kwargs=True)
-        model.register_comm_hook(None, self._hook)
+        in_buckets = reduced_parameters(model)
+        reduced = [parameter for parameter in model.parameters() if parameter in in_buckets]
+        self._numbers = {parameter: i for i, parameter in enumerate(reduced)}
+        self._record = StepRecord(code, self.worker, reduced, usage=self._may_be_unused)
+        self._seed_generators(self._parts[0], LOADER)
 
     @property
     def _model(self) -> DistributedDataParallel:
@@ -215,48 +272,65 @@ class Guard:
             RuntimeError: the mini-batches of a step were not all taken and passed backward.
         """
         iterator = iter(loader)
-        parts = len(self.code.assignment(self.worker))
         self._in_steps = True
         try:
-            for first in iterator:
+            while True:
                 before = self.step
-                yield self._parts_of_step(first, iterator, parts)
+                self._seed_generators(self._parts[0], LOADER)
+                try:
+                    first = next(iterator)
+                except StopIteration:
+                    return
+                yield self._parts_of_step(first, iterator)
                 if self.step != before + 1:
-                    raise RuntimeError(
-                        f"step {before} is not complete: each of its {parts} mini-batches needs one backward pass"
-                    )
+                    raise self._incomplete(before)
         finally:
-            self._in_steps = False
+            self._in_steps = self._awaited = False
 
-    def _parts_of_step(self, first: Any, iterator: Iterator[Any], parts: int) -> Iterator[Any]:
-        for part in range(parts):
-            self._model.zero_grad(set_to_none=True)  # what backward left there is in the message, or of the step before
-            self._part, self._forwards = part, 0
+    def _parts_of_step(self, first: Any, iterator: Iterator[Any]) -> Iterator[Any]:
+        step = self.step
+        for i, part in enumerate(self._parts):
+            if i > 0:
+                if self._awaited:
+                    raise self._incomplete(step)
+                self._seed_generators(part, LOADER)
             try:
-                yield first if part == 0 else next(iterator)
+                batch = first if i == 0 else next(iterator)
             except StopIteration:
-                raise RuntimeError(f"the loader ended within a step of {parts} mini-batches") from None
+                raise RuntimeError(f"the loader ended within a step of {len(self._parts)} mini-batches") from None
+            self._model.zero_grad(set_to_none=True)  # what backward left there is in the message, or of the step before
+            self._part, self._forwards, self._awaited = i, 0, True
+            self._watch.begin_part()
+            self._record.begin_part(i)
+            if self._exchanges == 0:
+                self._inputs[i] = [fingerprint(batch), UNKNOWN]
+            self._seed_generators(part, BATCH)
+            yield batch
+
+    def _incomplete(self, step: int) -> RuntimeError:
+        return RuntimeError(
+            f"step {step} is not complete: each of its {len(self._parts)} mini-batches needs one backward pass"
+        )
+
+    def _seed_generators(self, part: int, stage: int) -> None:
+        seed_generators(self._seed, self.step, part, stage)
 
     def _seed_part(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> None:
         """Before every forward pass in training: dropout and the like draw the same for all ranks with this part."""
         if not torch.is_grad_enabled():
             return
+        self._record.see(self._part, (arguments, keywords), self._state.device)
         if self._exchanges == 0 and self._forwards == 0:
-            self._inputs[self._part :] = [fingerprint((arguments, keywords))]
+            batch, _ = self._inputs.get(self._part, (UNKNOWN, UNKNOWN))
+            self._inputs[self._part] = [batch, fingerprint((arguments, keywords))]
         if not module.training:
             return
         self._check_in_steps()
-        part = self.code.assignment(self.worker)[self._part]
-        words = torch.tensor([self.step, part, self._forwards], dtype=torch.int64).view(torch.uint8)
-        seed = int(ops.digest(words, self._seed)[0])
-        # torch.manual_seed would format a stack trace for every kind of device that is not in use.
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(seed)
+        self._seed_generators(self._parts[self._part], self._forwards)
         self._forwards += 1
 
     def _check_in_steps(self) -> None:
-        if not self._in_steps and len(self.code.assignment(self.worker)) > 1:
+        if not self._in_steps and len(self._parts) > 1:
             raise RuntimeError(f"{self.code!r} has several parts for each rank: loop over guard.steps(loader)")
 
     # ------------------------------------------------------------------------------------------------ DDP's hook
@@ -264,28 +338,47 @@ class Guard:
     def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """Called by DDP for every bucket of a backward pass, in the same order on all ranks."""
         try:
-            return self._take(bucket)
+            self._watch.begin_bucket()
+            with self._watch.own():
+                future = self._take(bucket)
+            if bucket.is_last():
+                self._awaited = False
+                self._watch.end_pass()
+            return future
         except BaseException:
             self._drop_gradients()  # this rank's own, and decoded ones
+            self._deliver()
             raise
 
     def _take(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         self._check_in_steps()
+        if self._in_steps and not self._awaited:
+            raise RuntimeError(
+                "guard.steps() takes one backward pass for each mini-batch, got another: put all but the last of a "
+                "mini-batch under model.no_sync()"
+            )
         buffer = bucket.buffer()
         future = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
-        last = self._part == len(self.code.assignment(self.worker)) - 1
+        last = self._part == len(self._parts) - 1
         if last and self._exchanges == 0:
             self._compare_inputs(buffer.device)
         begin = time.perf_counter()
         self._encoder.add(bucket, self._part)
         self._peers.seconds.encode += time.perf_counter() - begin
+        if last and self._may_be_unused:
+            for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+                number = self._numbers[parameter]
+                older = parameter.grad is not None and not self._record.is_reached(number)
+                self._decoded.append(_Decoded(number, parameter, gradient, older))
+        if self._may_be_unused and bucket.is_last():  # every parameter that is used has its gradient
+            self._record.end_part()
         if not last:
             future.set_result(buffer)
             return future
         if bucket.index() == 0:
             self._flights = []
-        if self._may_be_unused:
-            self._decoded += zip(bucket.parameters(), bucket.gradients(), strict=True)
+        if bucket.is_last() if self._may_be_unused else bucket.index() == 0:
+            self._send_record(buffer.device)
         message = self._encoder.message(bucket)
         if self._adversary is not None:
             altered = self._adversary(self.step, message.values.clone()).contiguous()
@@ -294,7 +387,12 @@ class Guard:
         self._exchanges += 1
         # What the exchanges before have begun runs meanwhile; the order is the same on all ranks.
         earlier = [flight for flight in self._flights if flight.soon]
-        self._flights.append(_Flight(exchange, bucket.index(), buffer, future))
+
+        def take(outcome: Outcome, number: int = bucket.index()) -> None:
+            self._outcomes.append((outcome, number))
+            future.set_result(buffer)
+
+        self._flights.append(_Flight(exchange, f"bucket {bucket.index()}", take))
         for flight in (self._flights[-1], *earlier):
             self._advance(flight)
         if bucket.is_last():
@@ -313,10 +411,9 @@ class Guard:
             flight.pending = flight.exchange.send(value)
         except StopIteration as stop:
             self._flights.remove(flight)
-            self._note(stop.value, flight.bucket)
-            flight.future.set_result(flight.buffer)
+            flight.take(stop.value)
         except RuntimeError as error:
-            raise RuntimeError(f"no gradient in step {self.step}, bucket {flight.bucket}: {error}") from error
+            raise RuntimeError(f"no gradient in step {self.step}, {flight.name}: {error}") from error
         seconds.decode += time.perf_counter() - begin - (seconds.communicate - waited)
 
     def _land(self) -> None:
@@ -327,47 +424,74 @@ class Guard:
                 self._advance(flight)
 
     def _compare_inputs(self, device: torch.device) -> None:
-        """In the first step: whether ranks that share a part have the same mini-batch of it.
+        """In the first step: whether ranks that share a part have the same inputs of it.
 
         More than s that have not are a mistake. Fewer may be one, or bad; they cannot stop the others.
         """
-        rows = gather(torch.stack(self._inputs), self._model.process_group, device)
-        odd: dict[int, int] = {}  # worker -> first part of which it has another mini-batch
-        for part in range(self.code.parts):
-            holders = [j for j in range(self.code.workers) if part in self.code.assignment(j)]
-            ours = [rows[self._ranks[j], self.code.assignment(j).index(part)] for j in holders]
-            for i in odd_ones_out(torch.stack(ours)):
-                odd.setdefault(holders[i], part)
-        ranks = {self._ranks[j]: part for j, part in odd.items()}
-        if len(odd) > self.code.adversaries:
-            raise ValueError(
-                "loader must give ranks that share a part the same mini-batches of it, those of a "
-                f"RedundantBatchSampler with the same seed and data; got others on ranks {sorted(ranks)}"
-            )
-        for rank, part in ranks.items():
-            logger.warning(
-                "rank %d on %s has another mini-batch of part %d than others: sampler, seed and data must be the same",
-                rank,
-                self._hosts[rank],
-                part,
-            )
+        own = torch.stack([torch.stack(self._inputs[i]) for i in range(len(self._parts))])
+        for other in compare_inputs(gather(own, self._model.process_group, device), self.code, self._ranks):
+            ranks = sorted(self._ranks[j] for j in other.workers)
+            if len(ranks) > self.code.adversaries:
+                raise ValueError(f"{other.cause}; got others of part {other.part} on ranks {ranks}")
+            for rank in ranks:
+                self._log(
+                    "rank %d on %s has other inputs of part %d than others: %s",
+                    rank,
+                    self._hosts[rank],
+                    other.part,
+                    other.cause,
+                )
+
+    def _send_record(self, device: torch.device) -> None:
+        """Sends what this rank says about the step; in every step at the same place on all ranks."""
+        every = self._check_state_every
+        with_state = self._state_is_unknown or (every > 0 and self.step % every == 0)
+        begin = time.perf_counter()
+        state = self._digest_state() if with_state else None
+        record = self._record.vector(state, device)
+        self._peers.seconds.decode += time.perf_counter() - begin
+
+        def take(gathered: tuple[Tensor, tuple[int, ...]]) -> None:
+            self._claims = self._record.read(*gathered, with_state=with_state)
+
+        flight = _Flight(self._transport.gather_record(record), "record of the step", take, needed=False)
+        self._flights.append(flight)
+        self._advance(flight)
 
     def _finish(self) -> None:
         """After the last backward pass of a step, when the gradients are in place."""
+        try:
+            self._end_step()
+        except BaseException:
+            self._drop_gradients()
+            raise
+
+    def _end_step(self) -> None:
+        claims, decoded, outcomes = self._claims, self._decoded, self._outcomes
+        self._claims, self._decoded, self._outcomes = None, [], []
+        self._record.begin()
+        verdict = judge(claims.state, self._alike)
+        self._judge(outcomes, claims, verdict)
+        with self._watch.own():
+            problem = self._mend(verdict) if claims.state else None
+        self._failure = self._failure or problem or self._corrupted(verdict)
         failure, self._failure = self._failure, None
         step, self.step = self.step, self.step + 1
         self._part = self._forwards = 0
         self.failed = failure is not None
-        decoded, self._decoded = self._decoded, []
+        self._seed_generators(self._parts[0], LOADER)
+        self._watch.finish()
+        if failure is not None:
+            self._failed_steps.append(step)
+            self._drop_gradients()
+        elif decoded:
+            _leave_out_unused(decoded, claims.used_parameters())
+        self._deliver()
         if failure is None:
-            if decoded:
-                _leave_out_unused(decoded)
             return
-        self._failed_steps.append(step)
-        self._drop_gradients()
         if self._on_failure == "raise":
             raise DecodingError(failure)
-        logger.warning("%s; the step is skipped", failure)
+        self._log("%s; the step is skipped", failure)
 
     def _drop_gradients(self) -> None:
         for parameter in self._model.parameters():
@@ -393,67 +517,204 @@ class Guard:
         """
         result = self_test(self._model.module, self._model.process_group, batch, loss)
         if not result.reproducible:
-            logger.warning("%s", result)
+            self._log("%s", result)
         return result
 
     # ------------------------------------------------------------------------------------------------ verdicts
 
-    def _note(self, outcome: Outcome, bucket: int) -> None:
-        now = time.time()
-        if outcome.failed and self._failure is None:
-            suspected, missing = ([self._ranks[j] for j in workers] for workers in (outcome.suspects, outcome.missing))
-            self._failure = (
-                f"no gradient in step {self.step}, bucket {bucket}: more ranks are bad than {self.code!r} can correct; "
-                f"suspected: {suspected}" + (f", missing: {missing}" if missing else "")
-            )
+    def _judge(self, outcomes: list[tuple[Outcome, int]], claims: Claims, state: StateVerdict) -> None:
+        """Notes what the exchanges of a step have found."""
+        if not any(outcome.suspects or outcome.missing or outcome.failed for outcome, _ in outcomes):
+            return
+        other_data = claims.with_other_data()
+        for outcome, bucket in outcomes:
+            if outcome.failed and self._failure is None:
+                self._failure = self._explain(outcome, bucket, other_data, state)
+            self._note(outcome, bucket, other_data)
+
+    def _note(self, outcome: Outcome, bucket: int, other_data: set[int]) -> None:
         for worker in (*outcome.suspects, *outcome.missing):
-            rank = self._ranks[worker]
             differs = outcome.suspects.get(worker)
-            finding = Finding(
-                time=now,
-                step=self.step,
+            finding = self._finding(
+                worker,
+                "missing" if worker in outcome.missing else "data" if worker in other_data else "gradient",
                 bucket=bucket,
-                worker=worker,
-                rank=rank,
-                host=self._hosts[rank],
                 elements=differs and differs.elements,
                 first=differs and differs.first,
                 largest=differs.largest if differs and differs.largest < float("inf") else None,
                 failed=outcome.failed,
-                missing=worker in outcome.missing,
             )
             if finding.missing:
                 self._miss(finding)
             elif not outcome.failed:
                 self._accuse(finding)
-            if self._ledger is not None:
-                self._ledger.append(finding)
-            if self._callback is not None:
+            self._add(finding)
+
+    def _explain(self, outcome: Outcome, bucket: int, other_data: set[int], state: StateVerdict) -> str:
+        """Why a bucket could not be decoded, as far as ranks' records tell."""
+        other_state = {j for j, sections in state.wrong.items() if "parameters" in sections}
+        explained = other_data | other_state
+        suspected = set(outcome.suspects) - explained
+        for group in set(self._alike.values()) if isinstance(self.code, RepetitionCode) else ():
+            # Of those who are left s or fewer may be right about the others: then it could be any of them.
+            rest = set(group) - explained - set(outcome.missing)
+            against = rest & suspected
+            if len(rest) > 1 and against and len(rest - against) <= self.code.adversaries:
+                suspected |= rest
+            elif rest == against and len(rest) == 1:
+                suspected -= rest  # nobody is left who says so
+        reasons = {
+            "suspected": suspected,
+            "other parameters than the majority": other_state,
+            "other data (mini-batches or forward passes that differ from the others')": other_data,
+            "missing": set(outcome.missing),
+        }
+        named = {reason: sorted(self._ranks[j] for j in workers) for reason, workers in reasons.items()}
+        return (
+            f"no gradient in step {self.step}, bucket {bucket}: more ranks are bad than {self.code!r} can correct; "
+            + ", ".join(f"{reason}: {ranks}" for reason, ranks in named.items() if ranks or not any(named.values()))
+        )
+
+    def _corrupted(self, verdict: StateVerdict) -> str | None:
+        """What is to be said where too many ranks have wrong parameters, also if their gradients agree."""
+        groups = set(self._alike.values()) if isinstance(self.code, RepetitionCode) else [range(self.code.workers)]
+        for group in groups:
+            wrong = sorted(self._ranks[j] for j in group if "parameters" in verdict.wrong.get(j, ()))
+            if len(wrong) > self.code.adversaries:
+                return (
+                    f"no gradient in step {self.step}: more ranks have other parameters than the majority than "
+                    f"{self.code!r} can correct: {wrong}"
+                )
+        return None
+
+    def _finding(self, worker: int, kind: str, **what: Any) -> Finding:
+        rank = self._ranks[worker]
+        return Finding(
+            time=time.time(),
+            step=self.step,
+            worker=worker,
+            rank=rank,
+            host=self._hosts[rank],
+            missing=kind == "missing",
+            kind=kind,
+            **what,
+        )
+
+    def _add(self, finding: Finding) -> None:
+        if self._ledger is not None:
+            self._ledger.append(finding)
+        self._findings.append(finding)
+
+    def _deliver(self) -> None:
+        """Give the step's findings to the callback, which cannot end the job."""
+        findings, self._findings = self._findings, []
+        for finding in findings if self._callback is not None else ():
+            try:
                 self._callback(finding)
+            except Exception as error:
+                self._undelivered += 1
+                if type(error) not in self._callback_errors:
+                    self._callback_errors.add(type(error))
+                    logger.exception("callback raised an error; training goes on, and others of its kind are counted")
+
+    def _log(self, message: str, *arguments: Any) -> None:
+        """Log a warning once per job: by the first rank that nobody suspects. Others log for debugging only."""
+        trusted = set(range(self.code.workers)) - self._suspects.keys() - self._missing.keys()
+        logger.log(logging.WARNING if min(trusted, default=0) == self._rank else logging.DEBUG, message, *arguments)
 
     def _miss(self, finding: Finding) -> None:
         steps = self._missing.setdefault(finding.rank, [])
         if not steps:
-            logger.warning("rank %d on %s is missing in step %d", finding.rank, finding.host, finding.step)
+            self._log("rank %d on %s is missing in step %d", finding.rank, finding.host, finding.step)
         if finding.step not in steps[-1:]:
             steps.append(finding.step)
 
     def _accuse(self, finding: Finding) -> None:
         if finding.rank not in self._suspects:
             self._suspects[finding.rank] = Suspect(finding.worker, finding.rank, finding.host)
-            logger.warning("rank %d on %s sent a wrong gradient in step %d", finding.rank, finding.host, finding.step)
+            what = "has other data than the ranks with the same part: mini-batches or forward passes differ"
+            what = what if finding.kind == "data" else "sent a wrong gradient"
+            self._log("rank %d on %s %s in step %d", finding.rank, finding.host, what, finding.step)
         suspect = self._suspects[finding.rank]
         suspect.buckets += 1
+        if finding.kind == "data" and finding.step not in suspect.other_data[-1:]:
+            suspect.other_data.append(finding.step)
         if finding.step not in suspect.steps[-1:]:
             suspect.steps.append(finding.step)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on exactly, dropout included, and to remember who was bad."""
+    # ------------------------------------------------------------------------------------------------ state
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Compares and repairs an optimizer's state, too, wherever the parameters are: its tensors and numbers.
+
+        To be called on all ranks. Costs twice or three times what the parameters cost.
+
+        Raises:
+            TypeError: it is no optimizer, or one that keeps something else on every rank.
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "consolidate_state_dict"):
+            raise TypeError(
+                "optimizer must be a torch.optim.Optimizer with the same state on all ranks, "
+                f"got {type(optimizer).__name__}"
+            )
+        self._state.watch(optimizer)
+
+    def check_state(self, timeout: float = 60.0) -> tuple[int, ...]:
+        """Compares parameters, buffers and watched optimizers of all ranks now, and repairs those that differ.
+
+        To be called on all ranks, between steps. Costs a read of all that and a small exchange.
+
+        Args:
+            timeout: seconds to wait for the other ranks to call it.
+
+        Returns:
+            The ranks that were wrong.
+
+        Raises:
+            DecodingError: no majority of the ranks has the same.
+            RuntimeError: another rank does not call it.
+        """
+        ops.check_tolerance("timeout", timeout)
+        with self._watch.own():
+            return self._check_state(timeout)
+
+    def _check_state(self, timeout: float) -> tuple[int, ...]:
+        gone = {rank for rank, steps in self._missing.items() if steps[-1:] == [self.step - 1]}
+        if absent := self._rendezvous.wait([r for r in range(self.code.workers) if r not in gone], timeout):
+            raise RuntimeError(
+                f"check_state and state_dict must be called on all ranks, but rank {absent[0]} has not called it "
+                f"within {timeout:g} s; state_dict(check=False) may be called on one rank alone"
+            )
+        record = self._digest_state().flatten()
+        rows, missing = gather_alone(self._transport, record)
+        present = [j for j in range(self.code.workers) if j not in missing]
+        pairs = {j: tuple(map(tuple, rows[j].view(-1, 2).tolist())) for j in present}
+        verdict = judge(pairs, self._alike)
+        problem = self._mend(verdict)
+        self._deliver()
+        if problem:
+            raise DecodingError(problem)
+        return tuple(sorted(self._ranks[worker] for worker in verdict.wrong))
+
+    def state_dict(self, check: bool = True) -> dict[str, Any]:
+        """What a checkpoint needs to go on exactly, dropout included, and to remember who was bad.
+
+        Args:
+            check: calls `check_state` first, so that no rank writes a wrong checkpoint: to be called on all ranks, and
+                before the model's own ``state_dict()``. False: may be called on one rank alone.
+
+        Raises:
+            DecodingError: see `check_state`.
+            RuntimeError: another rank does not call it.
+        """
+        if check:
+            self.check_state()
         return {
             "step": self.step,
             "suspects": {rank: asdict(suspect) for rank, suspect in self._suspects.items()},
             "failed_steps": list(self._failed_steps),
             "missing": {rank: list(steps) for rank, steps in self._missing.items()},
+            "repaired": {rank: list(steps) for rank, steps in self._repaired.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -463,26 +724,71 @@ class Guard:
         self._suspects = {rank: Suspect(**suspect) for rank, suspect in state["suspects"].items()}
         self._failed_steps = list(state["failed_steps"])
         self._missing = {rank: list(steps) for rank, steps in state["missing"].items()}
+        self._repaired = {rank: list(steps) for rank, steps in state.get("repaired", {}).items()}
+        self._state_is_unknown = True  # something was loaded
+        self._seed_generators(self._parts[0], LOADER)
+
+    def _digest_state(self) -> Tensor:
+        """Digests of this rank's state, under a key that all ranks know.
+
+        It may be known: nobody but the rank itself has made its state, unless it was sent a repair, and that was
+        compared under a key drawn afterwards.
+        """
+        words = torch.tensor([self.step, self._comparisons], dtype=torch.int64).view(torch.uint8)
+        self._comparisons += 1
+        return self._state.digests(int(ops.digest(words, self._seed)[0]) % 2**63)
+
+    def _mend(self, verdict: StateVerdict) -> str | None:
+        """Repairs the ranks in the minority; returns what is to be said where that is not enough for the step."""
+        self._state_is_unknown = bool(verdict.undecided)
+        repaired = self._repair.run(verdict, self._alike)
+        for worker, sections in verdict.wrong.items():
+            finding = self._finding(worker, "state", bucket=-1, elements=None, first=None, largest=None, failed=False)
+            self._log(
+                "rank %d on %s had other %s than the majority in step %d; %s",
+                finding.rank,
+                finding.host,
+                " and ".join(sections),
+                finding.step,
+                "it was given the majority's" if repaired[worker] else "it could not be repaired",
+            )
+            if repaired[worker]:
+                self._repaired.setdefault(finding.rank, []).append(finding.step)
+            self._add(finding)
+        if not verdict.undecided:
+            return None
+        return (
+            f"no gradient in step {self.step}: no majority of the ranks has the same {' and '.join(verdict.undecided)}"
+        )
 
     def report(self) -> Report:
         """Who was suspected, in which steps and how many buckets, and which steps failed: the same on all ranks.
 
-        Also how many seconds were spent on it, and what its ledger lacks: each rank's own.
+        Also how many seconds were spent on it, and what its ledger and its callback lack: each rank's own. A snapshot:
+        it does not change afterwards.
         """
+        suspects = {
+            rank: replace(suspect, steps=list(suspect.steps), other_data=list(suspect.other_data))
+            for rank, suspect in self._suspects.items()
+        }
         return Report(
             self._transport.trust,
             self.step,
-            dict(self._suspects),
+            suspects,
             tuple(self._failed_steps),
-            dict(self._missing),
+            {rank: list(steps) for rank, steps in self._missing.items()},
+            {rank: list(steps) for rank, steps in self._repaired.items()},
             0 if self._ledger is None else self._ledger.unwritten,
+            self._undelivered,
             replace(self._peers.seconds),
         )
 
 
-def _digest_of_sizes(model: torch.nn.Module) -> str:
-    """Of what decides, with DDP's options, which buckets there will be."""
-    sizes = [(list(p.shape), str(p.dtype)) for p in model.parameters() if p.requires_grad]
+def _digest_of_sizes(model: DistributedDataParallel) -> str:
+    """Of what decides, with DDP's options, which buckets there will be, and which parameter is where in them."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # torch.compile puts a name of its own into all of them.
+    sizes = [(name.replace("_orig_mod.", ""), list(p.shape), str(p.dtype)) for name, p in named]
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 
@@ -518,14 +824,27 @@ def _meet(mine: dict[str, Any], group: dist.ProcessGroup, device: torch.device) 
     return [other["host"] for other in everybody]
 
 
-def _leave_out_unused(decoded: list[tuple[Tensor, Tensor]]) -> None:
-    """Parameters whose decoded gradient is 0 get none, as DDP gives none to those that no rank has used; others one."""
-    used = torch.stack([gradient.any() for _, gradient in decoded]).tolist()
-    for (parameter, gradient), is_used in zip(decoded, used, strict=True):
-        if not is_used:
-            parameter.grad = None
-        elif parameter.grad is None:
-            parameter.grad = gradient.clone()
+@dataclass(frozen=True)
+class _Decoded:
+    """A parameter and where its decoded gradient is, where parameters may be unused.
+
+    older: it has a gradient of earlier passes, which this rank's part has not touched.
+    """
+
+    number: int
+    parameter: Tensor
+    gradient: Tensor
+    older: bool
+
+
+def _leave_out_unused(decoded: list[_Decoded], used: list[bool]) -> None:
+    """Gives all used parameters a gradient, if it is 0, and leaves the others as they were, as DDP does."""
+    for item in decoded:
+        if not used[item.number]:
+            if not item.older:
+                item.parameter.grad = None
+        elif item.parameter.grad is None:
+            item.parameter.grad = item.gradient.clone()
 
 
 def protect(
@@ -542,6 +861,7 @@ def protect(
     seed: int = 0,
     ranks_per_host: int | None = None,
     deadline: float = 60.0,
+    check_state_every: int | None = 20,
 ) -> Guard:
     """Puts a code between a DistributedDataParallel model's gradients and its optimizer.
 
@@ -563,9 +883,15 @@ def protect(
       with find_unused_parameters, and with buffers unless broadcast_buffers=False; a warning says so). Rank 0 must
       live. Moves a message per rank to the server and back.
 
-    Before every forward pass in training torch's global generator is seeded, the same on all ranks with the part, so
-    that dropout agrees. With find_unused_parameters or static_graph a parameter whose decoded gradient is exactly 0
-    counts as unused: its ``grad`` is None.
+    The global generators of torch, Python and numpy are seeded here, where `Guard.steps` hands out a mini-batch, before
+    every forward pass in training and after every step, the same on all ranks with the part: what is drawn from them
+    in the loop and in the model agrees. With find_unused_parameters or static_graph a parameter is unused if the
+    majority of each part's holders say so; as under plain DDP its ``grad`` then stays what it was.
+
+    In the first step, in every step whose number is a multiple of `check_state_every` and before `Guard.state_dict`
+    ranks compare digests of their parameters, buffers and watched optimizers (`Guard.watch`). Those that differ from
+    the majority are named, and given what the majority has before the optimizer steps. Without a majority the step
+    fails.
 
     Args:
         model: on every rank, with a process group of ``code.workers`` ranks; torch.compile it before or afterwards.
@@ -576,15 +902,17 @@ def protect(
             warning.
         ledger: file to which every `Finding` is appended as a line of JSON, see `draco_ext.read_ledger`: by rank 0, or,
             with "{rank}" in its name, by every rank to its own. Where that fails later on, training goes on.
-        callback: called with every `Finding`, on all ranks.
+        callback: called with every `Finding`, on all ranks, after the step. Where it raises an error, that is logged,
+            once for each kind of error, and training goes on.
         adversary: makes this rank bad, for tests and demonstrations: f(step, honest message) -> what is sent.
         atol: honest messages may differ by so much, see `draco_ext.decode`; not for the repetition code with
             "allreduce", which compares bits.
         rtol: the same, relative.
-        seed: of the generator's seeds; the same on all ranks.
+        seed: of the generators' seeds; the same on all ranks.
         ranks_per_host: see `RedundantBatchSampler`; default: what torchrun says.
         deadline: seconds that the server waits for the others' messages once it has its own. A rank that was late is
             not waited for again until it has caught up.
+        check_state_every: in which steps parameters are compared; 0 or None: in the first one only.
 
     Returns:
         The guard.
@@ -592,8 +920,11 @@ def protect(
     Raises:
         TypeError: an argument has the wrong type; parameters have a dtype that the code does not take.
         ValueError: an argument has a wrong value, or not the same on all ranks; nor have the models or DDP's options;
-            the ledger cannot be opened: on all ranks alike. In the first step ``backward()`` raises one, too, where
-            more than s ranks have other mini-batches than those with which they share a part.
+            the ledger cannot be opened: on all ranks alike. DDP would keep a gradient from the guard: it is named. In
+            the first step ``backward()`` raises one, too, where more than s holders of a part have other inputs of it.
+        RuntimeError: in a step, where it cannot be protected: a collective between the beginning of a forward pass and
+            the end of its backward pass, an optimizer that steps with gradients that DDP has not reduced, a parameter
+            that requires a gradient only since DDP was made, ``model.join()``. All gradients become None.
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")
@@ -610,14 +941,15 @@ def protect(
     ops.check_tolerance("rtol", rtol)
     ops.check_tolerance("deadline", deadline)
     ops.check_int("seed", seed, 0, 2**63 - 1)
+    check_state_every = 0 if check_state_every is None else check_state_every
+    ops.check_int("check_state_every", check_state_every, 0)
     if isinstance(code, RepetitionCode) and transport == "allreduce" and (atol > 0 or rtol > 0):
         raise ValueError("atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'allgather'")
-    accepted = ops.CYCLIC_DTYPES if isinstance(code, CyclicCode) else ops.VOTE_DTYPES
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype not in accepted:
-            raise TypeError(f"parameters must have a dtype that {code!r} takes, got {parameter.dtype} for {name}")
-    if transport == "server" and (
-        model.find_unused_parameters or (model.broadcast_buffers and next(model.buffers(), None) is not None)
+    check_model(model, code)
+    if (
+        dist.get_rank(model.process_group) == 0
+        and transport == "server"
+        and (model.find_unused_parameters or (model.broadcast_buffers and next(model.buffers(), None) is not None))
     ):
         logger.warning(
             "a rank that dies or hangs will stop all: with buffers and broadcast_buffers, or with "
@@ -636,4 +968,5 @@ def protect(
         seed=seed,
         ranks_on_host=ranks_per_host,
         deadline=deadline,
+        check_state_every=check_state_every,
     )

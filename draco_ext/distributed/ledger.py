@@ -12,7 +12,7 @@ logger = logging.getLogger("draco_ext")
 
 @dataclass(frozen=True)
 class Finding:
-    """One worker's wrong or missing message in one bucket of one step; a line of the ledger.
+    """One worker's wrong or missing message in one bucket of one step, or its wrong state; a line of the ledger.
 
     Attributes:
         time: seconds since the epoch.
@@ -26,6 +26,9 @@ class Finding:
         largest: the largest absolute deviation; None also where it is not finite.
         failed: whether the bucket could not be decoded: then the suspicion is not certain, and stands here only.
         missing: whether the message did not come in time, which is no suspicion.
+        kind: "gradient": a wrong message; "data": the same of a rank that says itself that its inputs differ from those
+            of the others with its part; "missing"; "state": other parameters, buffers or optimizer state than the
+            majority's, with bucket -1.
     """
 
     time: float
@@ -39,6 +42,7 @@ class Finding:
     largest: float | None
     failed: bool
     missing: bool = False
+    kind: str = "gradient"
 
 
 class Ledger:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch.utils import _pytree as pytree
 
 from draco_ext import ops
 from draco_ext.distributed.groups import gather
+from draco_ext.distributed.seeding import kept_generators, seed_generators
 
 SAME_RANK = (
     "switch on torch.use_deterministic_algorithms(True), torch.backends.cudnn.benchmark = False and "
-    "CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment, and take nothing from outside torch's generator into the model"
+    "CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment, and draw in the model from the global generators only"
 )
 ACROSS_RANKS = (
     "within a group use the same kind of processor, the same torch and libraries, and the same number of threads "
@@ -46,16 +48,83 @@ class SelfTest:
         return f"the gradient of {self.parameter} is not bit-reproducible on ranks {list(self.ranks)}: {self.advice}"
 
 
-def fingerprint(values: Any) -> Tensor:
-    """(2,) int64 on the CPU: stands for the bits of all dense tensors in a nest of containers, in order."""
-    leaves = (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and leaf.layout == torch.strided)
-    digests = [_digest(leaf) for leaf in leaves]
-    return _digest(torch.stack(digests)) if digests else torch.zeros(2, dtype=torch.int64)
+def fingerprint(values: Any, device: torch.device | None = None) -> Tensor:
+    """Return (2,) int64 that stand for the bits of all data in a nest of containers and dataclasses.
+
+    Data are tensors of any layout, arrays, numbers and strings. Other objects are looked into for tensors and arrays:
+    their numbers and strings may be those of a host.
+
+    Args:
+        values: the nest.
+        device: where the result is to be, the CPU by default; nothing waits for it unless that is the CPU.
+    """
+    device = torch.device("cpu") if device is None else device
+    text = bytearray()
+    digests: list[Tensor] = []
+    _add(values, text, digests, frozenset(), is_data=True)
+    digests = [digest.to(device) for digest in (*digests, _digest_of_bytes(text))]
+    return _digest(torch.stack(digests))
+
+
+def _add(value: Any, text: bytearray, digests: list[Tensor], above: frozenset[int], *, is_data: bool) -> None:
+    """Add what a value consists of; `above` are the objects that hold it."""
+    if isinstance(value, Tensor):
+        for piece in _strided_pieces(value.detach()):
+            text += f"{piece.dtype} {tuple(piece.shape)};".encode()
+            digests.append(_digest(piece))
+    elif isinstance(value, (str, bytes, bool, int, float, complex, type(None))):
+        text += f"{value!r};".encode() if is_data else b";"
+    elif hasattr(value, "__array_interface__") and not _holds_objects(value):  # numpy's, images
+        interface = value.__array_interface__
+        text += f"{interface['typestr']} {interface['shape']};".encode()
+        digests.append(_digest_of_bytes(value.tobytes()))
+    else:
+        text += f"{type(value).__qualname__};".encode()
+        held: Iterable[Any] = ()
+        if isinstance(value, Mapping):
+            held = (*value.keys(), *value.values())
+        elif isinstance(value, (list, tuple, deque)):
+            held = value
+        elif isinstance(value, (set, frozenset)):
+            held = sorted(value, key=repr)
+        elif _holds_objects(value):
+            held = value.tolist()
+        elif hasattr(value, "__dict__") and not callable(value):
+            held = vars(value).values()
+            is_data = is_data and is_dataclass(value)
+        if id(value) not in above:
+            for item in held:
+                _add(item, text, digests, above | {id(value)}, is_data=is_data)
+
+
+def _holds_objects(value: Any) -> bool:
+    return getattr(getattr(value, "dtype", None), "kind", None) == "O"
+
+
+def _strided_pieces(values: Tensor) -> list[Tensor]:
+    """Return the strided tensors that make up a tensor of any layout."""
+    if values.is_meta:
+        return []
+    if values.is_nested:
+        return list(values.unbind())
+    if values.layout == torch.sparse_coo:
+        return [values._indices(), values._values()]
+    if values.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [values.crow_indices(), values.col_indices(), values.values()]
+    if values.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [values.ccol_indices(), values.row_indices(), values.values()]
+    if values.layout != torch.strided:
+        return [values.to_dense()]
+    return [values.int_repr() if values.is_quantized else values.resolve_conj().resolve_neg()]
 
 
 def _digest(values: Tensor) -> Tensor:
     bits = values.detach().contiguous().view(-1).view(torch.uint8)
-    return ops.digest(bits if bits.is_cuda else bits.cpu(), 0).cpu()
+    return ops.digest(bits if bits.is_cuda else bits.cpu(), 0)
+
+
+def _digest_of_bytes(data: bytes | bytearray) -> Tensor:
+    return _digest(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8))
 
 
 def odd_ones_out(rows: Tensor) -> list[int]:
@@ -90,9 +159,9 @@ def self_test(
 
     runs = []
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with kept_generators(device):
         for _ in range(2):
-            torch.manual_seed(0)
+            seed_generators(0, 0, 0, 0)
             value = (loss or _sum_of_squares)(module, batch)
             gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             runs.append(torch.stack([fingerprint(gradient) for gradient in gradients]))

@@ -7,12 +7,13 @@ the verdict. All calls are collective: every rank makes the same ones in the sam
 from __future__ import annotations
 
 import abc
+import hashlib
 import itertools
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Generator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -20,10 +21,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from draco_ext import ops
-from draco_ext.codes import Code, Decoded, RepetitionCode, decode
+from draco_ext.codes import Code, CyclicCode, Decoded, RepetitionCode
 from draco_ext.distributed.groups import divide
 
 KEY_BITS = 55  # of a rank's share: the sum of 255 fits into an int64
+SHARE_BYTES = 32  # of a rank's share in a seed that is drawn by commit and reveal
+# Messages are gathered and decoded by slices of so many bytes, a multiple of the decoder's tile for every dtype.
+SLICE = 2**22
+# Slices of a rank's messages that may be on their way at a time, in bytes.
+WINDOW = 4 * SLICE
+# Elements of a message that are compared at a time: what is made of them stays in the cache.
+PORTION = 2**16
 
 
 @dataclass(frozen=True)
@@ -238,6 +246,7 @@ def tag_of(values: Tensor) -> int:
 # Yields what it waits for, so that other buckets begin meanwhile, and is sent the values; returns the outcome. Yields
 # None to let the buckets before it go on first.
 Exchange = Generator[Pending | None, Tensor, Outcome]
+RecordExchange = Generator[Pending | None, Tensor, tuple[Tensor, tuple[int, ...]]]
 
 
 class Transport(abc.ABC):
@@ -254,7 +263,6 @@ class Transport(abc.ABC):
         self.code = peers.code
         self.tolerance = {"atol": atol, "rtol": rtol}
 
-    @abc.abstractmethod
     def exchange(self, message: Message, number: int) -> Exchange:
         """Sends this rank's message and decodes everybody's.
 
@@ -262,12 +270,125 @@ class Transport(abc.ABC):
             message: its values and its bucket may be overwritten; in the end the bucket is the decoded gradient.
             number: of this exchange, the same on all ranks, never used before.
         """
+        if message.values.numel() == 0:
+            return Outcome({}, False)  # nothing to send
+        return (yield from self._exchange(message, number))
+
+    @abc.abstractmethod
+    def _exchange(self, message: Message, number: int) -> Exchange:
+        """`exchange` of a message that has elements."""
+
+    def _decode_rows(
+        self, rows: Tensor, missing: Collection[int] = (), seed: int | None = None
+    ) -> tuple[Tensor, Outcome]:
+        """Decodes everybody's messages, or slices of them.
+
+        Args:
+            rows: row j from worker j, in marked rooms.
+            missing: workers whose rows are not to be looked at.
+            seed: of what the decoder draws; default: from the operating system.
+
+        Returns:
+            The gradient, and the outcome.
+        """
+        mask = torch.zeros(self.code.workers, dtype=torch.bool, device=rows.device)
+        mask[list(missing)] = True
+        spoil_short(rows, mask)
+        given = {"missing": mask if missing else None, "seed": seed, **self.tolerance}
+        decoded = Decoded(*self.code._decode(rows, expected=None, mean=True, length=None, **given), self.code)
+        return decoded.gradient, Outcome(differences(rows, decoded, missing), bool(decoded.failed))
+
+    @abc.abstractmethod
+    def gather_record(self, record: Tensor) -> RecordExchange:
+        """Gives every rank everybody's record: a few numbers about a step. Not decoded, what a bad rank sends included.
+
+        Args:
+            record: (len,) int64, of the same length on all ranks, on the device of the messages.
+
+        Returns:
+            (workers, len) int64 on the CPU, row j from worker j, and the workers whose record did not come or was cut
+            off; their rows are 0. The same on all ranks, where each sends the same to all.
+        """
+
+
+def gather_alone(transport: Transport, record: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """`Transport.gather_record` with nothing else under way; returns the same."""
+    exchange, value = transport.gather_record(record), None
+    while True:
+        try:
+            pending = exchange.send(value)
+        except StopIteration as stop:
+            return stop.value
+        value = None if pending is None else pending.wait()
+
+
+class SharedSeed:
+    """A seed that is the same on all ranks and that no rank can choose, drawn by commit and reveal.
+
+    Each rank draws a share, and commits itself to it by a hash that also names its worker, so that a copied commitment
+    cannot be opened. It reveals the share when all commitments and messages are in. The seed is a hash of all shares.
+    Connections of its own: a share does not queue up behind the next messages.
+    """
+
+    def __init__(self, peers: Peers) -> None:
+        group = divide(peers.group, [range(peers.code.workers)])
+        self._peers = replace(peers, group=group, held=deque(maxlen=2))
+
+    def commit(self, device: torch.device) -> tuple[bytes, Pending]:
+        """Draws a share. Returns it with everybody's commitments, which are on their way."""
+        share = secrets.token_bytes(SHARE_BYTES)
+        return share, self._swap(_commitment(self._peers.worker, share), device)
+
+    def reveal(self, share: bytes, commitments: Pending) -> tuple[int, list[int]]:
+        """Opens the commitments. To be called when all messages are in.
+
+        Returns:
+            The seed, and the workers whose share does not fit their commitment. It is left out.
+        """
+        rows = commitments.wait()
+        committed, shares = _texts(rows), _texts(self._swap(share, rows.device).wait())
+        fits = [_commitment(j, share) == committed[j] for j, share in enumerate(shares)]
+        digest = hashlib.sha256(b"".join(itertools.compress(shares, fits))).digest()
+        return int.from_bytes(digest[:8], "big", signed=True), [j for j, fit in enumerate(fits) if not fit]
+
+    def _swap(self, text: bytes, device: torch.device) -> Pending:
+        # What is cut off on its way ends with zeros on all ranks.
+        rooms = torch.zeros(self._peers.code.workers, len(text), dtype=torch.uint8, device=device)
+        return self._peers.swap(torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device), rooms)
+
+
+def _commitment(worker: int, share: bytes) -> bytes:
+    return hashlib.sha256(worker.to_bytes(4, "big") + share).digest()
+
+
+def _texts(rows: Tensor) -> list[bytes]:
+    return [bytes(row) for row in rows.tolist()]
+
+
+@dataclass
+class _Slice:
+    """A slice of a message: this rank's values, and where everybody's arrive once it has been sent."""
+
+    values: Tensor
+    rows: Tensor | None = None
+    messages: Pending | None = None
+    share: bytes = b""
+    commitments: Pending | None = None
+
+    @property
+    def size(self) -> int:
+        return self.values.numel() * self.values.element_size()
 
 
 class AllGather(Transport):
-    """Every rank collects all messages and decodes by itself.
+    """Every rank collects all messages and decodes by itself, slice by slice.
 
-    Moves every message from its rank to every other; holds those of two buckets, also between steps.
+    Moves every message from its rank to every other. A rank holds n slices for each of its own that are on their way,
+    at most `WINDOW` bytes of each worker's messages.
+
+    A decoder that needs random numbers gets the same ones on all ranks: which errors near the noise floor are noticed
+    depends on them. They are drawn by commit and reveal when the messages are in. A rank that does not reveal the share
+    that it has committed itself to is a suspect, and its message an erasure.
     """
 
     trust = (
@@ -277,22 +398,57 @@ class AllGather(Transport):
 
     def __init__(self, peers: Peers, **tolerance: float) -> None:
         super().__init__(peers, **tolerance)
-        self._rooms: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._seed = SharedSeed(peers) if isinstance(peers.code, CyclicCode) else None
+        self._unsent: deque[_Slice] = deque()  # of all buckets, in order
+        self._under_way = 0  # bytes
+        self._rooms: list[Tensor] = []  # bytes, for everybody's slices, that are free
 
-    def exchange(self, message: Message, number: int) -> Exchange:
-        """Gathers, then decodes."""
-        rows = yield self.peers.swap(message.values, mark(self._room(message.values, number)))
-        spoil_short(rows)
-        decoded = decode(rows, self.code, **self.tolerance)
-        message.put(decoded.gradient)
-        return Outcome(differences(rows, decoded), bool(decoded.failed))
+    def _exchange(self, message: Message, number: int) -> Exchange:
+        """Gathers and decodes the slices in order, while the next ones come."""
+        slices = [_Slice(values) for values in sliced(message.values)]
+        self._unsent.extend(slices)
+        self._send()
+        yield None  # the buckets before come first
+        outcomes = []
+        for piece in slices:
+            outcomes.append(self._decode(piece))
+            self._send()
+        return finish(message, outcomes)
 
-    def _room(self, values: Tensor, number: int) -> Tensor:
-        """For everybody's messages; taken in turns, since a bucket begins before the one before it is decoded."""
-        key, size = (number % 2, values.dtype), self.code.workers * values.numel()
-        if key not in self._rooms or self._rooms[key].numel() < size:
-            self._rooms[key] = values.new_empty(size)
-        return self._rooms[key][:size].view(self.code.workers, values.numel())
+    def _send(self) -> None:
+        while self._unsent and (not self._under_way or self._under_way + self._unsent[0].size <= WINDOW):
+            piece = self._unsent.popleft()
+            self._under_way += piece.size
+            piece.rows = mark(self._take_room(piece.values))
+            if self._seed is not None:
+                piece.share, piece.commitments = self._seed.commit(piece.values.device)
+            piece.messages = self.peers.swap(piece.values, piece.rows)
+
+    def _take_room(self, values: Tensor) -> Tensor:
+        """For everybody's values; a used one where there is one, since new memory costs as much as a decode."""
+        size = self.code.workers * values.numel() * values.element_size()
+        room = self._rooms.pop() if self._rooms else None
+        if room is None or room.numel() < size:
+            room = torch.empty(size, dtype=torch.uint8, device=values.device)
+        return room[:size].view(values.dtype).view(self.code.workers, -1)
+
+    def _decode(self, piece: _Slice) -> Outcome:
+        rows = piece.messages.wait()
+        seed, liars = None, []
+        if self._seed is not None:
+            seed, liars = self._seed.reveal(piece.share, piece.commitments)
+        gradient, outcome = self._decode_rows(rows, liars, seed)
+        piece.values.copy_(gradient)
+        self._under_way -= piece.size
+        self._rooms.append(rows.view(-1).view(torch.uint8))
+        piece.rows = piece.messages = None
+        return replace(outcome, suspects=outcome.suspects | dict.fromkeys(liars))
+
+    def gather_record(self, record: Tensor) -> RecordExchange:
+        """Straight from each rank; see `Transport.gather_record`."""
+        rooms = mark(record.new_zeros(self.code.workers, record.numel()))
+        rows = yield self.peers.swap(record, rooms)
+        return read_records(rows)
 
 
 class AllReduceRepetition(Transport):
@@ -335,7 +491,7 @@ class AllReduceRepetition(Transport):
         if self._shard < self._shards:
             self._ring = ring
 
-    def exchange(self, message: Message, number: int) -> Exchange:
+    def _exchange(self, message: Message, number: int) -> Exchange:
         """Draws a key, gathers digests, votes, mends, adds up."""
         if self.code.adversaries == 0:  # groups of one
             yield from self._add_up(message)
@@ -356,6 +512,11 @@ class AllReduceRepetition(Transport):
         found = self._hand_over(message.values, suspects, helpers)
         yield from self._add_up(message)
         return Outcome(found, False)
+
+    def gather_record(self, record: Tensor) -> RecordExchange:
+        """By an all-gather; see `Transport.gather_record`."""
+        rows = yield self.peers.gather(record)
+        return rows.cpu(), ()
 
     def _gather_digests(self, values: Tensor, number: int) -> Generator[Pending | None, Tensor, list[tuple[int, int]]]:
         """Of all workers' messages, under a key that nobody knows before this rank's message is final.
@@ -408,12 +569,17 @@ class AllReduceRepetition(Transport):
         peers, own = self.peers, Difference(0, 0, 0.0)
         for j in suspects:
             if peers.worker == helpers[j]:
-                peers.send(values, j)
+                for piece in sliced(values):
+                    peers.send(piece, j)
             elif peers.worker == j:
-                right = torch.empty_like(values)
-                peers.receive(right, helpers[j])
-                own = difference(values, right)
-                values.copy_(right)
+                found = []
+                for piece in sliced(values):
+                    right = torch.empty_like(piece)
+                    peers.receive(right, helpers[j])
+                    found.append(difference(piece, right))
+                    piece.copy_(right)
+                length = slice_length(values.dtype)
+                own = join((i * length, part) for i, part in enumerate(found))
         told = torch.tensor([own.elements, own.first, own.largest], dtype=torch.float64, device=values.device)
         rows = peers.gather(told).wait().tolist()
         return {j: _heard(*rows[j], length=values.numel()) for j in suspects}
@@ -428,7 +594,7 @@ class AllReduceCyclic(Transport):
 
     trust = AllReduceRepetition.trust
 
-    def exchange(self, message: Message, number: int) -> Exchange:
+    def _exchange(self, message: Message, number: int) -> Exchange:
         """Adds up, and meanwhile gathers projections; where they object, adds up with weights."""
         code, peers, values = self.code, self.peers, message.values
         # The projection must not be known before all messages are made.
@@ -451,9 +617,16 @@ class AllReduceCyclic(Transport):
             if weights[peers.worker] == 0:
                 message.bucket.zero_()
             else:
-                message.put(ops.cyclic_combine(values[None], weights[peers.worker, None]))
+                for piece in sliced(values):
+                    piece.copy_(ops.cyclic_combine(piece[None], weights[peers.worker, None]))
+                message.put(values)
             yield peers.sum(message.bucket)
         return Outcome(dict.fromkeys(found), bool(failed))
+
+    def gather_record(self, record: Tensor) -> RecordExchange:
+        """By an all-gather; see `Transport.gather_record`."""
+        rows = yield self.peers.gather(record)
+        return rows.cpu(), ()
 
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -465,15 +638,29 @@ def mark(rooms: Tensor) -> Tensor:
     return rooms
 
 
-def spoil_short(rows: Tensor) -> None:
+def spoil_short(rows: Tensor, missing: Tensor) -> None:
     """Messages that have ended before their rooms become NaN: what follows them would differ from rank to rank."""
-    short = rows.view(BITS[rows.element_size()])[:, -1] == _mark(rows.dtype)
+    short = _short(rows) & ~missing
     if short.any():
         rows[short] = torch.nan
 
 
+def read_records(rows: Tensor, missing: Collection[int] = ()) -> tuple[Tensor, tuple[int, ...]]:
+    """What `Transport.gather_record` returns, of marked rooms; those that were cut off are missing, too."""
+    rows = rows.cpu()
+    absent = _short(rows)
+    absent[list(missing)] = True
+    rows[absent] = 0
+    return rows, tuple(absent.nonzero().flatten().tolist())
+
+
+def _short(rows: Tensor) -> Tensor:
+    return rows.view(BITS[rows.element_size()])[:, -1] == _mark(rows.dtype)
+
+
 def _mark(dtype: torch.dtype) -> int:
-    """The bits of a NaN that no arithmetic makes."""
+    """The bits of a NaN that no arithmetic makes; as an integer no digest but one in 2^64."""
+    dtype = torch.float64 if dtype == torch.int64 else dtype
     infinity = torch.tensor([torch.inf], dtype=dtype)
     return int(infinity.view(BITS[infinity.element_size()])) + 42
 
@@ -488,11 +675,30 @@ def _heard(elements: float, first: float, largest: float, *, length: int) -> Dif
 def difference(sent: Tensor, right: Tensor) -> Difference:
     """Between two messages, bit by bit."""
     bits = BITS[sent.element_size()]
-    differing = (sent.view(bits) != right.view(bits)).nonzero().flatten()
-    if len(differing) == 0:
+    elements, first, largest = 0, 0, 0.0
+    for i, (one, other) in enumerate(zip(sent.split(PORTION), right.split(PORTION), strict=True)):
+        differing = one.view(bits) != other.view(bits)
+        count = int(differing.count_nonzero())
+        if count == 0:
+            continue
+        if elements == 0:
+            first = i * PORTION + int(differing.view(torch.uint8).argmax())
+        elements += count
+        deviations = (one.double() - other.double()).abs_()
+        deviation = deviations.max().item()
+        if deviation != deviation:  # infinities that are the same make one that is not a number, too
+            deviation = deviations.masked_fill_(~differing, 0.0).max().item()
+        largest = max(largest, deviation if deviation < float("inf") else float("inf"))
+    return Difference(elements, first, largest)
+
+
+def join(parts: Iterable[tuple[int, Difference]]) -> Difference:
+    """Of a whole, from those of its parts, each with the element at which it begins."""
+    differing = [(begin + part.first, part) for begin, part in parts if part.elements]
+    if not differing:
         return Difference(0, 0, 0.0)
-    largest = (sent[differing].double() - right[differing].double()).abs().max().item()
-    return Difference(len(differing), int(differing[0]), largest if largest < float("inf") else float("inf"))
+    elements = sum(part.elements for _, part in differing)
+    return Difference(elements, min(first for first, _ in differing), max(part.largest for _, part in differing))
 
 
 def differences(rows: Tensor, decoded: Decoded, missing: Collection[int] = ()) -> dict[int, Difference | None]:
@@ -503,3 +709,35 @@ def differences(rows: Tensor, decoded: Decoded, missing: Collection[int] = ()) -
         return dict.fromkeys(suspects)
     good = {code.assignment(j): j for j in range(code.workers) if j not in suspects and j not in missing}
     return {j: difference(rows[j], rows[good[code.assignment(j)]]) for j in suspects}
+
+
+def slice_length(dtype: torch.dtype) -> int:
+    """Elements of a message that are gathered and decoded at once."""
+    return SLICE // dtype.itemsize
+
+
+def sliced(values: Tensor) -> tuple[Tensor, ...]:
+    """A message by slices; views."""
+    return values.split(slice_length(values.dtype))
+
+
+def finish(message: Message, outcomes: Sequence[Outcome]) -> Outcome:
+    """Puts a message whose values are the decoded gradient, slice by slice, into its bucket; what came of all slices.
+
+    Where the guarantee does not cover one of them, it does not cover the bucket.
+    """
+    failed = any(outcome.failed for outcome in outcomes)
+    if failed:
+        message.bucket.fill_(torch.nan)
+    else:
+        message.put(message.values)
+    length = slice_length(message.values.dtype)
+    found: dict[int, list[tuple[int, Difference | None]]] = {}
+    for i, outcome in enumerate(outcomes):
+        for j, part in outcome.suspects.items():
+            found.setdefault(j, []).append((i * length, part))
+    suspects = {
+        j: None if any(part is None for _, part in parts) else join(parts) for j, parts in sorted(found.items())
+    }
+    missing = sorted({j for outcome in outcomes for j in outcome.missing})
+    return Outcome(suspects, failed, tuple(missing))
