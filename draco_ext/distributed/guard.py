@@ -6,7 +6,7 @@ import logging
 import socket
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode, DecodingError, RepetitionCode
+from draco_ext.distributed.batches import announce_guard, check_workers_of_samplers, step_taken
 from draco_ext.distributed.encoder import GradientEncoder
 from draco_ext.distributed.groups import gather, gather_json, membership
 from draco_ext.distributed.ledger import Finding, Ledger
-from draco_ext.distributed.placement import ranks_per_host, worker_of
+from draco_ext.distributed.placement import place_ranks
 from draco_ext.distributed.reproducibility import SelfTest, fingerprint, odd_ones_out, self_test
 from draco_ext.distributed.server_transport import ServerTransport
 from draco_ext.distributed.transports import (
@@ -127,7 +128,7 @@ class Guard:
         atol: float,
         rtol: float,
         seed: int,
-        ranks_on_host: int | None,
+        ranks_per_host: int | Sequence[int] | None,
         deadline: float,
     ) -> None:
         group = model.process_group
@@ -141,9 +142,9 @@ class Guard:
         self._callback = callback
         self._adversary = adversary
         self._rank = dist.get_rank(group)
-        on_host = ranks_per_host(code) if ranks_on_host is None else ranks_on_host
-        self._ranks = tuple(sorted(range(code.workers), key=lambda rank: worker_of(rank, code, on_host)))
-        self.worker = worker_of(self._rank, code, on_host)
+        self._workers = place_ranks(code, ranks_per_host)
+        self._ranks = tuple(sorted(range(code.workers), key=self._workers.__getitem__))
+        self.worker = self._workers[self._rank]
 
         self._ledger, problem = None, None
         if ledger is not None and (self._rank == 0 or "{rank}" in str(ledger)):
@@ -158,7 +159,8 @@ class Guard:
             "code": repr(code),
             "transport": transport,
             "on_failure": on_failure,
-            "ranks_per_host": on_host,
+            "ranks_per_host": ranks_per_host,
+            "the placement of ranks (its digest)": hashlib.sha256(json.dumps(self._workers).encode()).hexdigest(),
             "atol": atol,
             "rtol": rtol,
             "seed": seed,
@@ -185,6 +187,7 @@ class Guard:
         self._failure: str | None = None  # of the step that runs
         self._part = 0  # of this worker's, in the step that runs
         self._forwards = 0  # of that part
+        self._accumulated = 0  # mini-batches before the last one, whose gradients DDP only adds up (`no_sync`)
         self._in_steps = False
         self._encoder = GradientEncoder(code, self.worker, ready=isinstance(self._transport, AllReduceCyclic))
         self._flights: list[_Flight] = []  # of the step that runs
@@ -194,6 +197,7 @@ class Guard:
         self._decoded: list[tuple[Tensor, Tensor]] = []  # parameters and gradients, where some may be unused
         model.register_forward_pre_hook(torch.compiler.disable(self._seed_part), with_kwargs=True)
         model.register_comm_hook(None, self._hook)
+        announce_guard(self, code)
 
     @property
     def _model(self) -> DistributedDataParallel:
@@ -242,10 +246,12 @@ class Guard:
         if not torch.is_grad_enabled():
             return
         if self._exchanges == 0 and self._forwards == 0:
+            check_workers_of_samplers(self.code, self._workers)
             self._inputs[self._part :] = [fingerprint((arguments, keywords))]
         if not module.training:
             return
         self._check_in_steps()
+        self._accumulated += not module.require_backward_grad_sync
         part = self.code.assignment(self.worker)[self._part]
         words = torch.tensor([self.step, part, self._forwards], dtype=torch.int64).view(torch.uint8)
         seed = int(ops.digest(words, self._seed)[0])
@@ -356,7 +362,8 @@ class Guard:
         """After the last backward pass of a step, when the gradients are in place."""
         failure, self._failure = self._failure, None
         step, self.step = self.step, self.step + 1
-        self._part = self._forwards = 0
+        step_taken(self, self.code, 1 + self._accumulated)
+        self._part = self._forwards = self._accumulated = 0
         self.failed = failure is not None
         decoded, self._decoded = self._decoded, []
         if failure is None:
@@ -540,7 +547,7 @@ def protect(
     atol: float = 0.0,
     rtol: float = 0.0,
     seed: int = 0,
-    ranks_per_host: int | None = None,
+    ranks_per_host: int | Sequence[int] | None = None,
     deadline: float = 60.0,
 ) -> Guard:
     """Puts a code between a DistributedDataParallel model's gradients and its optimizer.
@@ -582,7 +589,7 @@ def protect(
             "allreduce", which compares bits.
         rtol: the same, relative.
         seed: of the generator's seeds; the same on all ranks.
-        ranks_per_host: see `RedundantBatchSampler`; default: what torchrun says.
+        ranks_per_host: see `RedundantBatchSampler`.
         deadline: seconds that the server waits for the others' messages once it has its own. A rank that was late is
             not waited for again until it has caught up.
 
@@ -634,6 +641,6 @@ def protect(
         atol=atol,
         rtol=rtol,
         seed=seed,
-        ranks_on_host=ranks_per_host,
+        ranks_per_host=ranks_per_host,
         deadline=deadline,
     )
