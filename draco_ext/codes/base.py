@@ -25,12 +25,15 @@ class Decoded:
         suspects: (n,) bool: the workers whose messages were certainly wrong, and left out; never missing ones. With the
             cyclic code errors near the noise may be left out with nobody named: others could have caused them as well.
         failed: () bool: the code's guarantee does not cover what came in, the gradient must not be used.
+        left_out: (n,) bool: all whose messages the gradient does not contain, suspects included, missing ones not. Who
+            is left out again and again, without being a suspect, probably is bad.
         code: the code that was decoded.
     """
 
     gradient: Tensor
     suspects: Tensor
     failed: Tensor
+    left_out: Tensor
     code: Code
 
     def raise_if_failed(self) -> Decoded:
@@ -128,8 +131,8 @@ class Code(abc.ABC):
         atol: float,
         rtol: float,
         length: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient, suspects and failed; see `decode`."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradient, suspects, failed and left_out; see `decode`."""
 
     def _check_bound(self, dtype: object, dtypes: Sequence[torch.dtype], length: object, probability: object) -> None:
         ops.check_dtype("dtype", dtype, dtypes)
@@ -195,7 +198,7 @@ def decode(
         raise ValueError(
             f"messages must have a row for each of the {code.workers} workers, got shape {tuple(messages.shape)}"
         )
-    gradient, suspects, failed = code._decode(
+    result = code._decode(
         messages,
         missing=missing,
         expected=expected,
@@ -204,4 +207,4 @@ def decode(
         rtol=rtol,
         length=length,
     )
-    return Decoded(gradient, suspects, failed, code)
+    return Decoded(*result, code)
