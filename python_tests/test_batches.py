@@ -201,11 +201,12 @@ def _peeks_and_breaks(rank, report):
     if rank % 2:
         sampler = make_sampler()
     loader = DataLoader(TensorDataset(torch.arange(60.0)[:, None]), batch_sampler=sampler)
-    seen = []
+    seen, kept = [], []
     for most in (3, 5, 5):
         for i, (x,) in enumerate(loader):
             if rank == 0:
-                next(kept := iter(loader))
+                kept.append(iter(loader))
+                next(kept[-1])
             with model.no_sync() if i == 0 else contextlib.nullcontext():
                 model(x).sum().backward()
             seen += x.flatten().tolist()

@@ -20,6 +20,7 @@ from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode, DecodingError, RepetitionCode
 from draco_ext.distributed.batches import announce_guard, check_workers_of_samplers, step_taken
 from draco_ext.distributed.encoder import GradientEncoder
+from draco_ext.distributed.evidence import Evidence
 from draco_ext.distributed.groups import gather, gather_json, membership
 from draco_ext.distributed.ledger import Finding, Ledger
 from draco_ext.distributed.placement import place_ranks
@@ -73,6 +74,9 @@ class Report:
         trust: who must be honest, in one sentence.
         steps: how many steps were taken or failed.
         suspects: by rank; none on account of a step that failed.
+        probable: a rank that probably sends errors near the noise, which no single decode can name: the only one left
+            out of so many decodes that no other explains as many. With the confidence in it, from 1/2 to 1. No proof:
+            ranks that collude closely around an honest one can have that stand here.
         failed_steps: steps without an update, because the guarantee did not cover what came in.
         missing: by rank, the steps in which messages of it did not come in time.
         unwritten: findings that could not be written into this rank's ledger.
@@ -84,6 +88,7 @@ class Report:
     suspects: dict[int, Suspect]
     failed_steps: tuple[int, ...]
     missing: dict[int, list[int]] = field(default_factory=dict)
+    probable: dict[int, float] = field(default_factory=dict)
     unwritten: int = field(default=0, compare=False)
     seconds: Seconds = field(default_factory=Seconds, compare=False)
 
@@ -182,6 +187,7 @@ class Guard:
 
         self._exchanges = 0
         self._suspects: dict[int, Suspect] = {}
+        self._evidence = Evidence()
         self._missing: dict[int, list[int]] = {}
         self._failed_steps: list[int] = []
         self._failure: str | None = None  # of the step that runs
@@ -407,6 +413,8 @@ class Guard:
 
     def _note(self, outcome: Outcome, bucket: int) -> None:
         now = time.time()
+        if not outcome.failed:
+            self._weigh(outcome)
         if outcome.failed and self._failure is None:
             suspected, missing = ([self._ranks[j] for j in workers] for workers in (outcome.suspects, outcome.missing))
             self._failure = (
@@ -438,6 +446,20 @@ class Guard:
             if self._callback is not None:
                 self._callback(finding)
 
+    def _weigh(self, outcome: Outcome) -> None:
+        if outcome.suspects.keys() >= set(outcome.left_out):
+            return
+        before = self._evidence.probable
+        left_out, suspects = ([self._ranks[j] for j in workers] for workers in (outcome.left_out, outcome.suspects))
+        self._evidence.add(left_out, suspects)
+        for rank in self._evidence.probable.keys() - before.keys():
+            logger.warning(
+                "rank %d on %s probably sends errors near the noise: it was left out of many decodes by step %d",
+                rank,
+                self._hosts[rank],
+                self.step,
+            )
+
     def _miss(self, finding: Finding) -> None:
         steps = self._missing.setdefault(finding.rank, [])
         if not steps:
@@ -461,6 +483,7 @@ class Guard:
             "suspects": {rank: asdict(suspect) for rank, suspect in self._suspects.items()},
             "failed_steps": list(self._failed_steps),
             "missing": {rank: list(steps) for rank, steps in self._missing.items()},
+            "evidence": self._evidence.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -470,6 +493,8 @@ class Guard:
         self._suspects = {rank: Suspect(**suspect) for rank, suspect in state["suspects"].items()}
         self._failed_steps = list(state["failed_steps"])
         self._missing = {rank: list(steps) for rank, steps in state["missing"].items()}
+        if "evidence" in state:  # not in checkpoints of earlier versions
+            self._evidence.load_state_dict(state["evidence"])
 
     def report(self) -> Report:
         """Who was suspected, in which steps and how many buckets, and which steps failed: the same on all ranks.
@@ -482,6 +507,7 @@ class Guard:
             dict(self._suspects),
             tuple(self._failed_steps),
             dict(self._missing),
+            self._evidence.probable,
             0 if self._ledger is None else self._ledger.unwritten,
             replace(self._peers.seconds),
         )

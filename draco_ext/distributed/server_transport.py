@@ -27,6 +27,7 @@ from draco_ext.distributed.transports import (
     mark,
     spoil_short,
     tag_of,
+    workers_in,
 )
 
 SERVER = 0  # rank
@@ -87,8 +88,8 @@ class ServerTransport(Transport):
             message.bucket.fill_(torch.nan)
         else:
             message.put(gradient.to(message.bucket.device))
-        found, missing = _read(verdict)
-        return Outcome(found, failed, missing)
+        found, missing, left_out = _read(verdict)
+        return Outcome(found, failed, missing, left_out)
 
     def _serve(self, message: Message, number: int) -> Outcome:
         begin = time.perf_counter()
@@ -119,7 +120,8 @@ class ServerTransport(Transport):
         missing[list(absent)] = True
         decoded = decode(rows, self.code, missing=missing if absent else None, **self.tolerance)
         failed = bool(decoded.failed)
-        outcome = Outcome(differences(rows, decoded, absent), failed, tuple(sorted(absent)))
+        left_out = workers_in(decoded.left_out)
+        outcome = Outcome(differences(rows, decoded, absent), failed, tuple(sorted(absent)), left_out)
         verdict = _write(outcome, self.code.workers)
         result = (verdict,) if failed else (verdict, decoded.gradient.cpu())
         for j, line in self._lines.items():
@@ -129,7 +131,7 @@ class ServerTransport(Transport):
 
 
 # What the server found of each worker, as numbers on the wire; row 0 is what became of the bucket.
-_COLUMNS = ("suspect", "missing", "known", "elements", "first", "largest")
+_COLUMNS = ("suspect", "missing", "known", "elements", "first", "largest", "left out")
 
 
 def _write(outcome: Outcome, workers: int) -> Tensor:
@@ -137,21 +139,23 @@ def _write(outcome: Outcome, workers: int) -> Tensor:
     verdict[0, 0] = _FAILED if outcome.failed else _DECODED
     for j, differs in outcome.suspects.items():
         known = (0, 0, 0, 0) if differs is None else (1, differs.elements, differs.first, differs.largest)
-        verdict[1 + j] = torch.tensor([1, 0, *known], dtype=torch.float64)
+        verdict[1 + j] = torch.tensor([1, 0, *known, 0], dtype=torch.float64)
     for j in outcome.missing:
         verdict[1 + j, 1] = 1
+    for j in outcome.left_out:
+        verdict[1 + j, -1] = 1
     return verdict
 
 
-def _read(verdict: Tensor) -> tuple[dict[int, Difference | None], tuple[int, ...]]:
+def _read(verdict: Tensor) -> tuple[dict[int, Difference | None], tuple[int, ...], tuple[int, ...]]:
     found: dict[int, Difference | None] = {}
     missing = []
-    for j, (suspect, absent, known, elements, first, largest) in enumerate(verdict[1:].tolist()):
+    for j, (suspect, absent, known, elements, first, largest, _) in enumerate(verdict[1:].tolist()):
         if suspect:
             found[j] = Difference(int(elements), int(first), largest) if known else None
         if absent:
             missing.append(j)
-    return found, tuple(missing)
+    return found, tuple(missing), workers_in(verdict[1:, -1])
 
 
 _Arrival = tuple[int, int, Tensor | None]  # worker, number of the exchange, its message; None: it will not come

@@ -49,11 +49,14 @@ class Outcome:
         suspects: workers whose messages were wrong, each with the difference where the right message is known.
         failed: the code's guarantee does not cover what came in.
         missing: workers whose messages did not come in time.
+        left_out: workers whose messages the gradient does not contain, suspects included; for the repetition code, of
+            which none but suspects are, it may be empty.
     """
 
     suspects: dict[int, Difference | None]
     failed: bool
     missing: tuple[int, ...] = ()
+    left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -285,7 +288,7 @@ class AllGather(Transport):
         spoil_short(rows)
         decoded = decode(rows, self.code, **self.tolerance)
         message.put(decoded.gradient)
-        return Outcome(differences(rows, decoded), bool(decoded.failed))
+        return Outcome(differences(rows, decoded), bool(decoded.failed), left_out=workers_in(decoded.left_out))
 
     def _room(self, values: Tensor, number: int) -> Tensor:
         """For everybody's messages; taken in turns, since a bucket begins before the one before it is decoded."""
@@ -443,7 +446,7 @@ class AllReduceCyclic(Transport):
         weights, suspects, failed = ops.cyclic_locate(
             gathered, energies, code.adversaries, values.numel(), dtype=values.dtype, **self.tolerance
         )
-        found = suspects.nonzero().flatten().tolist()
+        found, left_out = workers_in(suspects), workers_in(weights == 0)
         yield total
         if failed or weights.isnan().any():
             message.bucket.fill_(torch.nan)
@@ -453,7 +456,12 @@ class AllReduceCyclic(Transport):
             else:
                 message.put(ops.cyclic_combine(values[None], weights[peers.worker, None]))
             yield peers.sum(message.bucket)
-        return Outcome(dict.fromkeys(found), bool(failed))
+        return Outcome(dict.fromkeys(found), bool(failed), left_out=left_out)
+
+
+def workers_in(mask: Tensor) -> tuple[int, ...]:
+    """The workers that a mask names."""
+    return tuple(mask.nonzero().flatten().tolist())
 
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
