@@ -1,6 +1,6 @@
 """The tables of docs/guarantee.md about naming: which faults the cyclic code leaves out, and whom it names.
 
-``python bench/naming.py`` prints them, with machine and date, in about a minute.
+``python bench/naming.py`` prints them, with machine and date, in one to three minutes; ``--write`` puts them into the page.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
 CODES = [(7, 2), (15, 3), (64, 3), (64, 5), (255, 1), (255, 8)]
 SIZES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
 LENGTH = 1000
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "guarantee.md"
 
 # f(honest message, another honest message, random numbers) -> what is sent
 Fault = Callable[[Tensor, Tensor, torch.Generator], Tensor]
@@ -127,14 +129,13 @@ class Scene:
         counts.add(draco_ext.decode(sent, self.code), bad, self.mean)
 
 
-def natural(trials: int, generator: torch.Generator) -> Iterator[list[str]]:
-    """One worker, which is another one in every eighth of the trials."""
+def natural(trials: int, generator: torch.Generator, total: Counts) -> Iterator[list[str]]:
+    """One worker, which is another one in every eighth of the trials. All decodes are counted together in `total`."""
     faults = NATURAL
     faults |= {f"one element, {size:.0e}": wrong_element(size) for size in SIZES}
     faults |= {f"all elements, {size:.0e}": wrong_everywhere(size) for size in SIZES}
     scenes = [Scene(n, s, generator) for n, s in CODES]
     yield ["fault of one worker", *(f"{n}, {s}" for n, s in CODES)]
-    honest_named = failed = decodes = 0
     for name, fault in faults.items():
         row = [name]
         for scene in scenes:
@@ -144,11 +145,10 @@ def natural(trials: int, generator: torch.Generator) -> Iterator[list[str]]:
                     bad = int(torch.randint(scene.code.workers, (), generator=generator))
                 scene.decode(counts, fault, [bad])
             row.append(cell(counts))
-            honest_named += counts.honest_named
-            failed += counts.failed
-            decodes += counts.decodes
+            total.honest_named += counts.honest_named
+            total.failed += counts.failed
+            total.decodes += counts.decodes
         yield row
-    yield [f"decodes: {decodes}; an honest worker named: {honest_named}; failed: {failed}"]
 
 
 def evidence(generator: torch.Generator) -> Iterator[list[str]]:
@@ -209,37 +209,57 @@ def percent(count: int, of: int) -> str:
     return f"{min(max(round(100 * count / of), count > 0), 100 - (count < of))}"
 
 
-def print_table(title: str, rows: Iterator[list[str]]) -> None:
-    """As Markdown; a row of one cell stands below."""
-    print(f"\n{title}\n")
-    below = []
-    for i, row in enumerate(rows):
-        if len(row) == 1:
-            below += row
-            continue
-        print(f"| {' | '.join(row)} |", flush=True)
-        if i == 0:
-            print(f"| --- | {' | '.join(['---:'] * (len(row) - 1))} |")
-    print("\n" + "\n".join(below))
+def table(rows: Iterator[list[str]]) -> str:
+    """As Markdown, printed as it comes."""
+    lines = []
+    for row in rows:
+        lines.append(f"| {' | '.join(row)} |")
+        if len(lines) == 1:
+            lines.append(f"| --- | {' | '.join(['---:'] * (len(row) - 1))} |")
+        print("\n".join(lines[-2 if len(lines) == 2 else -1 :]), flush=True)
+    print()
+    return "\n".join(lines) + "\n"
+
+
+def write(tables: list[str], sentences: list[tuple[str, str]]) -> None:
+    """Puts tables, each in the place of the one with the same first cell, and sentences into docs/guarantee.md."""
+    text = PAGE.read_text()
+    for new in tables:
+        sentences = [*sentences, (rf"{re.escape(new.split(' |')[0])} \|.*\n(\|.*\n)+", new)]
+    for pattern, new in sentences:
+        text, count = re.subn(pattern, new.replace("\\", r"\\"), text)
+        if count != 1:
+            raise SystemExit(f"{PAGE} must have one place for {pattern}, got {count}")
+    PAGE.write_text(text)
 
 
 def main() -> None:
-    """Print the tables."""
+    """Print the tables, or put them into docs/guarantee.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=200, help="decodes for each number")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help="into docs/guarantee.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(options.seed)
     begin = time.time()
-    share = f"per cent of {options.trials} decodes in which all bad workers are left out / named, and the worst error"
-    print_table(f"One worker, {LENGTH} float32 elements: {share}.", natural(options.trials, generator))
-    print_table("The same worker again and again: decodes until it is known.", evidence(generator))
-    print_table(f"Colluders: {share}.", colluders(options.trials, generator))
-    print(
-        f"{processor()}, torch {torch.__version__}, {datetime.date.today()}, `python bench/naming.py --trials "
-        f"{options.trials} --seed {options.seed}`, {time.time() - begin:.0f} s"
+    total = Counts()
+    tables = [
+        table(natural(options.trials, generator, total)),
+        table(evidence(generator)),
+        table(colluders(options.trials, generator)),
+    ]
+    summary = (
+        f"In {total.decodes} decodes an honest worker was named {total.honest_named} times, and {total.failed} failed."
     )
+    command = f"`python bench/naming.py --write --trials {options.trials} --seed {options.seed}`"
+    made = (
+        f"(All three tables: {processor()}, torch {torch.__version__}, {datetime.date.today()}, {command}, "
+        f"{time.time() - begin:.0f} s.)"
+    )
+    print(summary, made, sep="\n")
+    if options.write:
+        write(tables, [(r"In \d+ decodes an honest .* failed\.", summary), (r"\(All three tables: .*\)", made)])
 
 
 if __name__ == "__main__":
