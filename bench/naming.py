@@ -1,6 +1,6 @@
 """The tables of docs/guarantee.md about naming: which faults the cyclic code leaves out, and whom it names.
 
-``python bench/naming.py`` prints them, with machine and date, in one to three minutes; ``--write`` puts them into the page.
+``python bench/naming.py`` prints them, with machine and date, in one to three minutes; ``--write`` puts them there.
 """
 
 from __future__ import annotations

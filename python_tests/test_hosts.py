@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -61,27 +61,54 @@ def _ip(*arguments):
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
-@pytest.fixture
-def hosts():
-    """Names of the namespaces, by name of the host."""
-    names = {host: f"draco-{host}-{os.getpid()}" for host in HOSTS}
+@contextmanager
+def namespaces(hosts):
+    """New network namespaces for these hosts: their names, by name of the host."""
+    names = {host: f"draco-{host}-{os.getpid()}" for host in hosts}
     with ExitStack() as stack:
         try:
             for name in names.values():
                 _ip("netns", "add", name)
                 stack.callback(_ip, "netns", "del", name)
-            one, other = names.values()
-            _ip("-n", one, "link", "add", LINK, "type", "veth", "peer", "name", LINK, "netns", other)
-            for host, name in names.items():
-                _ip("-n", name, "address", "add", f"{HOSTS[host]}/24", "dev", LINK)
-                for device in (LINK, "lo"):
-                    _ip("-n", name, "link", "set", device, "up")
+                _ip("-n", name, "link", "set", "lo", "up")
         except (OSError, subprocess.CalledProcessError) as error:
             reason = f"needs network namespaces: {getattr(error, 'stderr', error)}"
             if os.environ.get("FAIL_WITHOUT_NAMESPACES") == "1":
                 pytest.fail(reason)
             pytest.skip(reason)
         yield names
+
+
+@pytest.fixture
+def hosts():
+    """Names of the namespaces of two hosts that are linked."""
+    with namespaces(HOSTS) as names:
+        one, other = names.values()
+        _ip("-n", one, "link", "add", LINK, "type", "veth", "peer", "name", LINK, "netns", other)
+        for host, name in names.items():
+            _ip("-n", name, "address", "add", f"{HOSTS[host]}/24", "dev", LINK)
+            _ip("-n", name, "link", "set", LINK, "up")
+        yield names
+
+
+def test_doctor_where_there_is_only_ipv6():
+    with namespaces(["six"]) as names:
+        _ip("-n", names["six"], "address", "del", "127.0.0.1/8", "dev", "lo")
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            names["six"],
+            sys.executable,
+            "-m",
+            "draco_ext.cli",
+            "doctor",
+            "--workers",
+            "2",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "gradients are bit-reproducible" in done.stdout
 
 
 @pytest.mark.slow
