@@ -16,7 +16,7 @@ from pathlib import Path
 logger = logging.getLogger("draco_ext")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Finding:
     """One worker's wrong or missing message in one bucket of one step; a line of the ledger.
 
