@@ -23,5 +23,5 @@ STABLE_TORCH_LIBRARY(DRACO_LIBRARY, m) {
   m.def("cyclic_combine(Tensor messages, Tensor weights, int length) -> Tensor");
   m.def(
       "cyclic_decode(Tensor messages, Tensor? missing, Tensor? expected, int adversaries, int length, float atol, "
-      "float rtol, bool mean, int? seed) -> (Tensor gradient, Tensor suspects, Tensor failed)");
+      "float rtol, bool mean, int? seed) -> (Tensor gradient, Tensor suspects, Tensor failed, Tensor left_out)");
 }

@@ -10,7 +10,7 @@ from draco_ext.codes import (
 )
 from draco_ext.distributed.batches import RedundantBatchSampler
 from draco_ext.distributed.guard import Guard, protect
-from draco_ext.distributed.ledger import read_ledger
+from draco_ext.distributed.ledger import iter_ledger, read_ledger
 from draco_ext.ops import build_info
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "RepetitionCode",
     "build_info",
     "decode",
+    "iter_ledger",
     "protect",
     "read_ledger",
 ]

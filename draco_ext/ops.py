@@ -494,7 +494,7 @@ def cyclic_decode(
     rtol: float = 0.0,
     mean: bool = True,
     seed: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Decodes the cyclic code in one sweep over the messages, two if there are suspects that were not expected.
 
     On the CPU the second one is of the first sixteenth alone, unless a suspect shows only after that. Equivalent to
@@ -514,7 +514,8 @@ def cyclic_decode(
 
     Returns:
         gradient (length,), NaN everywhere if failed or if more than s messages are not finite; suspects (n,) bool;
-        failed () bool.
+        failed () bool; left_out (n,) bool, all whose messages the gradient does not contain: the suspects, and those
+        who may be bad as well as others. Not the missing ones; nobody where the gradient is NaN.
     """
     check_messages(messages, CYCLIC_DTYPES)
     _check_pairs(messages)
@@ -535,4 +536,4 @@ def cyclic_decode(
 
 @torch.library.register_fake("draco_ext::cyclic_decode")
 def _(messages, missing, expected, adversaries, length, atol, rtol, mean, seed):
-    return _decoded(messages, length)
+    return *_decoded(messages, length), messages.new_empty((messages.size(0),), dtype=torch.bool)

@@ -505,9 +505,10 @@ def check_decode(n, s, d, dtype, scene, layout, mean, seed, device, generator):
             "seed": seed,
         }
         # Twice the same bits: also with a fresh seed, which must not show in the gradient.
-        gradient, suspects, failed = run(ops.cyclic_decode, there, s, **options)
+        gradient, suspects, failed, left_out = run(ops.cyclic_decode, there, s, **options)
         assert gradient.shape == (d,)
         assert gradient.dtype == dtype
+        assert named(left_out) == named(suspects)  # errors far above the noise
         if scene == "too many missing" or (scene == "failed" and d > 0):
             assert failed
             assert not suspects.any()
@@ -550,11 +551,11 @@ def test_decode_overflow_of_float64(device, generator):
     """Finite, but its square is not: counts as overflowed."""
     messages = code_words(7, 2, random(7, 50, generator=generator))
     messages[3] *= 1e90
-    gradient, suspects, failed = run(ops.cyclic_decode, messages.to(device), 2, seed=1)
+    gradient, suspects, failed, _ = run(ops.cyclic_decode, messages.to(device), 2, seed=1)
     assert named(suspects) == {3}
     assert gradient.isfinite().all()
     messages *= 1e90
-    gradient, suspects, failed = run(ops.cyclic_decode, messages.to(device), 2, seed=1)
+    gradient, suspects, failed, _ = run(ops.cyclic_decode, messages.to(device), 2, seed=1)
     assert not suspects.any()
     assert not failed
     assert gradient.isnan().all()

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import time
 from dataclasses import asdict
@@ -61,9 +62,57 @@ def test_a_line_that_only_lacks_its_end_counts(path):
     assert steps(path) == [0, 1]
 
 
+def test_iterates_and_takes_newer_versions(path):
+    Ledger(path).append(finding(0))
+    with path.open("a") as file:
+        file.write(json.dumps({**asdict(finding(1)), "colour": [1, {"of": "a newer version"}]}) + "\n")
+    found = draco_ext.iter_ledger(path)
+    assert next(found) == finding(0)
+    Ledger(path).append(finding(2))
+    assert list(found) == [finding(1), finding(2)]  # nothing was read ahead to the end
+
+
+def test_ledgers_of_all_ranks(path):
+    for rank in (0, 2, 10):
+        Ledger(path.with_name(f"bad-{rank}.jsonl")).append(finding(rank))
+    Ledger(path.with_name("bad-x.jsonl")).append(finding(99))
+    assert steps(path.with_name("bad-{rank}.jsonl")) == [0, 2, 10]
+    with pytest.raises(FileNotFoundError, match=r"got .*worse-\{rank\}.jsonl, for which no rank"):
+        draco_ext.read_ledger(path.with_name("worse-{rank}.jsonl"))
+
+
+def test_a_removed_file_is_begun_anew(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ledger = Ledger(path.relative_to(tmp_path))
+    ledger.append(finding(0))
+    monkeypatch.chdir("/")
+    path.rename(path.with_suffix(".1"))
+    ledger.append(finding(1))
+    shutil.rmtree(path.parent)
+    ledger.append(finding(2))
+    ledger.append(finding(3))
+    assert ledger.unwritten == 0
+    assert steps(path) == [2, 3]
+
+
+def test_one_open_file(path):
+    ledger = Ledger(path)
+    before = set(os.listdir("/proc/self/fd"))
+    for step in range(5):
+        ledger.append(finding(step))
+    assert set(os.listdir("/proc/self/fd")) <= before
+    del ledger
+    assert len(os.listdir("/proc/self/fd")) < len(before)
+
+
 def test_another_file_is_no_ledger(path):
     path.parent.mkdir()
-    path.write_text('{"step": 3}\n')
+    for line in ('{"step": 3}', "[3]", "3"):
+        path.write_text(line + "\n")
+        check_no_ledger(path)
+
+
+def check_no_ledger(path):
     with pytest.raises(ValueError, match=r"path must be a ledger, got .* with line 1"):
         draco_ext.read_ledger(path)
 

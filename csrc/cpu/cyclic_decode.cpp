@@ -69,9 +69,10 @@ Verdict decode(const Tensor& messages, const std::vector<uint8_t>& missing, cons
   return verdict;
 }
 
-std::tuple<Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const OptionalTensor& missing,
-                                                 const OptionalTensor& expected, int64_t adversaries, int64_t length,
-                                                 double atol, double rtol, bool mean, std::optional<int64_t> seed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const OptionalTensor& missing,
+                                                         const OptionalTensor& expected, int64_t adversaries,
+                                                         int64_t length, double atol, double rtol, bool mean,
+                                                         std::optional<int64_t> seed) {
   const char* op = "cyclic_decode";
   check_pairs(op, messages, length);
   const int64_t n = messages.size(0), columns = messages.size(1);
@@ -88,7 +89,9 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const O
                         static_cast<T*>(gradient.data_ptr()));
   });
   if (length < columns) gradient = torch::stable::narrow(gradient, 0, 0, length);
-  return {gradient, mask_tensor(verdict.suspects), flag_tensor(verdict.failed)};
+  std::vector<uint8_t> left_out(n, 0);
+  for (int64_t j = 0; j < n && !verdict.failed && !verdict.overflow; ++j) left_out[j] = verdict.erased[j] && !absent[j];
+  return {gradient, mask_tensor(verdict.suspects), flag_tensor(verdict.failed), mask_tensor(left_out)};
 }
 
 }  // namespace

@@ -50,14 +50,15 @@ struct Search {
   int workers, adversaries, per_tile;
   int64_t length, tiles;
   NoiseModel model;
-  double factor;         // of the decoding weights
-  Partials partials;     // without sums: projections and energy are given
-  Complex* projections;  // (n, tiles, per_tile)
-  double* energy;        // (n, tiles)
-  Complex* weights;      // (n,): of the first sweep, then of the decoded gradient
-  bool always_weigh;     // even where the first sweep's weights are right
-  uint8_t* suspects;     // (n,)
-  uint8_t* failed;       // ()
+  double factor;                     // of the decoding weights
+  Partials partials;                 // without sums: projections and energy are given
+  Complex* projections;              // (n, tiles, per_tile)
+  double* energy;                    // (n, tiles)
+  Complex* weights;                  // (n,): of the first sweep, then of the decoded gradient
+  bool always_weigh;                 // even where the first sweep's weights are right
+  uint8_t* suspects;                 // (n,)
+  uint8_t* failed;                   // ()
+  uint8_t* not_in_result = nullptr;  // (n,), or nullptr: left out of the gradient, suspects included, missing not
   DecodeState* state;
   // Carved out of scratch by place_search().
   double *noise, *per_column;                        // (columns,)

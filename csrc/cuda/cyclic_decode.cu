@@ -9,9 +9,10 @@
 namespace draco {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const OptionalTensor& missing,
-                                                 const OptionalTensor& expected, int64_t adversaries, int64_t length,
-                                                 double atol, double rtol, bool mean, std::optional<int64_t> seed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const OptionalTensor& missing,
+                                                         const OptionalTensor& expected, int64_t adversaries,
+                                                         int64_t length, double atol, double rtol, bool mean,
+                                                         std::optional<int64_t> seed) {
   const char* op = "cyclic_decode";
   check_pairs(op, messages, length);
   const int64_t n = messages.size(0), columns = messages.size(1);
@@ -22,6 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const O
   Tensor gradient = torch::stable::new_empty(messages, {columns});
   Tensor suspects = torch::stable::new_empty(messages, {n}, ScalarType::Bool);
   Tensor failed = torch::stable::new_empty(messages, {}, ScalarType::Bool);
+  Tensor left_out = torch::stable::new_empty(messages, {n}, ScalarType::Bool);
 
   Search search{};
   search.workers = static_cast<int>(n);
@@ -34,6 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const O
   search.factor = mean ? 1.0 / static_cast<double>(n) : 1.0;
   search.suspects = static_cast<uint8_t*>(suspects.data_ptr());
   search.failed = static_cast<uint8_t*>(failed.data_ptr());
+  search.not_in_result = static_cast<uint8_t*>(left_out.data_ptr());
   search.partials = partials_of(device, columns);
 
   const int64_t own = place_search(search, nullptr);
@@ -62,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const O
   locate(device, search);
   combine(device, messages, search.weights, &search.state->action, gradient.data_ptr());
   if (length < columns) gradient = torch::stable::narrow(gradient, 0, 0, length);
-  return {gradient, suspects, failed};
+  return {gradient, suspects, failed, left_out};
 }
 
 }  // namespace

@@ -204,6 +204,7 @@ __global__ void __launch_bounds__(kTeamThreads) locate_kernel(const __grid_const
   }
   bool changed = search.always_weigh;
   for (int j = team.thread; j < n; j += team.threads) {
+    if (search.not_in_result != nullptr) search.not_in_result[j] = search.erased[j] && !search.missing[j];
     search.erased[j] |= search.missing[j];
     changed |= search.erased[j] != search.left_out[j];
   }

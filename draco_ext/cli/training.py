@@ -27,7 +27,6 @@ from draco_ext.distributed.batches import RedundantBatchSampler
 from draco_ext.distributed.groups import gather
 from draco_ext.distributed.guard import Finding, Guard, protect
 from draco_ext.distributed.local import own_device, run_ranks
-from draco_ext.distributed.placement import ranks_per_host, worker_of
 from draco_ext.distributed.transports import Seconds
 
 CODES = {"repetition": RepetitionCode, "cyclic": CyclicCode}
@@ -246,11 +245,10 @@ class Learner:
         self._net = make_net(config.seed).to(data.train.tensors[0].device)
         self._model = DistributedDataParallel(self._net)
         self._optimizer = torch.optim.SGD(self._net.parameters(), lr=config.learning_rate, momentum=config.momentum)
-        on_host = ranks_per_host(self._code)
-        self._workers = [worker_of(other, self._code, on_host) for other in range(n)]
         batches = RedundantBatchSampler(
             TRAIN_SAMPLES, self._code, batch_size=config.batch_size, rank=rank, seed=config.seed
         )
+        self._workers = list(batches.workers)
         loader = DataLoader(data.train, batch_sampler=batches)
         bad = s if training.attacked else 0
         self._corruption = Corruption(config.attack, config.bad, bad, config.seed, self._workers)

@@ -25,12 +25,15 @@ class Decoded:
         suspects: (n,) bool: the workers whose messages were certainly wrong, and left out; never missing ones. With the
             cyclic code errors near the noise may be left out with nobody named: others could have caused them as well.
         failed: () bool: the code's guarantee does not cover what came in, the gradient must not be used.
+        left_out: (n,) bool: all whose messages the gradient does not contain, suspects included, missing ones not. Who
+            is left out again and again, without being a suspect, probably is bad.
         code: the code that was decoded.
     """
 
     gradient: Tensor
     suspects: Tensor
     failed: Tensor
+    left_out: Tensor
     code: Code
 
     def raise_if_failed(self) -> Decoded:
@@ -129,8 +132,8 @@ class Code(abc.ABC):
         rtol: float,
         length: int | None,
         seed: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient, suspects and failed; see `decode`.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradient, suspects, failed and left_out; see `decode`.
 
         Ranks that decode the same messages each by itself need the same bits: they agree on the seed of what the
         decoder draws. Default: from the operating system.
@@ -200,7 +203,7 @@ def decode(
         raise ValueError(
             f"messages must have a row for each of the {code.workers} workers, got shape {tuple(messages.shape)}"
         )
-    gradient, suspects, failed = code._decode(
+    result = code._decode(
         messages,
         missing=missing,
         expected=expected,
@@ -209,4 +212,4 @@ def decode(
         rtol=rtol,
         length=length,
     )
-    return Decoded(gradient, suspects, failed, code)
+    return Decoded(*result, code)

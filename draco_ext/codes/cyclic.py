@@ -46,8 +46,9 @@ class CyclicCode(Code):
     def assignment(self, worker: int) -> tuple[int, ...]:
         """The 2s+1 parts that this worker computes, in ascending order."""
         self._check_worker(worker)
-        offsets = self.supports[0]
-        return tuple(sorted(int(worker - offset) % self.workers for offset in offsets))
+        n, r = self.workers, self.redundancy
+        # Part k's t-th worker is k + t n / r, rounded: no table of all parts.
+        return tuple(sorted((worker - (2 * t * n + r) // (2 * r)) % n for t in range(r)))
 
     def message_length(self, d: int) -> int:
         """D, made even."""

@@ -77,7 +77,7 @@ class RepetitionCode(Code):
             ops.check_mask("expected", expected, messages)
         if length is not None:
             ops.check_int("length", length, messages.size(1), messages.size(1))
-        return ops.majority_vote(
+        gradient, suspects, failed = ops.majority_vote(
             messages,
             self.group_sizes,
             self.adversaries,
@@ -86,3 +86,4 @@ class RepetitionCode(Code):
             rtol=rtol,
             mean=mean,
         )
+        return gradient, suspects, failed, suspects

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypedDict
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -11,8 +13,7 @@ from torch.utils.data import Sampler
 
 from draco_ext import ops
 from draco_ext.codes import Code
-from draco_ext.distributed.placement import ranks_per_host as told_ranks_per_host
-from draco_ext.distributed.placement import worker_of
+from draco_ext.distributed.placement import announce_host, place_ranks
 
 
 class GlobalBatches:
@@ -70,18 +71,22 @@ class RedundantBatchSampler(Sampler[list[int]]):
     same order; the parts of a step are disjoint and make up its global batch. Every pass over the sampler is an epoch,
     in a new order; all orders follow from the seed. A last incomplete batch is dropped.
 
+    The position moves with the steps of the guard that has the same code, not with what the sampler is asked for:
+    looking at a mini-batch, workers that read ahead, and a loader that is left with ``break`` cost nothing. A pass
+    begins a new epoch where steps of the one before were taken, and otherwise where that one began; after
+    `load_state_dict` it is the rest of the epoch. Without a guard a complete pass moves on to the next epoch, and one
+    that was broken off does not.
+
     Args:
         samples: size of the data set.
         code: who computes which part.
         batch_size: samples in a global batch; a part is ``batch_size / code.parts`` of them.
         rank: of this process, from 0 to ``code.workers - 1``.
         seed: seed of the shuffles, the same on all ranks.
-        ranks_per_host: how many ranks every host has, where ranks are numbered host by host, so that holders of the
-            same part are spread over the hosts; the same on all ranks. Default: what torchrun says.
-
-    Attributes:
-        worker: the worker of the code that this rank is.
-        step: the step that comes next, counted from the first epoch's first.
+        ranks_per_host: how many ranks every host has, or a list with the number of each host, where ranks are numbered
+            host by host, so that replicas of a part are placed on different hosts; the same on all ranks. Default: by
+            the host names that ranks exchange through torch.distributed's store at the first use of the sampler, if
+            the process group has ``code.workers`` ranks; otherwise what torchrun says.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -96,17 +101,42 @@ class RedundantBatchSampler(Sampler[list[int]]):
         batch_size: int,
         rank: int,
         seed: int = 0,
-        ranks_per_host: int | None = None,
+        ranks_per_host: int | Sequence[int] | None = None,
     ) -> None:
         if not isinstance(code, Code):
             raise TypeError(f"code must be a RepetitionCode or CyclicCode, got {type(code).__name__}")
         self._batches = GlobalBatches(samples, batch_size, seed)
         if batch_size % code.parts:
             raise ValueError(f"batch_size must be a multiple of the code's {code.parts} parts, got {batch_size}")
+        ops.check_int("rank", rank, 0, code.workers - 1)
         self._code = code
-        self.worker = worker_of(rank, code, told_ranks_per_host(code) if ranks_per_host is None else ranks_per_host)
+        self._rank = rank
+        self._ranks_per_host = ranks_per_host
+        self._workers = None if ranks_per_host is None else place_ranks(code, ranks_per_host)
+        if ranks_per_host is None:
+            announce_host(code)  # so that no other rank has to wait for this one's first mini-batch
         self._identity = {"samples": samples, "batch_size": batch_size, "parts": code.parts, "seed": seed}
-        self.step = 0
+        self._step = 0
+        self._resumed = False  # whether the position was set, and no step was taken since
+        self._guarded = False  # whether a guard has ever moved it
+        self._first = -1  # first step of the passes to which the last step belonged
+
+    @property
+    def workers(self) -> tuple[int, ...]:
+        """The worker of the code that each rank is."""
+        if self._workers is None:  # not before it is needed: by then there is a process group, if there will be one
+            self._workers = place_ranks(self._code, self._ranks_per_host)
+        return self._workers
+
+    @property
+    def worker(self) -> int:
+        """The worker of the code that this rank is."""
+        return self.workers[self._rank]
+
+    @property
+    def step(self) -> int:
+        """The step that comes next, counted from the first epoch's first."""
+        return self._step
 
     @property
     def steps_per_epoch(self) -> int:
@@ -115,30 +145,20 @@ class RedundantBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Mini-batches in an epoch."""
-        return self.steps_per_epoch * len(self._code.assignment(self.worker))
+        return self.steps_per_epoch * len(self._code.assignment(0))  # as many for each worker
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The mini-batches from `step` to the end of its epoch."""
-        parts = self._code.assignment(self.worker)
-        for step in range(self.step, (self.step // self.steps_per_epoch + 1) * self.steps_per_epoch):
-            for part in parts:
-                # Before the last part is handed out: whoever stops asking then has all of the step.
-                if part == parts[-1]:
-                    self.step = step + 1
-                yield self._batches.part(step, part, self._code.parts).tolist()
+        """The mini-batches of an epoch, or of the rest of one after `load_state_dict`."""
+        return _Pass(self)
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the beginning of an epoch; needed only to leave one early or to go back."""
+        """Goes to the beginning of an epoch; needed only to go back or to leave some out."""
         ops.check_int("epoch", epoch, 0)
-        self.step = epoch * self.steps_per_epoch
+        self._move_to(epoch * self.steps_per_epoch)
 
     def state_dict(self) -> SamplerState:
-        """Where the sampler stands.
-
-        A DataLoader with ``num_workers > 0`` reads ahead: then set ``step`` in what is saved to the number of steps
-        that were really taken.
-        """
-        return SamplerState(**self._identity, step=self.step)
+        """Where the training stands: behind the last step that was taken, also where a DataLoader reads ahead."""
+        return SamplerState(**self._identity, step=self._step)
 
     def load_state_dict(self, state: SamplerState) -> None:
         """Goes on where `state_dict` stood, also with another rank.
@@ -150,4 +170,122 @@ class RedundantBatchSampler(Sampler[list[int]]):
             if state[name] != value:
                 raise ValueError(f"state must be of a sampler with {name}={value}, got {name}={state[name]}")
         ops.check_int("state['step']", state["step"], 0)
-        self.step = state["step"]
+        self._move_to(state["step"])
+
+    def _move_to(self, step: int) -> None:
+        self._step, self._resumed, self._first = step, True, -1
+        for other in _passes_over(self):
+            _passes.discard(other)
+
+    def _first_of_pass(self) -> int:
+        """The step with which a pass begins: in the middle of an epoch only where the position was set to be there."""
+        return self._step if self._resumed else -(-self._step // self.steps_per_epoch) * self.steps_per_epoch
+
+    def _mini_batches(self, step: int) -> list[list[int]]:
+        return [self._batches.part(step, p, self._code.parts).tolist() for p in self._code.assignment(self.worker)]
+
+    def _complete(self, end: int) -> None:
+        """A pass has given its last mini-batch. Whether those are taken is for a guard to say, where there is one."""
+        if not (self._guarded or any(code == self._code for code in _unused_guards.values())):
+            self._step, self._resumed = end, False
+
+    def _take(self, passes: list[_Pass], steps: int) -> None:
+        """Moves on by some steps, which belong to one of the passes, or to several that began alike."""
+        left = {p: p.given - (self._step - p.first if p.first == self._first else 0) for p in passes}
+        left = {p: given for p, given in left.items() if given > 0}
+        if not left:
+            return
+        # The one to which the last step belonged, while it lives: others that are asked meanwhile are looked at only.
+        used = max(left, key=lambda p: (p.first == self._first, p.asked, p.number))
+        if used.first != self._first:
+            self._step = self._first = used.first
+        self._step += min(steps, max(given for p, given in left.items() if p.first == used.first))
+        self._resumed, self._guarded = False, True
+
+
+class _Pass(Iterator[list[int]]):
+    """A pass over a sampler. It counts for as long as somebody holds it who may ask it for more.
+
+    Attributes:
+        sampler: over which.
+        number: later passes have larger ones.
+        first: its first step.
+        given: how many of its steps have been given out, at least the first mini-batch of each.
+        asked: whether it was asked for a mini-batch since the last step of a guard.
+        exhausted: whether it has nothing left to give.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, sampler: RedundantBatchSampler) -> None:
+        self.sampler = sampler
+        self.number = next(self._numbers)
+        self.first = self.given = 0
+        self.asked = self.exhausted = False
+        self._end = -1  # the step behind its last one; its first is not known before it is asked
+        self._rest_of_step: list[list[int]] = []
+
+    # No generator: that would hold this object, which then would live until Python collects cycles.
+    def __next__(self) -> list[int]:
+        sampler = self.sampler
+        if self._end < 0:
+            self.first = sampler._first_of_pass()
+            self._end = (self.first // sampler.steps_per_epoch + 1) * sampler.steps_per_epoch
+            _passes.add(self)
+        if not self._rest_of_step:
+            step = self.first + self.given
+            if step == self._end:
+                if not self.exhausted:
+                    self.exhausted = True
+                    sampler._complete(self._end)
+                raise StopIteration
+            self._rest_of_step = sampler._mini_batches(step)[::-1]
+            self.given += 1
+        self.asked = True
+        return self._rest_of_step.pop()
+
+
+# Where samplers and guards find each other: in the code.
+_passes: weakref.WeakSet[_Pass] = weakref.WeakSet()
+_unused_guards: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()  # which have not taken a step
+
+
+def _passes_over(sampler: RedundantBatchSampler) -> list[_Pass]:
+    return [other for other in list(_passes) if other.sampler is sampler]
+
+
+def announce_guard(guard: Any, code: Code) -> None:
+    """From now on, only steps of guards move samplers with this code."""
+    _unused_guards[guard] = code
+
+
+def check_workers_of_samplers(code: Code, workers: tuple[int, ...]) -> None:
+    """Raises, on all ranks alike, where a sampler in use has placed the ranks otherwise than the guard has."""
+    for other in list(_passes):
+        sampler = other.sampler
+        if sampler._code == code and other.asked and sampler.workers != workers:
+            raise ValueError(
+                "ranks_per_host must be the same for protect and RedundantBatchSampler, got another placement of ranks "
+                f"from the sampler: {list(sampler.workers)} instead of {list(workers)}"
+            )
+
+
+def step_taken(guard: Any, code: Code, steps: int) -> None:
+    """Moves the samplers with this code whose mini-batches a guard's step has used.
+
+    Args:
+        guard: whose step it was.
+        code: its code.
+        steps: how many mini-batches of each part were in it: more than one where gradients were accumulated.
+    """
+    _unused_guards.pop(guard, None)
+    with_code = [other for other in list(_passes) if other.sampler._code == code]
+    in_use: dict[int, list[_Pass]] = {}
+    for other in with_code:
+        # One that was not asked has given what this step used only if it had given everything before.
+        if other.asked or other.exhausted:
+            in_use.setdefault(id(other.sampler), []).append(other)
+    for passes in in_use.values():
+        passes[0].sampler._take(passes, steps)
+    for other in with_code:
+        other.asked = False

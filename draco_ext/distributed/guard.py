@@ -6,7 +6,7 @@ import logging
 import socket
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode, DecodingError, RepetitionCode
+from draco_ext.distributed.batches import announce_guard, check_workers_of_samplers, step_taken
 from draco_ext.distributed.compatibility import check_model, reduced_parameters
 from draco_ext.distributed.encoder import GradientEncoder
+from draco_ext.distributed.evidence import Evidence
 from draco_ext.distributed.groups import Rendezvous, gather, gather_json, membership
 from draco_ext.distributed.inputs import UNKNOWN, compare_inputs
 from draco_ext.distributed.ledger import Finding, Ledger
-from draco_ext.distributed.placement import ranks_per_host, worker_of
+from draco_ext.distributed.placement import place_ranks
 from draco_ext.distributed.record import Claims, StepRecord
 from draco_ext.distributed.reproducibility import SelfTest, fingerprint, self_test
 from draco_ext.distributed.seeding import BATCH, LOADER, seed_generators
@@ -91,6 +93,9 @@ class Report:
         trust: who must be honest, in one sentence.
         steps: how many steps were taken or failed.
         suspects: by rank; none on account of a step that failed.
+        probable: a rank that probably sends errors near the noise, which no single decode can name: the only one left
+            out of so many decodes that no other explains as many. With the confidence in it, from 1/2 to 1. No proof:
+            ranks that collude closely around an honest one can have that stand here.
         failed_steps: steps without an update, because the guarantee did not cover what came in.
         missing: by rank, the steps in which messages of it did not come in time.
         repaired: by rank, the steps in which its parameters, buffers or watched optimizers differed from those of the
@@ -106,6 +111,7 @@ class Report:
     failed_steps: tuple[int, ...]
     missing: dict[int, list[int]] = field(default_factory=dict)
     repaired: dict[int, list[int]] = field(default_factory=dict)
+    probable: dict[int, float] = field(default_factory=dict)
     unwritten: int = field(default=0, compare=False)
     undelivered: int = field(default=0, compare=False)
     seconds: Seconds = field(default_factory=Seconds, compare=False)
@@ -151,7 +157,7 @@ class Guard:
         atol: float,
         rtol: float,
         seed: int,
-        ranks_on_host: int | None,
+        ranks_per_host: int | Sequence[int] | None,
         deadline: float,
         check_state_every: int,
     ) -> None:
@@ -166,9 +172,9 @@ class Guard:
         self._callback = callback
         self._adversary = adversary
         self._rank = dist.get_rank(group)
-        on_host = ranks_per_host(code) if ranks_on_host is None else ranks_on_host
-        self._ranks = tuple(sorted(range(code.workers), key=lambda rank: worker_of(rank, code, on_host)))
-        self.worker = worker_of(self._rank, code, on_host)
+        self._workers = place_ranks(code, ranks_per_host)
+        self._ranks = tuple(sorted(range(code.workers), key=self._workers.__getitem__))
+        self.worker = self._workers[self._rank]
         self._parts = code.assignment(self.worker)
 
         self._ledger, problem = None, None
@@ -185,7 +191,8 @@ class Guard:
             "code": repr(code),
             "transport": transport,
             "on_failure": on_failure,
-            "ranks_per_host": on_host,
+            "ranks_per_host": ranks_per_host,
+            "the placement of ranks (its digest)": hashlib.sha256(json.dumps(self._workers).encode()).hexdigest(),
             "atol": atol,
             "rtol": rtol,
             "seed": seed,
@@ -208,11 +215,13 @@ class Guard:
 
         self._exchanges = 0
         self._suspects: dict[int, Suspect] = {}
+        self._evidence = Evidence()
         self._missing: dict[int, list[int]] = {}
         self._failed_steps: list[int] = []
         self._failure: str | None = None  # of the step that runs
         self._part = 0  # of this worker's, in the step that runs
         self._forwards = 0  # of that part
+        self._accumulated = 0  # mini-batches before the last one, whose gradients DDP only adds up (`no_sync`)
         self._in_steps = False
         self._awaited = False  # within `steps`: whether a mini-batch is handed out that was not yet passed backward
         self._encoder = GradientEncoder(code, self.worker, ready=isinstance(self._transport, AllReduceCyclic))
@@ -251,6 +260,7 @@ class Guard:
         self._numbers = {parameter: i for i, parameter in enumerate(reduced)}
         self._record = StepRecord(code, self.worker, reduced, usage=self._may_be_unused)
         self._seed_generators(self._parts[0], LOADER)
+        announce_guard(self, code)
 
     @property
     def _model(self) -> DistributedDataParallel:
@@ -321,11 +331,13 @@ class Guard:
             return
         self._record.see(self._part, (arguments, keywords), self._state.device)
         if self._exchanges == 0 and self._forwards == 0:
+            check_workers_of_samplers(self.code, self._workers)
             batch, _ = self._inputs.get(self._part, (UNKNOWN, UNKNOWN))
             self._inputs[self._part] = [batch, fingerprint((arguments, keywords))]
         if not module.training:
             return
         self._check_in_steps()
+        self._accumulated += not module.require_backward_grad_sync
         self._seed_generators(self._parts[self._part], self._forwards)
         self._forwards += 1
 
@@ -477,7 +489,8 @@ class Guard:
         self._failure = self._failure or problem or self._corrupted(verdict)
         failure, self._failure = self._failure, None
         step, self.step = self.step, self.step + 1
-        self._part = self._forwards = 0
+        step_taken(self, self.code, 1 + self._accumulated)
+        self._part = self._forwards = self._accumulated = 0
         self.failed = failure is not None
         self._seed_generators(self._parts[0], LOADER)
         self._watch.finish()
@@ -524,11 +537,15 @@ class Guard:
 
     def _judge(self, outcomes: list[tuple[Outcome, int]], claims: Claims, state: StateVerdict) -> None:
         """Notes what the exchanges of a step have found."""
-        if not any(outcome.suspects or outcome.missing or outcome.failed for outcome, _ in outcomes):
+        if not any(
+            outcome.left_out or outcome.suspects or outcome.missing or outcome.failed for outcome, _ in outcomes
+        ):
             return
         other_data = claims.with_other_data()
         for outcome, bucket in outcomes:
-            if outcome.failed and self._failure is None:
+            if not outcome.failed:
+                self._weigh(outcome)
+            elif self._failure is None:
                 self._failure = self._explain(outcome, bucket, other_data, state)
             self._note(outcome, bucket, other_data)
 
@@ -621,6 +638,20 @@ class Guard:
         """Log a warning once per job: by the first rank that nobody suspects. Others log for debugging only."""
         trusted = set(range(self.code.workers)) - self._suspects.keys() - self._missing.keys()
         logger.log(logging.WARNING if min(trusted, default=0) == self._rank else logging.DEBUG, message, *arguments)
+
+    def _weigh(self, outcome: Outcome) -> None:
+        if outcome.suspects.keys() >= set(outcome.left_out):
+            return
+        before = self._evidence.probable
+        left_out, suspects = ([self._ranks[j] for j in workers] for workers in (outcome.left_out, outcome.suspects))
+        self._evidence.add(left_out, suspects)
+        for rank in self._evidence.probable.keys() - before.keys():
+            self._log(
+                "rank %d on %s probably sends errors near the noise: it was left out of many decodes by step %d",
+                rank,
+                self._hosts[rank],
+                self.step,
+            )
 
     def _miss(self, finding: Finding) -> None:
         steps = self._missing.setdefault(finding.rank, [])
@@ -715,6 +746,7 @@ class Guard:
             "failed_steps": list(self._failed_steps),
             "missing": {rank: list(steps) for rank, steps in self._missing.items()},
             "repaired": {rank: list(steps) for rank, steps in self._repaired.items()},
+            "evidence": self._evidence.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -725,6 +757,8 @@ class Guard:
         self._failed_steps = list(state["failed_steps"])
         self._missing = {rank: list(steps) for rank, steps in state["missing"].items()}
         self._repaired = {rank: list(steps) for rank, steps in state.get("repaired", {}).items()}
+        if "evidence" in state:  # not in checkpoints of earlier versions
+            self._evidence.load_state_dict(state["evidence"])
         self._state_is_unknown = True  # something was loaded
         self._seed_generators(self._parts[0], LOADER)
 
@@ -778,6 +812,7 @@ class Guard:
             tuple(self._failed_steps),
             {rank: list(steps) for rank, steps in self._missing.items()},
             {rank: list(steps) for rank, steps in self._repaired.items()},
+            self._evidence.probable,
             0 if self._ledger is None else self._ledger.unwritten,
             self._undelivered,
             replace(self._peers.seconds),
@@ -859,7 +894,7 @@ def protect(
     atol: float = 0.0,
     rtol: float = 0.0,
     seed: int = 0,
-    ranks_per_host: int | None = None,
+    ranks_per_host: int | Sequence[int] | None = None,
     deadline: float = 60.0,
     check_state_every: int | None = 20,
 ) -> Guard:
@@ -909,7 +944,7 @@ def protect(
             "allreduce", which compares bits.
         rtol: the same, relative.
         seed: of the generators' seeds; the same on all ranks.
-        ranks_per_host: see `RedundantBatchSampler`; default: what torchrun says.
+        ranks_per_host: see `RedundantBatchSampler`.
         deadline: seconds that the server waits for the others' messages once it has its own. A rank that was late is
             not waited for again until it has caught up.
         check_state_every: in which steps parameters are compared; 0 or None: in the first one only.
@@ -966,7 +1001,7 @@ def protect(
         atol=atol,
         rtol=rtol,
         seed=seed,
-        ranks_on_host=ranks_per_host,
+        ranks_per_host=ranks_per_host,
         deadline=deadline,
         check_state_every=check_state_every,
     )

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import json
 import logging
+import os
+import re
+import weakref
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,10 +54,11 @@ class Finding:
 class Ledger:
     """Appends findings to a file. Training never ends on account of it.
 
-    Every line is handed to the system at once: a process that is killed leaves whole lines, but for the last.
+    The file stays open. Every line is handed to the system at once: a process that is killed leaves whole lines, but
+    for the last. Where the file is removed or renamed, as by a rotation of logs, a new one is begun.
 
     Args:
-        path: of the file; its folder is made.
+        path: of the file, taken from the folder that is the current one now; its folder is made.
 
     Attributes:
         unwritten: findings that could not be written.
@@ -62,18 +69,21 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.unwritten = 0
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("ab").close()
-        self._torn = self._ends_in_a_line()
+        self._path = path.absolute()
+        self._close: weakref.finalize | None = None
+        self._open()
 
     def append(self, finding: Finding) -> None:
         """Writes a finding down; where that fails, counts it, and the first time says why."""
         line = json.dumps(asdict(finding)).encode() + b"\n"
         try:
-            with self._path.open("ab") as file:
-                # A line that a killed process or a full disk has cut off stays alone.
-                file.write(b"\n" + line if self._torn else line)
+            if not self._is_there():
+                self._open()
+            # A line that a killed process or a full disk has cut off stays alone.
+            rest = b"\n" + line if self._torn else line
+            while rest:
+                self._torn = True
+                rest = rest[os.write(self._file, rest) :]
             self._torn = False
         except OSError as error:
             if self.unwritten == 0:
@@ -83,9 +93,23 @@ class Ledger:
                     error.strerror or error,
                 )
             self.unwritten += 1
-            self._torn = self._ends_in_a_line()
 
-    def _ends_in_a_line(self) -> bool:
+    def _open(self) -> None:
+        if self._close is not None:
+            self._close()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._close = weakref.finalize(self, os.close, self._file)
+        self._torn = self._has_torn_tail()
+
+    def _is_there(self) -> bool:
+        """Whether the open file is still the one that the path names."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file))
+        except OSError:
+            return False
+
+    def _has_torn_tail(self) -> bool:
         try:
             if not self._path.is_file() or self._path.stat().st_size == 0:
                 return False
@@ -97,30 +121,60 @@ class Ledger:
 
 
 def read_ledger(path: str | Path) -> list[Finding]:
-    """What stands in a ledger, also of a job that was killed, or that still runs.
+    """What stands in a ledger, as a list; see `iter_ledger`, which needs no memory for all of it."""
+    return list(iter_ledger(path))
+
+
+def iter_ledger(path: str | Path) -> Iterator[Finding]:
+    """What stands in a ledger, one after the other, also of a job that was killed, or that still runs.
 
     A line that was cut off, by a kill in the middle of a write or by a full disk, is left out, and a warning names it.
+    What a newer version has written beside the fields of `Finding` is left out, too.
 
     Args:
-        path: of the file, as given to `protect`.
+        path: of the file, as given to `protect`. With "{rank}" in its name, the files of all ranks, rank by rank: each
+            has the findings of the whole job.
 
-    Returns:
+    Yields:
         The findings, in the order in which they were written.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: a file cannot be read, or no rank has one.
         ValueError: a line is whole, but no finding.
     """
-    findings = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        try:
-            fields = json.loads(line)
-        except ValueError:
-            if line:
-                logger.warning("ledger %s: line %d was cut off, and is left out", path, number)
-            continue
-        try:
-            findings.append(Finding(**fields))
-        except TypeError:
-            raise ValueError(f"path must be a ledger, got {path} with line {number}: {line[:100]!r}") from None
-    return findings
+    files = _files_of_ranks(str(path)) if "{rank}" in str(path) else [Path(path)]
+    return itertools.chain.from_iterable(map(_findings, files))
+
+
+def _files_of_ranks(path: str) -> list[Path]:
+    # Only a number in the place of every "{rank}", the same one.
+    first, *others = map(re.escape, path.split("{rank}"))
+    name = re.compile(f"{first}([0-9]+)" + r"\1".join(others))
+    candidates = glob.glob("*".join(map(glob.escape, path.split("{rank}"))))
+    found = {match[1]: Path(match[0]) for match in map(name.fullmatch, candidates) if match}
+    if not found:
+        raise FileNotFoundError(f"path must be a ledger, got {path}, for which no rank has a file")
+    return [found[rank] for rank in sorted(found, key=int)]
+
+
+_FIELDS = Finding.__dataclass_fields__.keys()
+
+
+def _findings(path: Path) -> Iterator[Finding]:
+    decode = json.JSONDecoder().decode
+    names: dict[str, str] = {}  # of hosts: each is kept once
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                fields = decode(line.decode("ascii"))
+            except ValueError:
+                if line.strip():
+                    logger.warning("ledger %s: line %d was cut off, and is left out", path, number)
+                continue
+            try:
+                if not fields.keys() <= _FIELDS:
+                    fields = {name: value for name, value in fields.items() if name in _FIELDS}
+                fields["host"] = names.setdefault(fields["host"], fields["host"])
+                yield Finding(**fields)
+            except (AttributeError, KeyError, TypeError):
+                raise ValueError(f"path must be a ledger, got {path} with line {number}: {line[:100]!r}") from None

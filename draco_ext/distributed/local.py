@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -78,11 +79,12 @@ def run_local(function: Callable[..., None], ranks: int, *args: Any) -> Iterator
     # optimizer imports torch._dynamo.
     multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", function.__module__])
     # The store lives here and on a port that the system picks, so that two runs never collide.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = loopback_address()
+    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
     receiver, sender = multiprocessing.Pipe(duplex=False)
     context = torch.multiprocessing.start_processes(
         _rank,
-        args=(ranks, store.port, sender, function, args),
+        args=(ranks, address, store.port, sender, function, args),
         nprocs=ranks,
         join=False,
         start_method="forkserver",
@@ -108,9 +110,23 @@ def run_local(function: Callable[..., None], ranks: int, *args: Any) -> Iterator
         receiver.close()
 
 
+def loopback_address() -> str:
+    """The address under which this machine reaches itself: of IPv4, or of IPv6 where there is only that.
+
+    Raises:
+        ConnectionError: there is neither.
+    """
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with contextlib.suppress(OSError), socket.socket(family) as probe:
+            probe.bind((address, 0))
+            return address
+    raise ConnectionError("ranks on this machine need a loopback address, got neither 127.0.0.1 nor ::1")
+
+
 def _rank(
     rank: int,
     ranks: int,
+    address: str,
     port: int,
     sender: Connection,
     function: Callable[..., None],
@@ -121,7 +137,7 @@ def _rank(
     loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
     if loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = dist.TCPStore(address, port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=SILENCE)
     try:
         function(rank, sender.send if rank == 0 else _ignore, *args)

@@ -29,6 +29,7 @@ from draco_ext.distributed.transports import (
     read_records,
     sliced,
     tag_of,
+    workers_in,
 )
 
 SERVER = 0  # rank
@@ -94,8 +95,8 @@ class ServerTransport(Transport):
         answer = values.cpu()
         verdict = self._ask(answer, answer)
         values.copy_(answer)
-        found, missing = _read(verdict)
-        return Outcome(found, bool(verdict[0, 0] == _FAILED), missing)
+        found, missing, left_out = _read(verdict)
+        return Outcome(found, bool(verdict[0, 0] == _FAILED), missing, left_out)
 
     def gather_record(self, record: Tensor) -> RecordExchange:
         """Through the server, by turns with the buckets; see `Transport.gather_record`."""
@@ -107,7 +108,7 @@ class ServerTransport(Transport):
             self._answer((verdict, rows), absent, complete=False)
             return rows, missing
         rows = torch.empty(self.code.workers, record.numel(), dtype=record.dtype)
-        _, missing = _read(self._ask(record, rows))
+        _, missing, _ = _read(self._ask(record, rows))
         return rows, missing
 
     def fetch(self, worker: int, values: Tensor) -> None:
@@ -197,7 +198,7 @@ class ServerTransport(Transport):
 
 
 # What the server found of each worker, as numbers on the wire; row 0 is what became of the bucket.
-_COLUMNS = ("suspect", "missing", "known", "elements", "first", "largest")
+_COLUMNS = ("suspect", "missing", "known", "elements", "first", "largest", "left out")
 
 
 def _write(outcome: Outcome, workers: int) -> Tensor:
@@ -205,21 +206,23 @@ def _write(outcome: Outcome, workers: int) -> Tensor:
     verdict[0, 0] = _FAILED if outcome.failed else _DECODED
     for j, differs in outcome.suspects.items():
         known = (0, 0, 0, 0) if differs is None else (1, differs.elements, differs.first, differs.largest)
-        verdict[1 + j] = torch.tensor([1, 0, *known], dtype=torch.float64)
+        verdict[1 + j] = torch.tensor([1, 0, *known, 0], dtype=torch.float64)
     for j in outcome.missing:
         verdict[1 + j, 1] = 1
+    for j in outcome.left_out:
+        verdict[1 + j, -1] = 1
     return verdict
 
 
-def _read(verdict: Tensor) -> tuple[dict[int, Difference | None], tuple[int, ...]]:
+def _read(verdict: Tensor) -> tuple[dict[int, Difference | None], tuple[int, ...], tuple[int, ...]]:
     found: dict[int, Difference | None] = {}
     missing = []
-    for j, (suspect, absent, known, elements, first, largest) in enumerate(verdict[1:].tolist()):
+    for j, (suspect, absent, known, elements, first, largest, _) in enumerate(verdict[1:].tolist()):
         if suspect:
             found[j] = Difference(int(elements), int(first), largest) if known else None
         if absent:
             missing.append(j)
-    return found, tuple(missing)
+    return found, tuple(missing), workers_in(verdict[1:, -1])
 
 
 _Arrival = tuple[int, int | None]  # worker, and number of the turn for which its values have come; None: none will

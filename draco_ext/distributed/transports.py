@@ -57,11 +57,14 @@ class Outcome:
         suspects: workers whose messages were wrong, each with the difference where the right message is known.
         failed: the code's guarantee does not cover what came in.
         missing: workers whose messages did not come in time.
+        left_out: workers whose messages the gradient does not contain, suspects included; for the repetition code, of
+            which none but suspects are, it may be empty.
     """
 
     suspects: dict[int, Difference | None]
     failed: bool
     missing: tuple[int, ...] = ()
+    left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,8 @@ class Transport(abc.ABC):
         spoil_short(rows, mask)
         given = {"missing": mask if missing else None, "seed": seed, **self.tolerance}
         decoded = Decoded(*self.code._decode(rows, expected=None, mean=True, length=None, **given), self.code)
-        return decoded.gradient, Outcome(differences(rows, decoded, missing), bool(decoded.failed))
+        left_out = workers_in(decoded.left_out)
+        return decoded.gradient, Outcome(differences(rows, decoded, missing), bool(decoded.failed), left_out=left_out)
 
     @abc.abstractmethod
     def gather_record(self, record: Tensor) -> RecordExchange:
@@ -609,7 +613,7 @@ class AllReduceCyclic(Transport):
         weights, suspects, failed = ops.cyclic_locate(
             gathered, energies, code.adversaries, values.numel(), dtype=values.dtype, **self.tolerance
         )
-        found = suspects.nonzero().flatten().tolist()
+        found, left_out = workers_in(suspects), workers_in(weights == 0)
         yield total
         if failed or weights.isnan().any():
             message.bucket.fill_(torch.nan)
@@ -621,12 +625,17 @@ class AllReduceCyclic(Transport):
                     piece.copy_(ops.cyclic_combine(piece[None], weights[peers.worker, None]))
                 message.put(values)
             yield peers.sum(message.bucket)
-        return Outcome(dict.fromkeys(found), bool(failed))
+        return Outcome(dict.fromkeys(found), bool(failed), left_out=left_out)
 
     def gather_record(self, record: Tensor) -> RecordExchange:
         """By an all-gather; see `Transport.gather_record`."""
         rows = yield self.peers.gather(record)
         return rows.cpu(), ()
+
+
+def workers_in(mask: Tensor) -> tuple[int, ...]:
+    """Return the workers that a mask names."""
+    return tuple(mask.nonzero().flatten().tolist())
 
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -740,4 +749,5 @@ def finish(message: Message, outcomes: Sequence[Outcome]) -> Outcome:
         j: None if any(part is None for _, part in parts) else join(parts) for j, parts in sorted(found.items())
     }
     missing = sorted({j for outcome in outcomes for j in outcome.missing})
-    return Outcome(suspects, failed, tuple(missing))
+    left_out = sorted({j for outcome in outcomes for j in outcome.left_out})
+    return Outcome(suspects, failed, tuple(missing), tuple(left_out))
