@@ -387,8 +387,8 @@ class _Slice:
 class AllGather(Transport):
     """Every rank collects all messages and decodes by itself, slice by slice.
 
-    Moves every message from its rank to every other. A rank holds n slices for each of its own that are on their way,
-    at most `WINDOW` bytes of each worker's messages.
+    Moves every message from its rank to every other. A rank holds n slices for each of its own that are on their way:
+    at most `WINDOW` bytes of each worker's messages, also between steps.
 
     A decoder that needs random numbers gets the same ones on all ranks: which errors near the noise floor are noticed
     depends on them. They are drawn by commit and reveal when the messages are in. A rank that does not reveal the share
