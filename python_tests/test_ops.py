@@ -72,12 +72,12 @@ def test_opcheck_cyclic(dtype, masked, real_device):
     mask = torch.tensor([True] + [False] * 6, device=real_device) if masked else None
     check = torch.library.opcheck
     check(op("cyclic_encode"), (torch.randn(5, 33, **like), n, s, 1))
-    check(op("cyclic_encode_add_"), (messages[0].clone(), torch.randn(50, **like), n, s, 0, 0))
+    check(op("cyclic_encode_add_"), (messages[0].clone(), messages[1].clone(), torch.randn(50, **like), n, s, 0, 0))
     check(op("cyclic_project"), (messages, mask, 3))
-    projections, energy = ops.cyclic_project(messages, 3, missing=mask)
+    projections, norms = ops.cyclic_project(messages, 3, missing=mask)
     check(
         op("cyclic_locate"),
-        (projections, energy, mask, s, d, dtype == torch.float64, 0.0, 0.0, True),
+        (projections, norms, mask, s, d, dtype == torch.float64, 0.0, 0.0, True),
     )
     check(op("cyclic_combine"), (messages, torch.randn(n, dtype=torch.complex128, device=real_device), d - 1))
     for seed in (None, 4):
