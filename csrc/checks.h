@@ -23,8 +23,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kMostWorkers = 32767;            // kernels count them in 16 bits, with a byte of shared memory for each
-constexpr int64_t kMostGroup = 511;                // members that a vote can count
+constexpr int64_t kMostWorkers = 32767;  // kernels count them in 16 bits, with a byte of shared memory for each
+constexpr int64_t kMostGroup = 511;      // members that a vote can count
 constexpr int64_t kMostLength = int64_t{1} << 60;  // more than any memory holds; arithmetic on it cannot overflow
 
 inline void check_matrix(const char* op, const char* name, const Tensor& t) {
@@ -109,7 +109,8 @@ inline const std::vector<EncodingWeight>& encoding_weights(int workers, int adve
   last_workers = 0;
   const int r = 2 * adversaries + 1;
   std::vector<DoubleDouble> sines;
-  for (int step = 0; !has_real_weights(workers, adversaries) && step < workers; ++step) sines.push_back(sine_of_pi(step, workers));
+  for (int step = 0; !has_real_weights(workers, adversaries) && step < workers; ++step)
+    sines.push_back(sine_of_pi(step, workers));
   weights.clear();
   for (int t = 0; t < r; ++t)
     weights.push_back(cyclic_weight(workers, adversaries, t, [&](int step) { return sines[step]; }));

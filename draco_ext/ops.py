@@ -7,7 +7,8 @@ computes on one thread, since torch's do not survive it: torch's own ops wait th
 `torch.set_num_threads(1)`, as a DataLoader's workers do. A plain-torch version of each stands in `draco_ext.reference`.
 
 All raise TypeError for an argument of the wrong type or dtype and ValueError for a wrong value, naming the argument,
-what came and what was expected, before anything is computed.
+what came and what was expected, before anything is computed. A tensor that is being differentiated is refused, also
+in `torch.func.grad` and `jvp`; `torch.ops.draco_ext`, where these functions are not called, cannot see tangents.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     from draco_ext import _C
@@ -115,6 +117,8 @@ def check_tensor(
         raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require grad (decoding has no gradient): detach it first")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:  # within jvp
+        raise ValueError(f"{name} must not have a forward-mode tangent (decoding has no gradient): detach it first")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
     if like is None and not tensor.is_cpu:  # quicker than to ask for the device
@@ -280,7 +284,8 @@ def cyclic_encode(gradients: Tensor, workers: int, adversaries: int, worker: int
     """One worker's message: the weighted sum of its parts' gradients, pairs of elements taken as complex numbers.
 
     The sum is rounded once: its error is relative to the message, also where gradients nearly cancel. What is below
-    2^-44 (float64: 2^-95) of the terms counts as cancelled, and is 0. Reads (2s+1) x d elements, writes d. Deterministic.
+    2^-44 (float64: 2^-95) of its terms counts as cancelled, and is 0; so are 16 columns that are below this part of the
+    largest term of any. Reads (2s+1) x d elements, writes d. Deterministic.
 
     Args:
         gradients: (2 * adversaries + 1, d), float32 or float64, in the order of `CyclicCode.assignment(worker)`.
@@ -313,10 +318,10 @@ def cyclic_encode_add_(
 ) -> Tensor:
     """Add one part's weighted gradient to a message, in place: encoding as the gradients come, without keeping them.
 
-    The message and what rounding has left of it, the carry, hold the sum together, in about twice the dtype's precision:
-    the message may be used at any time. Starting from zeros and adding all parts of the worker's assignment gives
-    `cyclic_encode`'s message, or an element next to it where the exact sum is nearly half-way between two. Reads 3 x d
-    elements, writes 2 x d. Deterministic.
+    The message and what rounding has left of it, the carry, hold the sum together, in about twice the dtype's
+    precision: the message may be used at any time. Starting from zeros and adding all parts of the worker's assignment
+    gives `cyclic_encode`'s message, or an element next to it where the exact sum is nearly half-way between two. Reads
+    3 x d elements, writes 2 x d. Deterministic.
 
     Args:
         message: (d + d % 2,), contiguous, float32 or float64; changed in place.
@@ -523,8 +528,8 @@ def cyclic_decode(
         seed: of the random projection; None, the only safe choice in production, draws one from the operating system.
 
     Returns:
-        gradient (length,), NaN everywhere if failed or if 2 * nonfinite + missing > 2 * s; suspects (n,) bool; failed ()
-        bool.
+        gradient (length,), NaN everywhere if failed or if 2 * nonfinite + missing > 2 * s; suspects (n,) bool; failed
+        () bool.
     """
     check_messages(messages, CYCLIC_DTYPES)
     _check_pairs(messages)

@@ -152,7 +152,7 @@ def projection_weights(length: int, seed: int, dtype: torch.dtype) -> Tensor:
     columns = np.arange(length)
     phi = signed(philox(seed, columns % chunk // 2, 1))[:, :projections].astype(np.float64)
     psi = signed(philox(seed, columns // chunk, 2))[:, :projections].astype(np.float64)
-    return torch.from_numpy((phi * psi).T * PHI_SCALE[dtype])
+    return torch.from_numpy((phi * psi).T.copy() * PHI_SCALE[dtype])
 
 
 def cyclic_project(messages: Tensor, seed: int, *, missing=None, tile: int = 32768):

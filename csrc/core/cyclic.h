@@ -70,7 +70,10 @@ static inline EncodingWeight cyclic_weight(int workers, int adversaries, int t, 
 }
 
 // Below this part of the largest of the terms it was made of, a sum is what rounding left of terms that cancel: 0. Sums
-// are made in twice T's precision; there is room for a few dozen parts.
+// are made in twice T's precision; there is room for a few dozen parts. So are all sums of kCancelBlock columns which
+// are below this part of the largest term of any: one element's last term may be much smaller than those that
+// cancelled.
+constexpr int kCancelBlock = 16;
 template <typename T>
 DRACO_HD double cancelling(const EncodingWeight* weights, int count) {
   double size = 0;

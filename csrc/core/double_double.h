@@ -85,8 +85,7 @@ DRACO_HD DoubleDouble operator/(DoubleDouble a, DoubleDouble b) {
     q *= 2;
   }
   const DoubleDouble pi{3.141592653589793, 1.2246467991473532e-16};
-  const DoubleDouble x =
-      pi * DoubleDouble{static_cast<double>(p), 0} / DoubleDouble{static_cast<double>(q), 0};
+  const DoubleDouble x = pi * DoubleDouble{static_cast<double>(p), 0} / DoubleDouble{static_cast<double>(q), 0};
   const DoubleDouble square = x * x, one{1, 0};
   DoubleDouble sum = one;
   for (int k = cosine ? 28 : 29; k > 1; k -= 2)

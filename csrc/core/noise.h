@@ -15,12 +15,13 @@ struct NoiseModel {
 
 namespace {
 
-// Below these an element counts as zero: the products of denormal numbers with the projections' weights round by as much.
+// Below these an element counts as zero: the products of denormal numbers with the projections' weights round by as
+// much.
 constexpr double kLeastNoise64 = 1e-60, kLeastNoise32 = 2e-43;
-// A finite message so many times as large as the noise is erased like one that is not finite: squares of what the locator
-// computes with must be finite, too. Honest messages are far from it, as each part is in 2s+1 of them.
+// A finite message so many times as large as the noise is erased like one that is not finite: squares of what the
+// locator computes with must be finite, too. Honest messages are far from it, as each part is in 2s+1 of them.
 constexpr double kBeyondDoubt = 0x1p200;
-constexpr double kMostNoise = 0x1p900;  // of a tolerance without bounds
+constexpr double kMostNoise = 0x1p1000;  // of a tolerance without bounds
 
 // Root mean square of an honest check in units of rounding; python_tests/test_cyclic.py::test_noise_model measures it.
 // float32: a message is rounded once, and a projection sums up to 16 terms before going to double: about 1.2. float64:

@@ -109,8 +109,8 @@ class Scratch {
 constexpr int64_t kUnit = 64;  // columns: whole lines of the cache, whatever the dtype
 
 // f(begin, columns, scratch) for tiles of at most `tile` columns, whole units but for the last, as many for each of
-// torch's threads. Where tiles begin depends on the number of threads. `scratch` bytes, and as many more for each column
-// of a tile as `per_column`, are lent to a thread for one tile after the other.
+// torch's threads. Where tiles begin depends on the number of threads. `scratch` bytes, and as many more for each
+// column of a tile as `per_column`, are lent to a thread for one tile after the other.
 template <typename F>
 void for_each_tile(int64_t columns, int64_t tile, int64_t unit, int64_t scratch, int64_t per_column, const F& f) {
   int64_t tiles = (columns + tile - 1) / tile, width = columns;

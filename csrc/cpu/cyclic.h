@@ -10,8 +10,8 @@
 
 namespace draco {
 
-// Random projections of all messages, projections_per_tile of each tile, and the messages' norms as these see them. Real
-// and imaginary parts are kept apart so that loops over projections vectorise.
+// Random projections of all messages, projections_per_tile of each tile, and the messages' norms as these see them.
+// Real and imaginary parts are kept apart so that loops over projections vectorise.
 struct Projections {
   int per_tile;
   int64_t workers, tiles, columns;

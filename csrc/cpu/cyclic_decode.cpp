@@ -44,7 +44,8 @@ Verdict decode(const Tensor& messages, const std::vector<uint8_t>& missing, cons
       f(decoding_weights(n, s, without, mean ? 1.0 / n : 1.0).data(), 1.0);
     };
     const auto run = [&](int64_t first, int64_t last, const std::vector<uint8_t>& without) {
-      with_weights(without, [&](const double* weights, double divisor) { sweep.run(first, last, weights, divisor, out); });
+      with_weights(without,
+                   [&](const double* weights, double divisor) { sweep.run(first, last, weights, divisor, out); });
     };
     // A worker that is bad is so in the first tiles, as a rule: known from there on, it costs no second sweep.
     const int64_t tiles = tile_count(length), head = tiles / kHeadPart;
@@ -83,8 +84,8 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const O
   Verdict verdict;
   dispatch_real(op, messages.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    verdict = decode<T>(messages, absent, likely, s, noise_model(sizeof(T) == 8, static_cast<int>(n), atol, rtol),
-                        mean, seed.has_value() ? static_cast<uint64_t>(*seed) : fresh_seed(op),
+    verdict = decode<T>(messages, absent, likely, s, noise_model(sizeof(T) == 8, static_cast<int>(n), atol, rtol), mean,
+                        seed.has_value() ? static_cast<uint64_t>(*seed) : fresh_seed(op),
                         static_cast<T*>(gradient.data_ptr()));
   });
   if (length < columns) gradient = torch::stable::narrow(gradient, 0, 0, length);

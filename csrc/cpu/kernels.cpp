@@ -541,6 +541,18 @@ DRACO_HD Vector<T> larger(Vector<T> a, Vector<T> b) {
   return a > b ? a : b;
 #endif
 }
+// Whether any number of a mask is set.
+DRACO_HD bool any_set(Vector<int64_t> mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_testz_si256((__m256i)mask, (__m256i)mask) == 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)mask) != 0;
+#else
+  return any<int64_t>(mask);
+#endif
+}
 DRACO_HD Vector<double> finite_or(Vector<double> v, Vector<double> otherwise) { return v - v == 0 ? v : otherwise; }
 
 // a * b - rounded, where rounded is what a * b was rounded to.
@@ -619,10 +631,16 @@ struct Encoded<double> {
 
 // Some of a vector of T as doubles, and back, rounded.
 DRACO_HD Vector<double> widen_real(const float* from) {
+#if defined(__AVX512F__)
+  return (Vector<double>)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(from));
+#elif defined(__AVX2__)
+  return (Vector<double>)_mm256_cvtps_pd(_mm_loadu_ps(from));
+#else
   typedef float Narrow __attribute__((vector_size(kBytes / 2)));
   Narrow narrow;
   memcpy(&narrow, from, sizeof(narrow));
   return __builtin_convertvector(narrow, Vector<double>);
+#endif
 }
 DRACO_HD Vector<double> widen_real(const double* from) { return load(from); }
 DRACO_HD void store_rounded(float* to, Vector<double> value) {
@@ -632,17 +650,32 @@ DRACO_HD void store_rounded(float* to, Vector<double> value) {
 }
 DRACO_HD void store_rounded(double* to, Vector<double> value) { store(to, value); }
 
-// The vectors of doubles that a vector of T becomes, and how many of those are taken at a step.
+// The vectors of doubles that a vector of T becomes.
 template <typename T>
 constexpr int kWider = sizeof(double) / sizeof(T);
+
+// Sums that are all below this part of their own terms are looked at together.
 template <typename T>
-constexpr int kEncodeVectors = kWider<T> * kLine / kBytes;
+constexpr double kSuspicious = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
+
+template <typename T, int kVectors>
+__attribute__((noinline)) void cancel_block(Vector<double>* total, const T* terms, double least) {
+  double largest = 0, term = 0;
+  for (int i = 0; i < kCancelBlock; ++i) {
+    const double value = total[i / VectorOf<double>::kSize][i % VectorOf<double>::kSize];
+    const double size = value < 0 ? -value : value;
+    largest = size > largest ? size : largest;
+    term = terms[i] > term ? static_cast<double>(terms[i]) : term;
+  }
+  if (!(largest < least * term)) return;
+  for (int v = 0; v < kVectors; ++v) total[v] = Vector<double>{};
+}
 
 // One step of the columns from c on. kWhole: all of them exist.
 template <typename T, bool kReal, bool kWhole>
 DRACO_HD void encode_step(const EncodeTile<T>& tile, double least, int64_t c) {
-  constexpr int kSize = VectorOf<double>::kSize, kVectors = kEncodeVectors<T>, kNarrow = kVectors / kWider<T>;
-  constexpr int kStep = kVectors * kSize;
+  constexpr int kSize = VectorOf<double>::kSize, kStep = kCancelBlock;
+  constexpr int kVectors = kStep / kSize, kNarrow = kVectors / kWider<T>;
   const int64_t left = tile.columns - c, even = left + left % 2;
   alignas(64) T padded[2][kStep];
   // Where whole vectors may be read: what is not there is 0.
@@ -656,17 +689,20 @@ DRACO_HD void encode_step(const EncodeTile<T>& tile, double least, int64_t c) {
   Vector<T> before[kNarrow] = {}, largest[kNarrow] = {};
   if (tile.add) {
     const T *message = whole(tile.message, even, 0), *carry = whole(tile.carry, even, 1);
-    DRACO_UNROLL for (int v = 0; v < kVectors; ++v)
-        encoded[v].start(widen_real(message + v * kSize), widen_real(carry + v * kSize));
+    DRACO_UNROLL for (int v = 0; v < kVectors; ++v) encoded[v].start(widen_real(message + v * kSize),
+                                                                     widen_real(carry + v * kSize));
     DRACO_UNROLL for (int v = 0; v < kNarrow; ++v) before[v] = absolute<T>(load(message + v * VectorOf<T>::kSize));
   }
   for (int j = 0; j < tile.count; ++j) {
     const EncodingWeight weight = tile.weights[j];
-    if constexpr (kWhole) fetch_ahead(tile.rows[j] + c);
+    if constexpr (kWhole)
+      DRACO_UNROLL for (int i = 0; i < kStep; i += kLine / static_cast<int>(sizeof(T)))
+          fetch_ahead(tile.rows[j] + c + i);
     const T* from = whole(tile.rows[j], left, 0);
-    DRACO_UNROLL for (int v = 0; v < kVectors; ++v) encoded[v].template add<kReal>(weight, widen_real(from + v * kSize));
-    DRACO_UNROLL for (int v = 0; v < kNarrow; ++v)
-        largest[v] = larger<T>(largest[v], absolute<T>(load(from + v * VectorOf<T>::kSize)));
+    DRACO_UNROLL for (int v = 0; v < kVectors; ++v) encoded[v].template add<kReal>(weight,
+                                                                                   widen_real(from + v * kSize));
+    DRACO_UNROLL for (int v = 0; v < kNarrow; ++v) largest[v] =
+        larger<T>(largest[v], absolute<T>(load(from + v * VectorOf<T>::kSize)));
   }
   T* message = kWhole ? tile.message + c : padded[0];
   T* carry = kWhole ? tile.carry + c : padded[1];
@@ -677,14 +713,22 @@ DRACO_HD void encode_step(const EncodeTile<T>& tile, double least, int64_t c) {
     if constexpr (!kReal) term = larger<T>(term, swap_pairs<T>(term));
     store(terms + v * VectorOf<T>::kSize, term);
   }
+  Vector<double> total[kVectors], rest[kVectors];
+  Vector<int64_t> zero{}, large{};
+  zero = ~zero;
   DRACO_UNROLL for (int v = 0; v < kVectors; ++v) {
-    Vector<double> rest, total = encoded[v].template total<kReal>(rest);
-    const auto cancelled = absolute<double>(total) < least * widen_real(terms + v * kSize);
-    total = cancelled ? Vector<double>{} : total;
-    store_rounded(message + v * kSize, total);
+    const Vector<double> term = widen_real(terms + v * kSize);
+    total[v] = encoded[v].template total<kReal>(rest[v]);
+    total[v] = absolute<double>(total[v]) < least * term ? Vector<double>{} : total[v];
+    zero &= total[v] == 0;
+    large |= absolute<double>(total[v]) > kSuspicious<T> * term;
+  }
+  if (!any_set(large) && any_set(~zero)) cancel_block<T, kVectors>(total, terms, least);
+  DRACO_UNROLL for (int v = 0; v < kVectors; ++v) {
+    store_rounded(message + v * kSize, total[v]);
     if (tile.carry == nullptr) continue;
-    if constexpr (sizeof(T) == 4) rest = finite_or(total - widen_real(message + v * kSize), Vector<double>{});
-    store_rounded(carry + v * kSize, cancelled ? Vector<double>{} : rest);
+    if constexpr (sizeof(T) == 4) rest[v] = finite_or(total[v] - widen_real(message + v * kSize), Vector<double>{});
+    store_rounded(carry + v * kSize, total[v] == 0 ? Vector<double>{} : rest[v]);
   }
   if constexpr (kWhole) return;
   memcpy(tile.message + c, message, even * sizeof(T));
@@ -693,7 +737,7 @@ DRACO_HD void encode_step(const EncodeTile<T>& tile, double least, int64_t c) {
 
 template <typename T, bool kReal>
 void encode_columns(const EncodeTile<T>& tile, double least) {
-  constexpr int kStep = kLine / sizeof(T);
+  constexpr int kStep = kCancelBlock;
   int64_t c = 0;
   for (; c + kStep <= tile.columns; c += kStep) encode_step<T, kReal, true>(tile, least, c);
   for (; c < tile.columns; c += kStep) encode_step<T, kReal, false>(tile, least, c);

@@ -48,7 +48,7 @@ struct EncodeTile {
   int count;
   int64_t columns;  // of the rows; an odd last one is the real part of a pair, and message and carry have one more
   T* message;
-  T* carry;  // nullptr, or what rounding the message leaves
+  T* carry;   // nullptr, or what rounding the message leaves
   bool add;   // start from message + carry
   bool real;  // the weights of all parts of the code are real
 };

@@ -61,8 +61,8 @@ struct Sweep {
 };
 void sweep(const Device& device, const Tensor& messages, const Sweep& sweep, const Partials& partials);
 
-// csrc/cuda/cyclic_combine.cu. out = sum_j weights_j rows_j over the rows whose weight is not 0, divided by *divisor, to
-// the last bit as a sweep makes it; or what *action says.
+// csrc/cuda/cyclic_combine.cu. out = sum_j weights_j rows_j over the rows whose weight is not 0, divided by *divisor,
+// to the last bit as a sweep makes it; or what *action says.
 void combine(const Device& device, const Tensor& messages, const Complex* weights, const double* divisor,
              const int* action, void* out);
 
@@ -81,9 +81,9 @@ struct Search {
   uint8_t* failed;       // ()
   DecodeState* state;
   // Carved out of scratch by place_search().
-  double *noise, *per_column;                        // (columns,)
-  double* scale;                                     // (tiles,): what the projections were multiplied with
-  Complex* checks;                                   // (2s, n)
+  double *noise, *per_column;                                 // (columns,)
+  double* scale;                                              // (tiles,): what the projections were multiplied with
+  Complex* checks;                                            // (2s, n)
   uint8_t *missing, *left_out, *nonfinite, *erased, *beyond;  // (n,)
   unsigned char* arena;
 };

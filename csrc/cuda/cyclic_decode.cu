@@ -29,8 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const O
   search.per_tile = projections_per_tile(columns);
   search.length = columns;
   search.tiles = tile_count(columns);
-  search.model =
-      noise_model(messages.scalar_type() == ScalarType::Double, search.workers, atol, rtol);
+  search.model = noise_model(messages.scalar_type() == ScalarType::Double, search.workers, atol, rtol);
   search.mean = mean;
   search.suspects = static_cast<uint8_t*>(suspects.data_ptr());
   search.failed = static_cast<uint8_t*>(failed.data_ptr());

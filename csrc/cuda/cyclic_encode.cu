@@ -1,8 +1,8 @@
-// A worker's message: the weighted sum of its parts' gradients, in twice the precision of the message, which so is rounded
-// once (cpu/cyclic_encode.cpp says why).
+// A worker's message: the weighted sum of its parts' gradients, in twice the precision of the message, which so is
+// rounded once (cpu/cyclic_encode.cpp says why).
 //   encode   256 threads a block, 16 bytes of each row a thread and step, at most 32 blocks per multiprocessor. Reads
-//            every row once, (count x d elements), writes d; with a carry reads 2 d more and writes d more. More than 64
-//            rows take several launches, between which the sum waits in the message and a carry.
+//            every row once, (count x d elements), writes d; with a carry reads 2 d more and writes d more. More than
+//            64 rows take several launches, between which the sum waits in the message and a carry.
 #include "cuda/common.cuh"
 
 namespace draco {
@@ -38,7 +38,9 @@ struct Encoded<float> {
   __device__ __forceinline__ void start(float message, float carry) {
     sum = static_cast<double>(message) + static_cast<double>(carry);
   }
-  __device__ __forceinline__ void add(DoubleDouble weight, float x) { sum = fma(weight.hi, static_cast<double>(x), sum); }
+  __device__ __forceinline__ void add(DoubleDouble weight, float x) {
+    sum = fma(weight.hi, static_cast<double>(x), sum);
+  }
   __device__ __forceinline__ DoubleDouble total() const {
     const double rest = sum - static_cast<double>(static_cast<float>(sum));
     return {sum, rest - rest == 0 ? rest : 0};
@@ -61,16 +63,17 @@ struct Encoded<double> {
   __device__ __forceinline__ DoubleDouble total() const { return normalised(hi, lo); }
 };
 
+// The sums of a thread's columns and the largest of their terms. Columns that do not exist are 0.
 template <typename T, bool kWhole>
-DRACO_DEVICE void encode_columns(const Encode<T>& encode, const Parts& parts, int64_t column) {
+DRACO_DEVICE void add_up(const Encode<T>& encode, const Parts& parts, int64_t column,
+                         DoubleDouble (&total)[Vector<T>::kCount], T (&terms)[Vector<T>::kCount]) {
   constexpr int kCount = Vector<T>::kCount;
   const int64_t left = encode.columns - column;
   Encoded<T> sum[kCount];
   T largest[kCount] = {};
-  Vector<T> message, carry;
   if (encode.add) {
-    message = load<kWhole>(encode.message + column, left);
-    carry = load<kWhole>(encode.carry + column, left);
+    const Vector<T> message = load<kWhole>(encode.message + column, left);
+    const Vector<T> carry = load<kWhole>(encode.carry + column, left);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       sum[i].start(message.at[i], carry.at[i]);
@@ -91,14 +94,21 @@ DRACO_DEVICE void encode_columns(const Encode<T>& encode, const Parts& parts, in
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     // Both of a pair enter both of a sum, if not of this part then of one before it.
-    const T terms = !encode.real && largest[i ^ 1] > largest[i] ? largest[i ^ 1] : largest[i];
-    DoubleDouble total = sum[i].total();
-    if (fabs(total.hi) < encode.cancelling * static_cast<double>(terms)) total = {0, 0};
-    message.at[i] = static_cast<T>(total.hi);
-    carry.at[i] = static_cast<T>(total.lo);
+    terms[i] = !encode.real && largest[i ^ 1] > largest[i] ? largest[i ^ 1] : largest[i];
+    total[i] = sum[i].total();
+    if (fabs(total[i].hi) < encode.cancelling * static_cast<double>(terms[i])) total[i] = {0, 0};
   }
-  store<kWhole>(encode.message + column, left, message);
-  if (encode.carry != nullptr) store<kWhole>(encode.carry + column, left, carry);
+}
+
+// The largest of a number of the threads that have kCancelBlock columns together.
+template <typename T>
+DRACO_DEVICE double largest_of_block(double x) {
+#pragma unroll
+  for (int distance = kCancelBlock / Vector<T>::kCount / 2; distance > 0; distance /= 2) {
+    const double other = __shfl_xor_sync(kAllLanes, x, distance);
+    x = other > x ? other : x;
+  }
+  return x;
 }
 
 template <typename T>
@@ -107,11 +117,35 @@ __global__ void __launch_bounds__(kEncodeThreads)
   constexpr int kCount = Vector<T>::kCount;
   const int64_t step = int64_t{kEncodeThreads} * kCount;
   for (int64_t begin = blockIdx.x * step; begin < encode.columns; begin += gridDim.x * step) {
-    const int64_t column = begin + threadIdx.x * kCount;
-    if (aligned && column + kCount <= encode.length) {
-      encode_columns<T, true>(encode, parts, column);
-    } else if (column < encode.columns) {
-      encode_columns<T, false>(encode, parts, column);
+    const int64_t column = begin + threadIdx.x * kCount, left = encode.columns - column;
+    const bool whole = aligned && column + kCount <= encode.length;
+    DoubleDouble total[kCount];
+    T terms[kCount];
+    if (whole) {
+      add_up<T, true>(encode, parts, column, total, terms);
+    } else {
+      add_up<T, false>(encode, parts, column, total, terms);
+    }
+    double largest = 0, term = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const double size = fabs(total[i].hi), own = static_cast<double>(terms[i]);
+      largest = size > largest ? size : largest;
+      term = own > term ? own : term;
+    }
+    const bool cancelled = largest_of_block<T>(largest) < encode.cancelling * largest_of_block<T>(term);
+    Vector<T> message, carry;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      message.at[i] = cancelled ? T{0} : static_cast<T>(total[i].hi);
+      carry.at[i] = cancelled ? T{0} : static_cast<T>(total[i].lo);
+    }
+    if (whole) {
+      store<true>(encode.message + column, left, message);
+      if (encode.carry != nullptr) store<true>(encode.carry + column, left, carry);
+    } else {
+      store<false>(encode.message + column, left, message);
+      if (encode.carry != nullptr) store<false>(encode.carry + column, left, carry);
     }
   }
 }

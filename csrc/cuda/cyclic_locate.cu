@@ -231,8 +231,8 @@ __global__ void __launch_bounds__(kTeamThreads) locate_kernel(const __grid_const
     const int64_t last = first + each < search.tiles ? first + each : search.tiles;
     if (first < last) {
       if (search.partials.sums != nullptr) {
-        gather_tiles({search.partials, n, search.tiles, search.per_tile, search.projections, search.norms},
-                     team.thread, team.threads, first, last);
+        gather_tiles({search.partials, n, search.tiles, search.per_tile, search.projections, search.norms}, team.thread,
+                     team.threads, first, last);
         team.sync();
       }
       if (!passes(team, search, absent, first, last) && team.thread == 0) search.state->unexplained = 1;

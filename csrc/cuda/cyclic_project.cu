@@ -165,7 +165,8 @@ __global__ void __launch_bounds__(kSweepThreads, sizeof(T) == 4 && kProjections 
   for (int pair = threadIdx.x; pair < kChunkPairs; pair += kSweepThreads) {
     const Philox random = projection_phi(seed, pair);
 #pragma unroll
-    for (int k = 0; k < kProjections; ++k) phi[pair * kProjections + k] = static_cast<float>(kPhiScale<T>) * signed_weight(random.word[k]);
+    for (int k = 0; k < kProjections; ++k)
+      phi[pair * kProjections + k] = static_cast<float>(kPhiScale<T>) * signed_weight(random.word[k]);
   }
   __syncthreads();
   const int64_t group = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;

@@ -17,7 +17,8 @@ class GradientEncoder:
     """Adds the gradients of a step's parts up into messages, bucket by bucket, as the backward passes yield them.
 
     The repetition code's message is the bucket itself. The cyclic code's needs two buffers of the gradient's size, kept
-    from step to step, in which every parameter is padded to an even length: the sums, and what rounding has left of them.
+    from step to step, in which every parameter is padded to an even length: the sums, and what rounding has left of
+    them.
 
     Args:
         code: the code.
