@@ -183,6 +183,7 @@ def encoded_by_protect(code, worker, own):
 
 
 SMALL_CODES = [(n, s) for n in range(3, 16) for s in range(1, (n - 1) // 2 + 1)]
+CANCELLED = {torch.float32: 2.0**-44, torch.float64: 2.0**-95}  # of the terms: counts as 0
 ENCODERS = [lambda code, worker, own: code.encode(worker, own), streamed, encoded_by_protect]
 
 
@@ -204,7 +205,7 @@ def test_parts_that_cancel(dtype, device, simt, generator):
     for n, s in [case for case in SMALL_CODES if not simt or case in ((4, 1), (6, 2), (15, 2))]:
         code, own_sizes = CyclicCode(n, s), itertools.cycle((0, 1e-6, 0.02, 1))
         for number, common in enumerate(cancelling_parts(code, 24, generator)):
-            for own_size in itertools.islice(own_sizes, 5):  # another one first each time
+            for own_size in itertools.islice(own_sizes, 3):  # not four: other ones first each time
                 own = own_size * torch.randn(n, 24, generator=generator, dtype=torch.float64)
                 parts = (common + own).to(dtype).to(device)
                 encode = ENCODERS[(number + int(own_size > 0)) % len(ENCODERS)]
@@ -218,12 +219,13 @@ def test_parts_that_cancel(dtype, device, simt, generator):
                     [math.fsum(column) / n for column in parts.cpu().double().T.tolist()], dtype=torch.float64
                 )
                 error = (out.gradient.cpu().double() - exact).norm()
-                assert error <= 4 * n * torch.finfo(dtype).eps * torch.stack(messages).norm(), where
+                rounding = 4 * n * torch.finfo(dtype).eps * torch.stack(messages).norm().item()
+                assert error <= rounding + CANCELLED[dtype] * parts.double().norm(), where
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_message_is_rounded_once(dtype, device, generator):
-    """Half a unit in the last place of the exact sum, where terms are a million times larger too."""
+    """To half a unit in the last place, where terms are a million times larger too, and far below that."""
     for n, s in ((7, 1), (8, 3), (9, 4), (15, 2)):
         code = CyclicCode(n, s)
         common = torch.randn(1, 200, generator=generator, dtype=torch.float64)
@@ -234,7 +236,7 @@ def test_a_message_is_rounded_once(dtype, device, generator):
         for encode in ENCODERS[:2]:
             message = encode(code, 1, own.to(device)).cpu()
             for element, wanted in zip(message.tolist(), exact, strict=True):
-                tolerated = torch.finfo(dtype).eps * 0.501 * abs(float(wanted))
+                tolerated = torch.finfo(dtype).eps * 0.501 * abs(float(wanted)) + CANCELLED[dtype] / 32 * 4
                 assert abs(float(decimal.Decimal(element) - wanted)) <= tolerated, f"n={n} s={s}"
 
 
