@@ -49,12 +49,14 @@ class Sweep {
         rows_(rows),
         length_(length),
         seed_(seed),
-        phi_(kMostProjections * kChunk) {
+        phi_(kMostProjections * kChunk * sizeof(T)) {
+    T* phi = static_cast<T*>(phi_.get());
+    std::fill_n(phi, kMostProjections * kChunk, T{0});  // what a short message does not have is 0, too
     const int pairs = static_cast<int>(std::min<int64_t>(kChunkPairs, length / 2));
     for (int pair = 0; pair < pairs; ++pair) {
       const Philox random = projection_phi(seed, pair);
       for (int k = 0; k < kMostProjections; ++k)
-        phi_[k * kChunk + 2 * pair] = phi_[k * kChunk + 2 * pair + 1] = kPhiScale<T> * signed_weight(random.word[k]);
+        phi[k * kChunk + 2 * pair] = phi[k * kChunk + 2 * pair + 1] = kPhiScale<T> * signed_weight(random.word[k]);
     }
   }
 
@@ -85,9 +87,10 @@ class Sweep {
       std::vector<const T*> from(n);
       for (int64_t j = 0; j < n; ++j) from[j] = rows_[j] == nullptr ? nullptr : rows_[j] + at;
       kernel.project(ProjectTile<T>{from.data(), weights, added.data(), static_cast<int>(added.size()), others.data(),
-                                    static_cast<int>(others.size()), columns, per_tile, phi_.data(), psi,
-                                    sum == nullptr ? nullptr : total, re.data() + p * per_tile,
-                                    im.data() + p * per_tile, stride, norm.data() + p, pieces});
+                                    static_cast<int>(others.size()), columns, per_tile,
+                                    static_cast<const T*>(phi_.get()), psi, sum == nullptr ? nullptr : total,
+                                    re.data() + p * per_tile, im.data() + p * per_tile, stride, norm.data() + p,
+                                    pieces});
       if (sum != nullptr)
         kernel.finish[static_cast<int>(dtype)](total, columns, divisor, is_large(length_ * sizeof(T)), sum + at);
     };
@@ -115,7 +118,7 @@ class Sweep {
   const std::vector<const T*>& rows_;
   int64_t length_;
   uint64_t seed_;
-  std::vector<T> phi_;
+  Scratch phi_;  // on whole lines of the cache: every vector of it is loaded for every two rows
 };
 
 constexpr int64_t kCombineTile = 8192;  // columns

@@ -6,6 +6,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> cyclic_project(const Tensor& messages, const OptionalTensor& missing, int64_t seed) {
   const char* op = "cyclic_project";
+  const FloatingPointMode mode;
   const int64_t n = messages.size(0), length = messages.size(1);
   check_pairs(op, messages, length);
   const std::vector<uint8_t> absent = read_mask(op, "missing", missing, messages);
