@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core/cyclic.h"
@@ -22,7 +23,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kMostGroup = 511;                // members that a vote can count
+constexpr int64_t kMostWorkers = 32767;  // kernels count them in 16 bits, with a byte of shared memory for each
+constexpr int64_t kMostGroup = 511;      // members that a vote can count
 constexpr int64_t kMostLength = int64_t{1} << 60;  // more than any memory holds; arithmetic on it cannot overflow
 
 inline void check_matrix(const char* op, const char* name, const Tensor& t) {
@@ -32,8 +34,8 @@ inline void check_matrix(const char* op, const char* name, const Tensor& t) {
 }
 
 inline void check_workers(const char* op, int64_t workers, int64_t adversaries) {
-  STD_TORCH_CHECK(adversaries >= 0 && workers > 0 && workers <= 32767 && adversaries <= (workers - 1) / 2, op,
-                  ": needs 2 * adversaries + 1 <= workers <= 32767, got workers=", workers,
+  STD_TORCH_CHECK(adversaries >= 0 && workers > 0 && workers <= kMostWorkers && adversaries <= (workers - 1) / 2, op,
+                  ": needs 2 * adversaries + 1 <= workers <= ", kMostWorkers, ", got workers=", workers,
                   ", adversaries=", adversaries);
 }
 
@@ -47,6 +49,8 @@ inline void check_mask(const char* op, const char* name, const OptionalTensor& m
 
 inline void check_groups(const char* op, const Tensor& messages, const std::vector<int64_t>& group_sizes,
                          int64_t adversaries) {
+  STD_TORCH_CHECK(messages.size(0) <= kMostWorkers, op, ": messages must have at most ", kMostWorkers, " rows, got ",
+                  messages.size(0));
   int64_t workers = 0;
   for (const int64_t size : group_sizes) {
     STD_TORCH_CHECK(size > 0 && size <= kMostGroup && adversaries >= 0 && adversaries <= (size - 1) / 2, op,
@@ -79,7 +83,7 @@ inline void check_weights(const char* op, const Tensor& weights, const Tensor& m
                   ": weights must be on the messages' device");
 }
 
-inline void check_projections(const char* op, const Tensor& projections, const Tensor& energy, int64_t adversaries,
+inline void check_projections(const char* op, const Tensor& projections, const Tensor& norms, int64_t adversaries,
                               int64_t length) {
   STD_TORCH_CHECK(
       projections.dim() == 3 && projections.scalar_type() == ScalarType::ComplexDouble && projections.is_contiguous(),
@@ -90,50 +94,67 @@ inline void check_projections(const char* op, const Tensor& projections, const T
   const int64_t n = projections.size(0), tiles = tile_count(length);
   STD_TORCH_CHECK(projections.size(1) == tiles && projections.size(2) == projections_per_tile(length), op,
                   ": projections must be those of messages of length ", length);
-  STD_TORCH_CHECK(energy.dim() == 2 && energy.size(0) == n && energy.size(1) == tiles && energy.is_contiguous() &&
-                      energy.scalar_type() == ScalarType::Double &&
-                      energy.get_device_index() == projections.get_device_index(),
-                  op, ": energy must be a contiguous (workers, tiles) float64 tensor beside the projections");
+  STD_TORCH_CHECK(norms.dim() == 2 && norms.size(0) == n && norms.size(1) == tiles && norms.is_contiguous() &&
+                      norms.scalar_type() == ScalarType::Double &&
+                      norms.get_device_index() == projections.get_device_index(),
+                  op, ": norms must be a contiguous (workers, tiles) float64 tensor beside the projections");
 }
 
-// The weight with which a part enters a worker's message.
-inline Complex part_weight(const char* op, int64_t workers, int64_t adversaries, int64_t worker, int64_t part) {
-  const int n = static_cast<int>(workers), s = static_cast<int>(adversaries);
-  STD_TORCH_CHECK(worker >= 0 && worker < workers && part >= 0 && part < workers, op,
-                  ": worker and part must be from 0 to ", workers - 1, ", got ", worker, " and ", part);
-  const int t = cyclic_position(n, s, static_cast<int>(worker), static_cast<int>(part));
-  STD_TORCH_CHECK(t >= 0, op, ": worker ", worker, " does not compute part ", part);
-  return cyclic_weight(n, s, t);
+// The encoding's weights by position in the support. A thread keeps those of the last code it encoded with: for small
+// gradients they take longer than encoding.
+inline const std::vector<EncodingWeight>& encoding_weights(int workers, int adversaries) {
+  thread_local int last_workers = 0, last_adversaries = 0;
+  thread_local std::vector<EncodingWeight> weights;
+  if (workers == last_workers && adversaries == last_adversaries) return weights;
+  last_workers = 0;
+  const int r = 2 * adversaries + 1;
+  std::vector<DoubleDouble> sines;
+  for (int step = 0; !has_real_weights(workers, adversaries) && step < workers; ++step)
+    sines.push_back(sine_of_pi(step, workers));
+  weights.clear();
+  for (int t = 0; t < r; ++t)
+    weights.push_back(cyclic_weight(workers, adversaries, t, [&](int step) { return sines[step]; }));
+  last_workers = workers;
+  last_adversaries = adversaries;
+  return weights;
 }
 
-// Those of all its parts, in ascending order of the parts, as CyclicCode.assignment gives them.
-inline std::vector<Complex> check_encode(const char* op, const Tensor& gradients, int64_t workers, int64_t adversaries,
-                                         int64_t worker) {
+// Those of all parts of a worker, in ascending order of the parts, as CyclicCode.assignment gives them.
+inline std::vector<EncodingWeight> check_encode(const char* op, const Tensor& gradients, int64_t workers,
+                                                int64_t adversaries, int64_t worker) {
   check_matrix(op, "gradients", gradients);
   check_workers(op, workers, adversaries);
   STD_TORCH_CHECK(gradients.size(0) == 2 * adversaries + 1, op, ": gradients must have ", 2 * adversaries + 1,
                   " rows, got ", gradients.size(0));
   STD_TORCH_CHECK(worker >= 0 && worker < workers, op, ": worker must be from 0 to ", workers - 1, ", got ", worker);
   const int n = static_cast<int>(workers), s = static_cast<int>(adversaries);
-  std::vector<int64_t> parts;
-  for (int t = 0; t <= 2 * s; ++t) parts.push_back((worker - cyclic_offset(n, s, t) + workers) % workers);
+  std::vector<std::pair<int64_t, int>> parts;
+  for (int t = 0; t <= 2 * s; ++t) parts.emplace_back((worker - cyclic_offset(n, s, t) + workers) % workers, t);
   std::sort(parts.begin(), parts.end());
-  std::vector<Complex> weights;
-  for (const int64_t part : parts) weights.push_back(part_weight(op, workers, adversaries, worker, part));
+  std::vector<EncodingWeight> weights;
+  for (const auto& [part, t] : parts) weights.push_back(encoding_weights(n, s)[t]);
   return weights;
 }
 
-inline Complex check_encode_add(const char* op, const Tensor& message, const Tensor& gradient, int64_t workers,
-                                int64_t adversaries, int64_t worker, int64_t part) {
+inline EncodingWeight check_encode_add(const char* op, const Tensor& message, const Tensor& carry,
+                                       const Tensor& gradient, int64_t workers, int64_t adversaries, int64_t worker,
+                                       int64_t part) {
   check_workers(op, workers, adversaries);
-  STD_TORCH_CHECK(gradient.dim() == 1 && message.dim() == 1 && gradient.is_contiguous() && message.is_contiguous(), op,
-                  ": message and gradient must be contiguous vectors");
+  STD_TORCH_CHECK(gradient.dim() == 1 && gradient.is_contiguous(), op, ": gradient must be a contiguous vector");
   const int64_t d = gradient.size(0);
-  STD_TORCH_CHECK(message.size(0) == d + d % 2 && message.scalar_type() == gradient.scalar_type() &&
-                      message.get_device_index() == gradient.get_device_index(),
-                  op, ": message must have ", d + d % 2, " elements of the gradient's dtype on its device, got ",
-                  message.size(0));
-  return part_weight(op, workers, adversaries, worker, part);
+  for (const Tensor* sum : {&message, &carry}) {
+    STD_TORCH_CHECK(sum->dim() == 1 && sum->is_contiguous(), op, ": message and carry must be contiguous vectors");
+    STD_TORCH_CHECK(sum->size(0) == d + d % 2 && sum->scalar_type() == gradient.scalar_type() &&
+                        sum->get_device_index() == gradient.get_device_index(),
+                    op, ": message and carry must have ", d + d % 2,
+                    " elements of the gradient's dtype on its device, got ", sum->size(0));
+  }
+  STD_TORCH_CHECK(worker >= 0 && worker < workers && part >= 0 && part < workers, op,
+                  ": worker and part must be from 0 to ", workers - 1, ", got ", worker, " and ", part);
+  const int n = static_cast<int>(workers), s = static_cast<int>(adversaries);
+  const int t = cyclic_position(n, s, static_cast<int>(worker), static_cast<int>(part));
+  STD_TORCH_CHECK(t >= 0, op, ": worker ", worker, " does not compute part ", part);
+  return encoding_weights(n, s)[t];
 }
 
 // Calls f with a value of the element type that the scalar type stands for.

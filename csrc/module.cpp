@@ -71,7 +71,7 @@ py::array_t<std::complex<double>> weights(int workers, int adversaries) {
 
 double tolerance(int workers, int adversaries, bool float64) {
   check(workers, adversaries);
-  return draco::kTolerance * draco::noise_model(float64, workers, adversaries, 0, 0).relative;
+  return draco::kTolerance * draco::noise_model(float64, workers, 0, 0).relative;
 }
 
 }  // namespace

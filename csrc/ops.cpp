@@ -14,11 +14,11 @@ STABLE_TORCH_LIBRARY(DRACO_LIBRARY, m) {
   // Cyclic code, from the worker's side to the decoder's.
   m.def("cyclic_encode(Tensor gradients, int workers, int adversaries, int worker) -> Tensor");
   m.def(
-      "cyclic_encode_add_(Tensor(a!) message, Tensor gradient, int workers, int adversaries, int worker, int part) -> "
-      "()");
-  m.def("cyclic_project(Tensor messages, Tensor? missing, int seed) -> (Tensor projections, Tensor energy)");
+      "cyclic_encode_add_(Tensor(a!) message, Tensor(b!) carry, Tensor gradient, int workers, int adversaries, "
+      "int worker, int part) -> ()");
+  m.def("cyclic_project(Tensor messages, Tensor? missing, int seed) -> (Tensor projections, Tensor norms)");
   m.def(
-      "cyclic_locate(Tensor projections, Tensor energy, Tensor? missing, int adversaries, int length, bool float64, "
+      "cyclic_locate(Tensor projections, Tensor norms, Tensor? missing, int adversaries, int length, bool float64, "
       "float atol, float rtol, bool mean) -> (Tensor weights, Tensor suspects, Tensor failed)");
   m.def("cyclic_combine(Tensor messages, Tensor weights, int length) -> Tensor");
   m.def(

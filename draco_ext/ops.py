@@ -7,7 +7,8 @@ computes on one thread, since torch's do not survive it: torch's own ops wait th
 `torch.set_num_threads(1)`, as a DataLoader's workers do. A plain-torch version of each stands in `draco_ext.reference`.
 
 All raise TypeError for an argument of the wrong type or dtype and ValueError for a wrong value, naming the argument,
-what came and what was expected, before anything is computed.
+what came and what was expected, before anything is computed. A tensor that is being differentiated is refused, also
+in `torch.func.grad` and `jvp`; `torch.ops.draco_ext`, where these functions are not called, cannot see tangents.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     from draco_ext import _C
@@ -115,6 +117,8 @@ def check_tensor(
         raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require grad (decoding has no gradient): detach it first")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:  # within jvp
+        raise ValueError(f"{name} must not have a forward-mode tangent (decoding has no gradient): detach it first")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
     if like is None and not tensor.is_cpu:  # quicker than to ask for the device
@@ -279,7 +283,9 @@ def _(values, seed):
 def cyclic_encode(gradients: Tensor, workers: int, adversaries: int, worker: int) -> Tensor:
     """One worker's message: the weighted sum of its parts' gradients, pairs of elements taken as complex numbers.
 
-    Reads (2s+1) x d elements, writes d. Deterministic.
+    The sum is rounded once: its error is relative to the message, also where gradients nearly cancel. What is below
+    2^-44 (float64: 2^-95) of its terms counts as cancelled, and is 0; so are 16 columns that are below this part of the
+    largest term of any. Reads (2s+1) x d elements, writes d. Deterministic.
 
     Args:
         gradients: (2 * adversaries + 1, d), float32 or float64, in the order of `CyclicCode.assignment(worker)`.
@@ -308,16 +314,19 @@ def _(gradients, workers, adversaries, worker):
 
 
 def cyclic_encode_add_(
-    message: Tensor, gradient: Tensor, workers: int, adversaries: int, worker: int, part: int
+    message: Tensor, carry: Tensor, gradient: Tensor, workers: int, adversaries: int, worker: int, part: int
 ) -> Tensor:
-    """Adds one part's weighted gradient to a message, in place: encoding as the gradients come, without keeping them.
+    """Add one part's weighted gradient to a message, in place: encoding as the gradients come, without keeping them.
 
-    Starting from zeros and adding all parts of the worker's assignment in order gives `cyclic_encode`'s message up to
-    rounding. Reads 2 x d elements, writes d. Deterministic.
+    The message and what rounding has left of it, the carry, hold the sum together, in about twice the dtype's
+    precision: the message may be used at any time. Starting from zeros and adding all parts of the worker's assignment
+    gives `cyclic_encode`'s message, or an element next to it where the exact sum is nearly half-way between two. Reads
+    3 x d elements, writes 2 x d. Deterministic.
 
     Args:
         message: (d + d % 2,), contiguous, float32 or float64; changed in place.
-        gradient: (d,), contiguous, the same dtype and device, elsewhere in memory.
+        carry: like message; changed in place.
+        gradient: (d,), contiguous, the same dtype and device. None of the three may share memory with another.
         workers: n.
         adversaries: s.
         worker: from 0 to n - 1.
@@ -327,29 +336,36 @@ def cyclic_encode_add_(
         message.
     """
     check_tensor("message", message, 1, CYCLIC_DTYPES)
+    check_tensor("carry", carry, 1, (message.dtype,), like=message)
     check_tensor("gradient", gradient, 1, (message.dtype,), like=message)
     check_workers(workers, adversaries)
     check_int("worker", worker, 0, workers - 1)
     check_int("part", part, 0, workers - 1)
-    if message.is_neg():  # torch cannot write to a view that stands for the negative of its memory
-        raise ValueError("message must not be a negated view (such as z.conj().imag): call .resolve_neg()")
-    for name, vector in (("message", message), ("gradient", gradient)):
+    for name, vector in (("message", message), ("carry", carry)):
+        if vector.is_neg():  # torch cannot write to a view that stands for the negative of its memory
+            raise ValueError(f"{name} must not be a negated view (such as z.conj().imag): call .resolve_neg()")
+    for name, vector in (("message", message), ("carry", carry), ("gradient", gradient)):
         if not vector.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got stride {vector.stride(0)}")
     d = gradient.size(0)
-    if message.size(0) != d + d % 2:
-        raise ValueError(f"message must have {d + d % 2} elements, got {message.size(0)}")
-    if not torch.compiler.is_compiling() and _overlap(message, gradient):
-        raise ValueError("gradient must not share memory with message")
+    for name, vector in (("message", message), ("carry", carry)):
+        if vector.size(0) != d + d % 2:
+            raise ValueError(f"{name} must have {d + d % 2} elements, got {vector.size(0)}")
+    if not torch.compiler.is_compiling():
+        for name, vector in (("carry", carry), ("gradient", gradient)):
+            if _overlap(message, vector):
+                raise ValueError(f"{name} must not share memory with message")
+        if _overlap(carry, gradient):
+            raise ValueError("gradient must not share memory with carry")
     r = 2 * adversaries + 1
     if all((part + (2 * t * workers + r) // (2 * r)) % workers != worker for t in range(r)):
         raise ValueError(f"part must be one that worker {worker} computes, got {part}")
-    torch.ops.draco_ext.cyclic_encode_add_(message, gradient, workers, adversaries, worker, part)
+    torch.ops.draco_ext.cyclic_encode_add_(message, carry, gradient, workers, adversaries, worker, part)
     return message
 
 
 @torch.library.register_fake("draco_ext::cyclic_encode_add_")
-def _(message, gradient, workers, adversaries, worker, part):
+def _(message, carry, gradient, workers, adversaries, worker, part):
     return None
 
 
@@ -366,8 +382,8 @@ def cyclic_project(messages: Tensor, seed: int, *, missing: Tensor | None = None
         missing: (n,) bool, rows that are not to be read; their projections are 0.
 
     Returns:
-        projections (n, tiles, k) complex128; energy (n, tiles) float64, the squared norm of each worker's tile
-        in the scale of the projections.
+        projections (n, tiles, k) complex128, in units in which those of no finite message overflow; norms (n, tiles)
+        float64, of each worker's tiles, in the same units.
     """
     check_messages(messages, CYCLIC_DTYPES)
     _check_pairs(messages)
@@ -387,7 +403,7 @@ def _(messages, missing, seed):
 
 def cyclic_locate(
     projections: Tensor,
-    energy: Tensor,
+    norms: Tensor,
     adversaries: int,
     length: int,
     *,
@@ -406,7 +422,7 @@ def cyclic_locate(
 
     Args:
         projections: (n, tiles, k) complex128, from `cyclic_project`.
-        energy: (n, tiles) float64, from `cyclic_project`.
+        norms: (n, tiles) float64, from `cyclic_project`.
         adversaries: s.
         length: columns of the messages that were projected.
         missing: (n,) bool, workers without a message; their projections are 0.
@@ -418,8 +434,9 @@ def cyclic_locate(
 
     Returns:
         weights (n,) complex128, 0 for workers left out, NaN where there is no gradient; suspects (n,) bool; failed ()
-        bool, whether no set of as many workers as may be bad explains the projections. More than s non-finite messages
-        give NaN weights, no suspects and no failure: then the gradient itself is not finite.
+        bool, whether no set of as many workers as may be bad explains the projections. More non-finite messages
+        than could be put right (2 * nonfinite + missing > 2 * s) give NaN weights, no suspects and no failure: then the
+        gradient itself is not finite.
     """
     check_tensor("projections", projections, 3, (torch.complex128,))
     check_workers(projections.size(0), adversaries, "projections' rows")
@@ -430,23 +447,21 @@ def cyclic_locate(
             f"projections must be contiguous, of shape (n, {shape[0]}, {shape[1]}) for length {length}, got "
             f"{tuple(projections.shape)}"
         )
-    check_tensor("energy", energy, 2, (torch.float64,), like=projections)
-    if energy.shape != projections.shape[:2] or not energy.is_contiguous():
-        raise ValueError(
-            f"energy must be contiguous, of shape {tuple(projections.shape[:2])}, got {tuple(energy.shape)}"
-        )
+    check_tensor("norms", norms, 2, (torch.float64,), like=projections)
+    if norms.shape != projections.shape[:2] or not norms.is_contiguous():
+        raise ValueError(f"norms must be contiguous, of shape {tuple(projections.shape[:2])}, got {tuple(norms.shape)}")
     check_mask("missing", missing, projections)
     check_dtype("dtype", dtype, CYCLIC_DTYPES)
     check_tolerance("atol", atol)
     check_tolerance("rtol", rtol)
     check_bool("mean", mean)
     return torch.ops.draco_ext.cyclic_locate(
-        projections, energy, missing, adversaries, length, dtype == torch.float64, float(atol), float(rtol), mean
+        projections, norms, missing, adversaries, length, dtype == torch.float64, float(atol), float(rtol), mean
     )
 
 
 @torch.library.register_fake("draco_ext::cyclic_locate")
-def _(projections, energy, missing, adversaries, length, float64, atol, rtol, mean):
+def _(projections, norms, missing, adversaries, length, float64, atol, rtol, mean):
     n = projections.size(0)
     return (
         projections.new_empty((n,)),
@@ -498,8 +513,8 @@ def cyclic_decode(
     """Decodes the cyclic code in one sweep over the messages, two if there are suspects that were not expected.
 
     On the CPU the second one is of the first sixteenth alone, unless a suspect shows only after that. Equivalent to
-    `cyclic_project`, `cyclic_locate` and `cyclic_combine`. The gradient does not depend on the seed nor on `expected`,
-    except through which errors at the noise floor are noticed.
+    `cyclic_project`, `cyclic_locate` and `cyclic_combine`. To the last bit the gradient is that of who is left out: it
+    depends on the seed only through which errors at the noise floor are noticed, and not on `expected`.
 
     Args:
         messages: (n, L), L even, float32 or float64.
@@ -513,9 +528,9 @@ def cyclic_decode(
         seed: of the random projection; None, the only safe choice in production, draws one from the operating system.
 
     Returns:
-        gradient (length,), NaN everywhere if failed or if more than s messages are not finite; suspects (n,) bool;
-        failed () bool; left_out (n,) bool, all whose messages the gradient does not contain: the suspects, and those
-        who may be bad as well as others. Not the missing ones; nobody where the gradient is NaN.
+        gradient (length,), NaN everywhere if failed or if 2 * nonfinite + missing > 2 * s; suspects (n,) bool; failed
+        () bool; left_out (n,) bool, all whose messages the gradient does not contain: the suspects, and those who may
+        be bad as well as others. Not the missing ones; nobody where the gradient is NaN.
     """
     check_messages(messages, CYCLIC_DTYPES)
     _check_pairs(messages)

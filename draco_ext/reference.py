@@ -39,7 +39,7 @@ def majority_vote(messages, group_sizes, adversaries, *, missing=None, atol=0.0,
             winner = own.gather(0, middle[None])[0]
             same = bits[members] == bits[members].gather(0, middle[None])
             gap = (own - winner).abs()
-            close = same | ((gap <= atol + rtol * winner.abs()) & gap.isfinite())
+            close = same | (own.isnan() & winner.isnan()) | ((gap <= atol + rtol * winner.abs()) & gap.isfinite())
         else:
             winner_bits = bits[members].mode(0).values
             winner = winner_bits.view(messages.dtype).double()
@@ -139,8 +139,11 @@ def philox(key: int, counter: np.ndarray, domain: int) -> np.ndarray:
     return np.stack(c, 1).astype(np.uint32)
 
 
-def projection_weights(length: int, seed: int) -> Tensor:
-    """(projections, length): the random weight of every column, the same for both columns of a pair."""
+PHI_SCALE = {torch.float32: 2.0**-8, torch.float64: 2.0**-64}
+
+
+def projection_weights(length: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """(projections, length): the random weight of every column of this dtype, the same for both columns of a pair."""
 
     def signed(words: np.ndarray) -> np.ndarray:
         return ((words & np.uint32(0x807FFFFF)) | np.uint32(0x3F800000)).view(np.float32)
@@ -149,7 +152,7 @@ def projection_weights(length: int, seed: int) -> Tensor:
     columns = np.arange(length)
     phi = signed(philox(seed, columns % chunk // 2, 1))[:, :projections].astype(np.float64)
     psi = signed(philox(seed, columns // chunk, 2))[:, :projections].astype(np.float64)
-    return torch.from_numpy((phi * psi).T.copy())
+    return torch.from_numpy((phi * psi).T.copy() * PHI_SCALE[dtype])
 
 
 def cyclic_project(messages: Tensor, seed: int, *, missing=None, tile: int = 32768):
@@ -160,13 +163,13 @@ def cyclic_project(messages: Tensor, seed: int, *, missing=None, tile: int = 327
     present = messages.double().clone()
     if missing is not None:
         present[missing] = 0
-    weighted = present[:, None, :] * projection_weights(length, seed)
-    projections, energies = [], []
+    weighted = present[:, None, :] * projection_weights(length, seed, messages.dtype)
+    projections, norms = [], []
     for part in weighted.split(tile, dim=2):
         projections.append(_pairs(part).sum(2))
         chunks = torch.nn.functional.pad(part, (0, -part.size(2) % 1024)).unflatten(2, (-1, 64, 16))
-        energies.append((chunks.sum(3) ** 2).sum((2, 3)).mean(1))
-    return torch.stack(projections, 1), torch.stack(energies, 1)
+        norms.append((chunks.sum(3) ** 2).sum((2, 3)).mean(1).sqrt())
+    return torch.stack(projections, 1), torch.stack(norms, 1)
 
 
 def cyclic_locate(projections, adversaries, noise, *, missing=None, tolerance=6.0):

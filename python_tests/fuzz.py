@@ -234,14 +234,15 @@ def encode_add_arguments(draw):
     worker, d, dtype = draw.randrange(n), columns(draw) + draw.randrange(2), draw.choice(ops.CYCLIC_DTYPES)
     part = draw.choice(CyclicCode(n, s).assignment(worker))
     length = d + d % 2
-    if draw.random() < 0.2:  # one memory, of which the two take parts that may overlap
-        both = floats(draw, (3 * length + 2,), dtype)
-        at = draw.choice((0, 1, d, length, length + 1))
-        message, gradient = both[:length], both[at : at + d]
+    vectors = {"message": length, "carry": length, "gradient": d}
+    if draw.random() < 0.2:  # one memory, of which the three take parts that may overlap
+        memory = floats(draw, (5 * length + 4,), dtype)
+        at = [draw.choice((0, 1, d, length, length + 1)) for _ in vectors]
+        begins = {"message": 0, "carry": at[0], "gradient": at[0] + at[1] if at[2] else at[1]}
+        values = {name: memory[begins[name] : begins[name] + size] for name, size in vectors.items()}
     else:
-        message, gradient = floats(draw, (length,), dtype), floats(draw, (d,), dtype)
-    where = {"workers": n, "adversaries": s, "worker": worker, "part": part}
-    return {"message": message, "gradient": gradient, **where}
+        values = {name: floats(draw, (size,), dtype) for name, size in vectors.items()}
+    return {**values, "workers": n, "adversaries": s, "worker": worker, "part": part}
 
 
 def project_arguments(draw):
@@ -255,13 +256,13 @@ def locate_arguments(draw):
     length = columns(draw)
     tiles, k = ops.projections_shape(length)
     if draw.random() < 0.5:
-        projections, energy = ops.cyclic_project(matrix(draw, n, length).contiguous(), 1)
+        projections, norms = ops.cyclic_project(matrix(draw, n, length).contiguous(), 1)
     else:  # that no messages have
         projections = torch.view_as_complex(floats(draw, (n, tiles, k, 2), torch.float64))
-        energy = floats(draw, (n, tiles), torch.float64)
+        norms = floats(draw, (n, tiles), torch.float64)
     options = {"missing": mask(draw, n), "dtype": draw.choice(ops.CYCLIC_DTYPES)}
     options |= {"atol": tolerance(draw), "rtol": tolerance(draw), "mean": draw.random() < 0.5}
-    return {"projections": projections, "energy": energy, "adversaries": s, "length": length, **options}
+    return {"projections": projections, "norms": norms, "adversaries": s, "length": length, **options}
 
 
 def combine_arguments(draw):
@@ -479,7 +480,8 @@ def one_call(seed: int, number: int, names: tuple[str, ...]) -> str:
             raise Bug(f"{shown} raised a {outcome} that names no argument: {said}") from error
     written = set()
     if name.endswith("encode_add_") and (error is None or name.startswith("raw_")) and "message" in before:
-        written = {n for n, whole in after.items() if whole.data_ptr() == after["message"].data_ptr()}
+        sums = {after[n].data_ptr() for n in ("message", "carry") if n in after}
+        written = {n for n, whole in after.items() if whole.data_ptr() in sums}
     for n in before.keys() - written:
         if not torch.equal(before[n], after[n]):
             raise Bug(f"{shown} changed {n} ({outcome})")

@@ -218,18 +218,23 @@ def test_empty_gradient(code):
 
 
 def test_nothing_is_changed_before_the_error():
-    message, gradient = torch.ones(8), torch.ones(8)
+    message, carry, gradient = torch.ones(8), torch.ones(8), torch.ones(8)
     for bad in ({"part": 3}, {"part": 99}, {"worker": -1}):
         args = {"workers": 7, "adversaries": 1, "worker": 0, "part": 0, **bad}
         with pytest.raises(ValueError, match=next(iter(bad))):
-            ops.cyclic_encode_add_(message, gradient, **args)
+            ops.cyclic_encode_add_(message, carry, gradient, **args)
     assert torch.equal(message, torch.ones(8))
+    assert torch.equal(carry, torch.ones(8))
     with pytest.raises(ValueError, match="message must have 6 elements, got 8"):
-        ops.cyclic_encode_add_(message, torch.ones(5), 7, 1, 0, 0)
+        ops.cyclic_encode_add_(message, carry, torch.ones(5), 7, 1, 0, 0)
+    with pytest.raises(ValueError, match="carry must have 8 elements, got 6"):
+        ops.cyclic_encode_add_(message, torch.ones(6), gradient, 7, 1, 0, 0)
+    with pytest.raises(TypeError, match="carry must have dtype float32, got float64"):
+        ops.cyclic_encode_add_(message, carry.double(), gradient, 7, 1, 0, 0)
     with pytest.raises(TypeError, match="gradient must have dtype float32, got float64"):
-        ops.cyclic_encode_add_(message, gradient.double(), 7, 1, 0, 0)
+        ops.cyclic_encode_add_(message, carry, gradient.double(), 7, 1, 0, 0)
     with pytest.raises(ValueError, match="message must be contiguous"):
-        ops.cyclic_encode_add_(torch.ones(16)[::2], gradient, 7, 1, 0, 0)
+        ops.cyclic_encode_add_(torch.ones(16)[::2], carry, gradient, 7, 1, 0, 0)
 
 
 def test_group_sizes():
@@ -242,13 +247,13 @@ def test_group_sizes():
 
 
 def test_locate_and_combine_arguments():
-    projections, energy = ops.cyclic_project(GOOD[C], 0)
+    projections, norms = ops.cyclic_project(GOOD[C], 0)
     with pytest.raises(ValueError, match="projections must be contiguous, of shape"):
-        ops.cyclic_locate(projections, energy, 2, 100_000)
-    with pytest.raises(ValueError, match="energy must be contiguous, of shape"):
-        ops.cyclic_locate(projections, energy[:, :0], 2, 8)
+        ops.cyclic_locate(projections, norms, 2, 100_000)
+    with pytest.raises(ValueError, match="norms must be contiguous, of shape"):
+        ops.cyclic_locate(projections, norms[:, :0], 2, 8)
     with pytest.raises(TypeError, match="dtype must be"):
-        ops.cyclic_locate(projections, energy, 2, 8, dtype=torch.float16)
+        ops.cyclic_locate(projections, norms, 2, 8, dtype=torch.float16)
     with pytest.raises(ValueError, match="weights must be contiguous with 7 entries, got 3"):
         ops.cyclic_combine(GOOD[C], torch.zeros(3, dtype=torch.complex128))
     with pytest.raises(TypeError, match="weights must have dtype complex128, got float32"):
@@ -269,7 +274,11 @@ def test_the_ops_themselves_keep_memory_safe():
         lambda: raw.cyclic_decode(GOOD[C], None, None, 2, 9, 0.0, 0.0, True, None),
         lambda: raw.cyclic_encode(torch.zeros(4, 8), 7, 2, 0),
         lambda: raw.cyclic_encode(torch.zeros(5, 8), 7, 2, 7),
-        lambda: raw.cyclic_encode_add_(torch.zeros(7), torch.zeros(8), 7, 2, 0, 0),
+        lambda: raw.cyclic_encode_add_(torch.zeros(7), torch.zeros(8), torch.zeros(8), 7, 2, 0, 0),
+        lambda: raw.cyclic_encode_add_(torch.zeros(8), torch.zeros(7), torch.zeros(8), 7, 2, 0, 0),
+        lambda: raw.cyclic_encode_add_(torch.zeros(8), torch.zeros(8).double(), torch.zeros(8), 7, 2, 0, 0),
+        lambda: raw.majority_vote(torch.zeros(32768, 1), None, [512] * 64, 1, 0.0, 0.0, True),
+        lambda: raw.majority_vote(torch.zeros(49056, 1), None, [511] * 96, 1, 0.0, 0.0, True),
         lambda: raw.cyclic_project(torch.zeros(3, 5), None, 0),
         lambda: raw.cyclic_combine(GOOD[C], torch.zeros(3, dtype=torch.complex128), 8),
         lambda: raw.cyclic_locate(
@@ -289,10 +298,10 @@ def test_public_names():
 
 @pytest.mark.parametrize("value", [None, 1, "yes", torch.tensor(True)])
 def test_mean(value):
-    projections, energy = ops.cyclic_project(GOOD[C], 0)
+    projections, norms = ops.cyclic_project(GOOD[C], 0)
     for call in (
         lambda: ops.majority_vote(GOOD[R], (3, 3), 1, mean=value),
-        lambda: ops.cyclic_locate(projections, energy, 2, 8, mean=value),
+        lambda: ops.cyclic_locate(projections, norms, 2, 8, mean=value),
         lambda: ops.cyclic_decode(GOOD[C], 2, mean=value),
     ):
         with pytest.raises(TypeError, match="mean must be a bool, got"):
@@ -315,37 +324,42 @@ def test_what_fuzzing_found():
         ops.cyclic_decode(GOOD[C], 4)
     with pytest.raises(TypeError, match="length must be an int, got str"):
         ops.projections_shape("8")
-    projections, energy = ops.cyclic_project(GOOD[C], 0)
+    projections, norms = ops.cyclic_project(GOOD[C], 0)
     with pytest.raises(TypeError, match="dtype must be float32, float64"):
-        ops.cyclic_locate(projections, energy, 2, 8, dtype=projections.numpy())
+        ops.cyclic_locate(projections, norms, 2, 8, dtype=projections.numpy())
 
 
-def test_message_and_gradient_lie_apart():
-    memory = torch.ones(24)
-    for first in (0, 1, 7):
-        with pytest.raises(ValueError, match="gradient must not share memory with message"):
-            ops.cyclic_encode_add_(memory[:8], memory[first : first + 8], 7, 1, 0, 0)
-    ops.cyclic_encode_add_(memory[8:16], memory[:8], 7, 1, 0, 0)
-    ops.cyclic_encode_add_(memory[8:16], memory[16:], 7, 1, 0, 0)
+@pytest.mark.parametrize("first", [0, 1, 7])
+@pytest.mark.parametrize(("inner", "outer"), [("gradient", "message"), ("carry", "message"), ("gradient", "carry")])
+def test_what_is_encoded_lies_apart(inner, outer, first):
+    memory = torch.ones(40)
+    apart = {name: memory[at : at + 8] for name, at in (("message", 0), ("carry", 16), ("gradient", 32))}
+    at = apart[outer].storage_offset() + first
+    with pytest.raises(ValueError, match=f"{inner} must not share memory with {outer}"):
+        ops.cyclic_encode_add_(**{**apart, inner: memory[at : at + 8]}, workers=7, adversaries=1, worker=0, part=0)
+    ops.cyclic_encode_add_(memory[8:16], memory[16:24], memory[:8], 7, 1, 0, 0)
+    ops.cyclic_encode_add_(memory[16:24], memory[8:16], memory[24:32], 7, 1, 0, 0)
     assert (memory[:8] == 1).all()
-    assert (memory[16:] == 1).all()
+    assert (memory[24:] == 1).all()
 
 
-def test_negated_message():
+@pytest.mark.parametrize("name", ["message", "carry"])
+def test_negated(name):
     negated = torch.zeros(0, dtype=torch.complex64).conj().imag
-    with pytest.raises(ValueError, match="message must not be a negated view"):
-        ops.cyclic_encode_add_(negated, torch.zeros(0), 7, 1, 0, 0)
+    vectors = {"message": torch.zeros(0), "carry": torch.zeros(0), name: negated}
+    with pytest.raises(ValueError, match=f"{name} must not be a negated view"):
+        ops.cyclic_encode_add_(**vectors, gradient=torch.zeros(0), workers=7, adversaries=1, worker=0, part=0)
 
 
 def test_the_ops_themselves_cannot_overflow():
     raw, huge = torch.ops.draco_ext, 2**62 + 3  # twice that is 6, where it wraps around
-    projections, energy = ops.cyclic_project(GOOD[C][:, :0], 0)
+    projections, norms = ops.cyclic_project(GOOD[C][:, :0], 0)
     for call in (
         lambda: raw.majority_vote(GOOD[R], None, [3, 3], huge, 0.0, 0.0, True),
         lambda: raw.cyclic_decode(GOOD[C], None, None, huge, 8, 0.0, 0.0, True, None),
         lambda: raw.cyclic_encode(torch.zeros(7, 8), 7, huge, 0),
         lambda: raw.cyclic_encode(torch.zeros(5, 8), 7, 2, -(2**63)),
-        lambda: raw.cyclic_locate(projections, energy, None, 2, 2**63 - 1, False, 0.0, 0.0, True),
+        lambda: raw.cyclic_locate(projections, norms, None, 2, 2**63 - 1, False, 0.0, 0.0, True),
     ):
         with pytest.raises(RuntimeError):
             call()

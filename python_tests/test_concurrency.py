@@ -131,3 +131,78 @@ def test_workers_of_a_data_loader_decode(method):
         Rounds(), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=PATIENCE
     )
     assert [tuple(map(float, item)) for item in loader] == [tuple(map(float, item)) for item in expected]
+
+
+SMALL_STACK = 192 * 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_threads_with_small_stacks(dtype):
+    """Nothing large lies on the stack: groups of hundreds of members, tolerances, columns that are no whole vectors."""
+    votes = torch.randn(511, 20_003, dtype=torch.float64)[:1].repeat(1022, 1).to(dtype)
+    rounds = torch.randn(9, 100_002, dtype=torch.float64).to(dtype)
+
+    def everything():
+        for atol in (0.0, 1e-3):
+            yield ops.majority_vote(votes, [511, 511], 1, atol=atol)
+            yield ops.majority_vote(votes[:, :3], [511, 511], 1, atol=atol)
+            yield ops.majority_vote(votes[:9], [4, 5], 1, atol=atol)
+        yield ops.digest(votes[0], 1)
+        sent = honest_messages(CyclicCode(9, 2), rounds)
+        for bad in (0, 1, 2):
+            sent[:bad, -5:] = 7
+            yield ops.cyclic_decode(sent, 2, seed=1)
+        yield ops.cyclic_combine(*[sent, torch.ones(9, dtype=torch.complex128)])
+
+    results, before = [], threading.stack_size(SMALL_STACK)
+    try:
+        thread = threading.Thread(target=lambda: results.extend(everything()))
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join(PATIENCE)
+    expected = list(everything())
+    assert len(results) == len(expected)
+    for one, other in zip(results, expected, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else same(one, other)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_flush_denormal_changes_nothing(threads, generator):
+    """Kernels set the floating-point mode that they need, on every thread, and leave the caller's as it was."""
+    code, repetition = CyclicCode(7, 2), RepetitionCode(6, 1)
+    parts, sent, tiny = [], [], []
+    for exponent in (-36, -38, -39, -40, -41):
+        parts.append((torch.randn(7, LENGTH, generator=generator, dtype=torch.float64) * 10.0**exponent).float())
+        sent.append(honest_messages(code, parts[-1]))
+        sent.append(sent[-1].clone())
+        sent[-1][3] *= 2
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        rows = torch.randn(2, LENGTH, generator=generator).repeat_interleave(3, 0).to(dtype)
+        tiny.append(rows * torch.finfo(dtype).smallest_normal / 4)
+
+    def everything():
+        for gradients in parts:
+            yield honest_messages(code, gradients)
+        for messages in sent:
+            out = ops.cyclic_decode(messages, 2, seed=1)
+            yield from (*out, *ops.cyclic_project(messages, 1))
+        for rows in tiny:
+            yield draco_ext.decode(rows, repetition).gradient
+            yield draco_ext.decode(rows, repetition, atol=1e-30).gradient
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        wanted = list(everything())
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor cannot flush denormal numbers")
+        got = list(everything())
+        half = torch.tensor([torch.finfo(torch.float32).smallest_normal]) / 2
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    assert not any(out.any() for out in wanted[len(parts) + 1 : len(parts) + 50 : 10])  # clean rounds name nobody
+    assert half.item() == 0, "the caller's own mode was changed"
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)

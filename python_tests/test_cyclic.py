@@ -1,5 +1,7 @@
+import decimal
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from conftest import ATTACKS, attacked, erasure_cases, honest_messages, named, o
 
 import draco_ext
 from draco_ext import CyclicCode, ops, reference
+from draco_ext.distributed.encoder import GradientEncoder
 
 DTYPES = [torch.float32, torch.float64]
 CODES = [(n, s) for n in range(1, 11) for s in range((n - 1) // 2 + 1)]
@@ -82,9 +85,9 @@ def test_encode_matches_reference(dtype, d, device, generator):
             expected = reference.cyclic_encode(own, n, s, j)
             eps = torch.finfo(dtype).eps
             torch.testing.assert_close(message.double(), expected, rtol=0, atol=32 * eps)
-            added = torch.zeros_like(message, device=device)
+            added, carry = torch.zeros_like(message, device=device), torch.zeros_like(message, device=device)
             for part, gradient in zip(code.assignment(j), own.to(device), strict=True):
-                result = ops.cyclic_encode_add_(added, gradient, n, s, j, part)
+                result = ops.cyclic_encode_add_(added, carry, gradient, n, s, j, part)
                 assert result is added
             torch.testing.assert_close(added.cpu().double(), expected, rtol=0, atol=32 * eps)
 
@@ -95,11 +98,11 @@ def test_project_matches_reference(dtype, length, device, generator):
     messages = torch.randn(7, length, generator=generator, dtype=torch.float64).to(dtype)
     missing = torch.tensor([False, True, False, False, False, False, False])
     for seed in (0, -1, 2**62 + 12345):
-        projections, energy = on(device, ops.cyclic_project, messages, seed, missing=missing)
-        expected, expected_energy = reference.cyclic_project(messages, seed, missing=missing)
-        scale = expected_energy.sqrt().max().item() if length else 1.0
+        projections, norms = on(device, ops.cyclic_project, messages, seed, missing=missing)
+        expected, expected_norms = reference.cyclic_project(messages, seed, missing=missing)
+        scale = expected_norms.max().item() if length else 1.0
         torch.testing.assert_close(projections, expected, rtol=0, atol=8 * torch.finfo(dtype).eps * scale)
-        torch.testing.assert_close(energy, expected_energy, rtol=32 * torch.finfo(dtype).eps, atol=0)
+        torch.testing.assert_close(norms, expected_norms, rtol=32 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -126,8 +129,8 @@ def test_fused_decode_is_its_pieces(device, generator):
             if len(bad) > s:
                 continue
             sent = attacked(messages, bad, "gaussian", generator).to(device)
-            projections, energy = ops.cyclic_project(sent, 5)
-            weights, suspects, failed = ops.cyclic_locate(projections, energy, s, d)
+            projections, norms = ops.cyclic_project(sent, 5)
+            weights, suspects, failed = ops.cyclic_locate(projections, norms, s, d)
             whole = ops.cyclic_decode(sent, s, seed=5)
             assert torch.equal(suspects, whole[1])
             assert torch.equal(failed, whole[2])
@@ -135,18 +138,198 @@ def test_fused_decode_is_its_pieces(device, generator):
             torch.testing.assert_close(gradient, whole[0], rtol=0, atol=1e-6)
 
 
-def test_expected_changes_nothing_but_time(device, generator):
-    code = CyclicCode(9, 2)
-    messages = honest_messages(code, random_gradients(9, 5000, torch.float32, generator))
-    sent = attacked(messages, (1, 6), "reversed", generator)
-    plain = on(device, draco_ext.decode, sent, code)
-    for guess in ((1, 6), (1,), (6, 7), (), tuple(range(9)), (0, 1, 2, 3, 6)):
-        mask = torch.zeros(9, dtype=torch.bool)
-        mask[list(guess)] = True
-        out = on(device, draco_ext.decode, sent, code, expected=mask)
-        assert torch.equal(out.suspects, plain.suspects)
-        torch.testing.assert_close(out.gradient, plain.gradient, rtol=0, atol=2e-7)
-        assert not out.failed
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expected_changes_nothing_but_time(dtype, device, simt, generator):
+    """To the last bit, for bad workers who were expected and who were not, and where only the later tiles show them."""
+    code, d = CyclicCode(9, 2), (1 if simt else 17) * ops.TILE + 778
+    honest = honest_messages(code, random_gradients(9, d, dtype, generator))
+    for bad, columns in (((), slice(0)), ((1, 6), slice(None)), ((1, 6), slice(d - 9, d)), ((4,), slice(0, 9))):
+        sent = honest.clone()
+        sent[list(bad), columns] *= -3
+        for gone in ((), (8,))[: 1 + (len(bad) < 2)]:
+            mask = torch.zeros(9, dtype=torch.bool)
+            mask[list(gone)] = True
+            plain = on(device, draco_ext.decode, sent, code, missing=mask)
+            assert named(plain.suspects) == set(bad)
+            for guess in ((1, 6), (1, 7), (), tuple(range(9))):
+                likely = torch.zeros(9, dtype=torch.bool)
+                likely[list(guess)] = True
+                out = on(device, draco_ext.decode, sent, code, missing=mask, expected=likely)
+                assert torch.equal(out.suspects, plain.suspects)
+                assert torch.equal(out.gradient, plain.gradient), f"bad={bad} missing={gone} expected={guess}"
+
+
+# -------------------------------------------------------------------------------------------- parts that cancel
+
+
+def streamed(code, worker, own):
+    """A message, its parts added up one after the other."""
+    message = own.new_zeros(code.message_length(own.size(1)))
+    carry = torch.zeros_like(message)
+    for part, gradient in zip(code.assignment(worker), own, strict=True):
+        ops.cyclic_encode_add_(message, carry, gradient, code.workers, code.adversaries, worker, part)
+    return message
+
+
+def encoded_by_protect(code, worker, own):
+    """A message as `protect` makes it, of a bucket of one parameter."""
+    bucket, parameter = torch.empty_like(own[0]), own[0].clone()
+    encoder = GradientEncoder(code, worker, ready=True)
+    grads = SimpleNamespace(buffer=lambda: bucket, parameters=lambda: [parameter])
+    for index, gradient in enumerate(own):
+        bucket.copy_(gradient)
+        encoder.add(grads, index)
+    return encoder.message(grads).values
+
+
+SMALL_CODES = [(n, s) for n in range(3, 16) for s in range(1, (n - 1) // 2 + 1)]
+CANCELLED = {torch.float32: 2.0**-44, torch.float64: 2.0**-95}  # of the terms: counts as 0
+ENCODERS = [lambda code, worker, own: code.encode(worker, own), streamed, encoded_by_protect]
+
+
+def cancelling_parts(code, d, generator):
+    """Parts (n, d) in float64 whose weighted sums vanish, exactly or up to the rounding of the parts."""
+    n, weights = code.workers, torch.from_numpy(code.weights)
+    null = torch.linalg.svd(weights).Vh[n - 2 * code.adversaries :].conj()
+    modes = torch.polar(torch.ones(n, n).double(), 2 * math.pi / n * torch.outer(*2 * [torch.arange(n).double()]))
+    modes = modes[(weights @ modes).abs().amax(0) < 1e-12]
+    common = torch.randn(d, generator=generator, dtype=torch.float64)
+    alternating = torch.tensor([1.0, -1.0], dtype=torch.complex128).repeat(n)[:n]
+    for direction in (alternating, *modes, *null):
+        yield torch.view_as_real(torch.outer(direction, torch.view_as_complex(common.view(-1, 2)))).flatten(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_that_cancel(dtype, device, simt, generator):
+    """Nobody is bad: what the parts have in common and no message shows leaves no rounding like an error."""
+    for n, s in [case for case in SMALL_CODES if not simt or case in ((4, 1), (6, 2), (15, 2))]:
+        code, own_sizes = CyclicCode(n, s), itertools.cycle((0, 1e-6, 0.02, 1))
+        for number, common in enumerate(cancelling_parts(code, 24, generator)):
+            for own_size in itertools.islice(own_sizes, 3):  # not four: other ones first each time
+                own = own_size * torch.randn(n, 24, generator=generator, dtype=torch.float64)
+                parts = (common + own).to(dtype).to(device)
+                encode = ENCODERS[(number + int(own_size > 0)) % len(ENCODERS)]
+                messages = [encode(code, j, parts[list(code.assignment(j))]) for j in range(n)]
+                out = on(device, draco_ext.decode, torch.stack(messages), code)
+                where = f"n={n} s={s} direction {number} own={own_size} by {encode}"
+                assert not out.failed, where
+                assert not out.suspects.any(), where
+                # Of the sum, as the messages have rounded theirs once.
+                exact = torch.tensor(
+                    [math.fsum(column) / n for column in parts.cpu().double().T.tolist()], dtype=torch.float64
+                )
+                error = (out.gradient.cpu().double() - exact).norm()
+                rounding = 4 * n * torch.finfo(dtype).eps * torch.stack(messages).norm().item()
+                assert error <= rounding + CANCELLED[dtype] * parts.double().norm(), where
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_message_is_rounded_once(dtype, device, generator):
+    """To half a unit in the last place, where terms are a million times larger too, and far below that."""
+    for n, s in ((7, 1), (8, 3), (9, 4), (15, 2)):
+        code = CyclicCode(n, s)
+        common = torch.randn(1, 200, generator=generator, dtype=torch.float64)
+        sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(n)[:n, None]
+        parts = (sign * common + 1e-6 * torch.randn(n, 200, generator=generator, dtype=torch.float64)).to(dtype)
+        own = parts[list(code.assignment(1))]
+        exact = exactly_encoded(code, 1, own)
+        for encode in ENCODERS[:2]:
+            message = encode(code, 1, own.to(device)).cpu()
+            for element, wanted in zip(message.tolist(), exact, strict=True):
+                tolerated = torch.finfo(dtype).eps * 0.501 * abs(float(wanted)) + CANCELLED[dtype] / 32 * 4
+                assert abs(float(decimal.Decimal(element) - wanted)) <= tolerated, f"n={n} s={s}"
+
+
+def exactly_encoded(code, worker, own):
+    """A message to 60 digits, from the definition of the weights."""
+    n, r = code.workers, code.redundancy
+    with decimal.localcontext(prec=60):
+        pi = decimal.Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
+
+        def node(power):
+            angle, re, im, term, k = (
+                2 * pi * (power % n) / n,
+                decimal.Decimal(0),
+                decimal.Decimal(0),
+                decimal.Decimal(1),
+                0,
+            )
+            while k < 80:
+                re, im = (re + (-1) ** (k // 2) * term, im) if k % 2 == 0 else (re, im + (-1) ** (k // 2) * term)
+                k += 1
+                term = term * angle / k
+            return re, im
+
+        def times(a, b):
+            return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
+
+        offsets = [(2 * t * n + r) // (2 * r) for t in range(r)]
+        sums = [[decimal.Decimal(0)] * 2 for _ in range(own.size(1) // 2)]
+        for part, gradient in zip(code.assignment(worker), own.double().tolist(), strict=True):
+            support = [(part + offset) % n for offset in offsets]
+            weight = (decimal.Decimal(1), decimal.Decimal(0))
+            for i in support:
+                if i == worker:
+                    continue
+                x, y = node(i), node(worker)
+                gap = (x[0] - y[0], y[1] - x[1])  # conjugated
+                size = gap[0] ** 2 + gap[1] ** 2
+                weight = times(weight, tuple(value / size for value in times(x, gap)))
+            for pair, total in enumerate(sums):
+                term = times(weight, tuple(map(decimal.Decimal, gradient[2 * pair : 2 * pair + 2])))
+                total[0] += term[0]
+                total[1] += term[1]
+        return [element for total in sums for element in total]
+
+
+# ---------------------------------------------------------------------------------------- the ends of the numbers
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float32, x) for x in (1e-38, 1e30, 1e36, 1e37)]
+    + [(torch.float64, x) for x in (1e-40, 1e79, 1e120, 1e160, 1e250, 1e306)],
+    ids=str,
+)
+def test_finite_messages_of_any_size(dtype, scale, device, simt, generator):
+    bound, most = (1e-4 if scale < 1e-37 else BOUND[dtype]), torch.finfo(dtype).max
+    for (n, s), d in [((7, 2), 64), ((15, 3), 3000), ((3, 1), 2)][: 1 if simt else 3]:
+        code = CyclicCode(n, s)
+        gradients = random_gradients(n, d, torch.float64, generator)
+        messages = honest_messages(code, (gradients * scale).to(dtype))
+        assert messages.isfinite().all()
+        for bad in ((), (1,), tuple(range(s))):
+            for value in (-messages[list(bad)], torch.full((len(bad), d), most / 2, dtype=dtype), 0.0):
+                sent = messages.clone()
+                sent[list(bad)] = value
+                out = on(device, draco_ext.decode, sent, code)
+                where = f"n={n} s={s} d={d} bad={bad}"
+                assert not out.failed, where
+                assert named(out.suspects) == set(bad), where
+                assert relative_error(out.gradient.double() / scale, gradients.mean(0)) <= bound, where
+
+
+def test_far_beyond_the_others(device, generator):
+    """What is so large that squares overflow is bad beyond doubt, also where the others are 0 or it is in few tiles."""
+    code, d = CyclicCode(9, 2), ops.TILE + 100
+    honest = honest_messages(code, random_gradients(9, d, torch.float64, generator) * 1e-20)
+    honest[:, -100:] = 0
+    for size in (1e50, 1e150, 1e300):
+        for bad, columns in (
+            ((3,), slice(0, 9)),
+            ((3, 8), slice(d - 9, d)),
+            ((2, 3), slice(5, d - 5)),
+            ((1, 2, 5), slice(0, 9)),
+        ):
+            sent = honest.clone()
+            sent[list(bad), columns] = (
+                size * torch.randn(len(bad), len(range(d)[columns]), generator=generator).double()
+            )
+            out = on(device, draco_ext.decode, sent, code)
+            assert out.failed == (len(bad) > 2), f"{size} {bad}"
+            if len(bad) <= 2:
+                assert named(out.suspects) == set(bad), f"{size} {bad}"
+                assert relative_error(out.gradient, on(device, draco_ext.decode, honest, code).gradient) < 1e-13
 
 
 # ------------------------------------------------------------------------------------------------ the guarantee
@@ -249,11 +432,11 @@ def test_noise_model(device, simt, generator):
         checks = torch.from_numpy(np.exp(2j * np.pi * powers / n) / math.sqrt(n))
         for dtype in DTYPES:
             unit = torch.finfo(dtype).eps / 2
-            model = math.sqrt(36 + n) if dtype == torch.float64 else math.sqrt(4 + 0.25 * (2 * s + 1))
+            model = math.sqrt(36 + n) if dtype == torch.float64 else 2
             messages = honest_messages(CyclicCode(n, s), random_gradients(n, 2000, dtype, generator))
-            projections, energy = on(device, ops.cyclic_project, messages, 1)
+            projections, norms = on(device, ops.cyclic_project, messages, 1)
             missed = (torch.einsum("mj,jtk->mtk", checks, projections).abs() ** 2).mean(0).amax().sqrt()
-            reference_norm = energy.sort(0, descending=True).values[s].sqrt()
+            reference_norm = norms.sort(0, descending=True).values[s]
             ratio = (missed / reference_norm / unit / model).item()
             worst[dtype] = max(worst[dtype], ratio)
             assert ratio < 2, f"n={n} s={s} {dtype}: {ratio}"
@@ -268,9 +451,9 @@ def test_locator_matches_exhaustive_search(device, simt, generator):
             for _ in range(1 if simt else 4):
                 bad = torch.randperm(n, generator=generator)[:size].tolist()
                 sent = attacked(messages, bad, "add-same", generator)
-                projections, energy = on(device, ops.cyclic_project, sent, 3)
-                _, suspects, failed = on(device, ops.cyclic_locate, projections, energy, s, 200, dtype=torch.float64)
-                noise = energy.sort(0, descending=True).values[s].sqrt() * 1e-14
+                projections, norms = on(device, ops.cyclic_project, sent, 3)
+                _, suspects, failed = on(device, ops.cyclic_locate, projections, norms, s, 200, dtype=torch.float64)
+                noise = norms.sort(0, descending=True).values[s] * 1e-14
                 assert not failed
                 assert named(suspects) == reference.cyclic_locate(projections, s, noise) == set(bad)
 
@@ -338,6 +521,27 @@ def test_overflow_is_not_a_fault(device, generator):
                 assert out.gradient.isnan().all()
 
 
+def test_overflow_with_workers_missing(device, simt, generator):
+    """Where 2 * nonfinite + missing > 2 * s, the gradient itself has overflowed."""
+    code = CyclicCode(9, 3)
+    messages = honest_messages(code, random_gradients(9, 50, torch.float32, generator))
+    for missing, nonfinite in itertools.product(range(7), range(4)):
+        if simt and (missing + nonfinite) % 3:
+            continue
+        mask = torch.arange(9) < missing
+        sent = messages.clone()
+        sent[missing : missing + nonfinite, 7] = torch.inf
+        out = on(device, draco_ext.decode, sent, code, missing=mask)
+        where = f"missing={missing} nonfinite={nonfinite}"
+        assert not out.failed, where
+        if 2 * nonfinite + missing <= 6:
+            assert named(out.suspects) == set(range(missing, missing + nonfinite)), where
+            assert out.gradient.isfinite().all(), where
+        else:
+            assert not out.suspects.any(), where
+            assert out.gradient.isnan().all(), where
+
+
 def test_too_many_missing_is_a_failure_whatever_the_others_sent(device, generator):
     code = CyclicCode(9, 2)
     sent = honest_messages(code, random_gradients(9, 50, torch.float32, generator))
@@ -347,8 +551,8 @@ def test_too_many_missing_is_a_failure_whatever_the_others_sent(device, generato
         out = on(device, draco_ext.decode, sent, code, missing=mask)
         assert out.failed == failed
         assert out.gradient.isnan().all()
-        projections, energy = on(device, ops.cyclic_project, sent, 3, missing=mask)
-        weights, suspects, gave_up = on(device, ops.cyclic_locate, projections, energy, 2, 50, missing=mask)
+        projections, norms = on(device, ops.cyclic_project, sent, 3, missing=mask)
+        weights, suspects, gave_up = on(device, ops.cyclic_locate, projections, norms, 2, 50, missing=mask)
         assert gave_up == failed
         assert weights.isnan().all()
         assert not suspects.any()
@@ -383,12 +587,12 @@ def test_every_projection_that_may_join_the_search(device):
     projections[missing] = 0
     absent = torch.zeros(14, dtype=torch.bool)
     absent[missing] = True
-    energy = torch.ones(14, tiles, dtype=torch.float64)
+    norms = torch.ones(14, tiles, dtype=torch.float64)
     weights, suspects, failed = on(
         device,
         ops.cyclic_locate,
         torch.from_numpy(projections.reshape(14, tiles, 2)),
-        energy,
+        norms,
         code.adversaries,
         tiles * ops.TILE,
         missing=absent,
@@ -441,7 +645,7 @@ def test_fixed_projection_can_be_attacked_and_a_fresh_one_cannot(device, simt, g
     code, d = CyclicCode(7, 2), 4096
     gradients = random_gradients(7, d, torch.float64, generator)
     messages = honest_messages(code, gradients)
-    known = reference.projection_weights(d, seed=1)
+    known = reference.projection_weights(d, 1, torch.float64)
     error = torch.randn(d, generator=generator, dtype=torch.float64)
     for parity in (0, 1):  # orthogonal for real and imaginary parts alike
         basis = torch.linalg.qr(known[:, parity::2].T).Q

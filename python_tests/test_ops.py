@@ -72,12 +72,12 @@ def test_opcheck_cyclic(dtype, masked, real_device):
     mask = torch.tensor([True] + [False] * 6, device=real_device) if masked else None
     check = torch.library.opcheck
     check(op("cyclic_encode"), (torch.randn(5, 33, **like), n, s, 1))
-    check(op("cyclic_encode_add_"), (messages[0].clone(), torch.randn(50, **like), n, s, 0, 0))
+    check(op("cyclic_encode_add_"), (messages[0].clone(), messages[1].clone(), torch.randn(50, **like), n, s, 0, 0))
     check(op("cyclic_project"), (messages, mask, 3))
-    projections, energy = ops.cyclic_project(messages, 3, missing=mask)
+    projections, norms = ops.cyclic_project(messages, 3, missing=mask)
     check(
         op("cyclic_locate"),
-        (projections, energy, mask, s, d, dtype == torch.float64, 0.0, 0.0, True),
+        (projections, norms, mask, s, d, dtype == torch.float64, 0.0, 0.0, True),
     )
     check(op("cyclic_combine"), (messages, torch.randn(n, dtype=torch.complex128, device=real_device), d - 1))
     for seed in (None, 4):
@@ -210,3 +210,35 @@ def test_unknown_instruction_set_is_named(tmp_path):
     assert run.returncode != 0
     assert "DRACO_ISA=avx9 cannot be used here" in run.stderr
     assert usable_instruction_sets()[0] in run.stderr
+
+
+def every_call(messages, projections, norms):
+    """Every op on these, as functions of one tensor."""
+    ones, carry = torch.ones(9, dtype=torch.complex128), torch.zeros(50)
+    return {
+        "majority_vote": (lambda x: ops.majority_vote(x, (5, 4), 1)[0], messages),
+        "digest": (lambda x: ops.digest(x, 1), messages[0]),
+        "cyclic_encode": (lambda x: ops.cyclic_encode(x, 9, 1, 0), messages[:3]),
+        "cyclic_encode_add_": (lambda x: ops.cyclic_encode_add_(torch.zeros(50), carry, x, 9, 1, 0, 0), messages[0]),
+        "cyclic_project": (lambda x: ops.cyclic_project(x, 1)[0], messages),
+        "cyclic_locate": (lambda x: ops.cyclic_locate(projections, x, 2, 50)[0], norms),
+        "cyclic_combine": (lambda x: ops.cyclic_combine(x, ones), messages),
+        "cyclic_decode": (lambda x: ops.cyclic_decode(x, 2)[0], messages),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_differentiation_is_refused(name):
+    """Backward, forward and torch.func's: never a gradient or tangent of zeros."""
+    messages = cyclic_messages(9, 2, 50)
+    call, x = every_call(messages, *ops.cyclic_project(messages, 1))[name]
+    with pytest.raises(ValueError, match="must not require grad"):
+        call(x.clone().requires_grad_())
+    with pytest.raises(ValueError, match="must not require grad"):
+        torch.func.grad(lambda x: call(x).real.float().sum())(x)
+    with pytest.raises(ValueError, match="must not have a forward-mode tangent"):
+        torch.func.jvp(call, (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        call(x)  # what is not differentiated may be used
+        with pytest.raises(ValueError, match="must not have a forward-mode tangent"):
+            call(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))

@@ -203,9 +203,9 @@ def test_encoding_is_the_reference(data, dtype):
     info = torch.finfo(dtype)
     pairs = torch.nn.functional.pad(own.double().abs().sum(0), (0, code.message_length(own.size(1)) - own.size(1)))
     size = pairs.view(-1, 2).sum(1).repeat_interleave(2)  # both of a pair enter both of a result
-    added = torch.zeros_like(expected, dtype=dtype)
+    added, carry = torch.zeros_like(expected, dtype=dtype), torch.zeros_like(expected, dtype=dtype)
     for part, gradient in zip(code.assignment(worker), own, strict=True):
-        ops.cyclic_encode_add_(added, gradient, code.workers, code.adversaries, worker, part)
+        ops.cyclic_encode_add_(added, carry, gradient, code.workers, code.adversaries, worker, part)
     for message in (code.encode(worker, own), added):
         assert bool(((message.double() - expected).abs() <= 8 * info.eps * (size + info.smallest_normal)).all())
 
@@ -214,9 +214,9 @@ def test_encoding_is_the_reference(data, dtype):
 def test_pieces_of_the_cyclic_decoder_are_the_whole(step):
     s, length = step.code.adversaries, step.sent.size(1)
     whole = decode(step)
-    projections, energy = ops.cyclic_project(step.sent, 1, missing=step.mask)
+    projections, norms = ops.cyclic_project(step.sent, 1, missing=step.mask)
     weights, suspects, failed = ops.cyclic_locate(
-        projections, energy, s, length, missing=step.mask, dtype=step.sent.dtype
+        projections, norms, s, length, missing=step.mask, dtype=step.sent.dtype
     )
     assert torch.equal(suspects, whole.suspects)
     assert torch.equal(failed, whole.failed)

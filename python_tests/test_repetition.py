@@ -239,3 +239,27 @@ def test_large_results_are_those_of_small_ones(dtype, device, simt, generator):
     torch.testing.assert_close(whole.gradient, expected, rtol=0, atol=0, equal_nan=True)
     pieces = [on(device, draco_ext.decode, piece, RepetitionCode(6, 1)) for piece in messages.split(2**17, dim=1)]
     assert torch.equal(bits(whole.gradient), bits(torch.cat([piece.gradient for piece in pieces])))
+
+
+NAN_BITS = {torch.float16: 0x7E00, torch.bfloat16: 0x7FC0, torch.float32: 0x7FC00000, torch.float64: 0x7FF8 << 48}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan(dtype, device):
+    """With a tolerance all NaN agree; a mean that is NaN has the same bits everywhere, whatever went into it."""
+    negative = -torch.tensor([torch.nan], dtype=dtype)
+    payload = (bits(torch.tensor([torch.nan], dtype=dtype)) + 3).view(dtype)
+    row = torch.arange(300).to(dtype)
+    messages = row.repeat(6, 1)
+    for j, nan in enumerate((negative, payload, torch.nan, payload, payload, negative)):
+        messages[j, 7:70:3] = nan
+    tolerant = on(device, draco_ext.decode, messages, RepetitionCode(6, 1), atol=1e-3)
+    assert not tolerant.suspects.any()
+    assert not tolerant.failed
+    messages[4, 9] = 5.0
+    assert named(on(device, draco_ext.decode, messages, RepetitionCode(6, 1), atol=1e-3).suspects) == {4}
+    exact = on(device, draco_ext.decode, messages, RepetitionCode(6, 0))
+    for out in (tolerant, exact):
+        nans = out.gradient.isnan()
+        assert named(nans) == set(range(7, 70, 3))
+        assert (bits(out.gradient[nans]) == NAN_BITS[dtype]).all()

@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "core/common.h"
+#include "core/double_double.h"
 
 namespace draco {
 namespace {
@@ -31,23 +31,54 @@ DRACO_HD Complex cyclic_node(int workers, long long power) {
   return {cos(angle), sin(angle)};
 }
 
+// Whether all weights are 1 / (2s+1).
+DRACO_HD bool has_real_weights(int64_t workers, int64_t adversaries) { return workers % (2 * adversaries + 1) == 0; }
+
 // prod_{i != t} x_i / (x_i - x_t) over the support. With half the angle from t to i, a_i = pi (o_i - o_t) / n, each
-// factor is -i exp(i a_i) / (2 sin a_i): the phases add up in integers, and only the sines are rounded. On the host
-// alone, in long double: with hundreds of factors double would lose two digits.
-[[maybe_unused]] static inline Complex cyclic_weight(int workers, int adversaries, int t) {
+// factor is -i exp(i a_i) / (2 sin a_i): the phases add up in integers, and only the sines are rounded, which
+// sine(steps) gives for steps of pi / n. On the host alone.
+template <typename Sine>
+static inline EncodingWeight cyclic_weight(int workers, int adversaries, int t, Sine&& sine) {
   const int r = 2 * adversaries + 1;
-  if (workers % r == 0) return {1.0 / r, 0.0};
+  const DoubleDouble one{1, 0}, none{0, 0};
+  if (has_real_weights(workers, adversaries)) return {one / DoubleDouble{static_cast<double>(r), 0}, none};
   const int own = cyclic_offset(workers, adversaries, t);
-  long double size = adversaries % 2 ? -1 : 1;  // (-i)^(2s)
-  long long steps = 0;                          // of pi / n
+  DoubleDouble size{adversaries % 2 ? -1.0 : 1.0, 0};  // (-i)^(2s)
+  int exponent = 0;                                    // of size, which hundreds of factors could take out of range
+  long long steps = 0;
   for (int i = 0; i < r; ++i) {
     if (i == t) continue;
     const int step = cyclic_offset(workers, adversaries, i) - own;
-    size /= 2 * sinl(3.14159265358979323846264338327950288L * step / workers);
+    const DoubleDouble factor = sine(step < 0 ? -step : step);
+    size = size * DoubleDouble{step < 0 ? -2 * factor.hi : 2 * factor.hi, step < 0 ? -2 * factor.lo : 2 * factor.lo};
+    int power = 0;
+    frexp(size.hi, &power);
+    size = {ldexp(size.hi, -power), ldexp(size.lo, -power)};
+    exponent += power;
     steps += step;
   }
-  const Complex phase = cyclic_node(2 * workers, steps);
-  return {static_cast<double>(size * phase.re), static_cast<double>(size * phase.im)};
+  size = one / size;
+  size = {ldexp(size.hi, -exponent), ldexp(size.lo, -exponent)};
+  return {size * sine_of_pi(2 * steps + workers, 2LL * workers), size * sine_of_pi(steps, workers)};
+}
+
+// As doubles.
+[[maybe_unused]] static inline Complex cyclic_weight(int workers, int adversaries, int t) {
+  const auto sine = [&](int step) { return sine_of_pi(step, workers); };
+  const EncodingWeight weight = cyclic_weight(workers, adversaries, t, sine);
+  return {weight.re.hi, weight.im.hi};
+}
+
+// Below this part of the largest of the terms it was made of, a sum is what rounding left of terms that cancel: 0. Sums
+// are made in twice T's precision; there is room for a few dozen parts. So are all sums of kCancelBlock columns which
+// are below this part of the largest term of any: one element's last term may be much smaller than those that
+// cancelled.
+constexpr int kCancelBlock = 16;
+template <typename T>
+DRACO_HD double cancelling(const EncodingWeight* weights, int count) {
+  double size = 0;
+  for (int j = 0; j < count; ++j) size += fabs(weights[j].re.hi) + fabs(weights[j].im.hi);
+  return (sizeof(T) == 4 ? 0x1p-44 : 0x1p-95) * (size > 1 ? size : 1);
 }
 
 // The t with (part + offset(t)) mod n == worker, or -1 where the worker does not compute the part.

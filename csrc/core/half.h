@@ -94,5 +94,16 @@ DRACO_HD typename Element<T>::Bits bits_of(typename Element<T>::Sum value) {
   }
 }
 
+// What computed results have for every NaN, on every device: processors and GPUs differ in the bits that they give it.
+template <typename Sum>
+constexpr typename Element<Sum>::Bits kNaNBits =
+    static_cast<typename Element<Sum>::Bits>(sizeof(Sum) == 4 ? 0x7fc00000u : 0x7ff8000000000000u);
+
+template <typename T>
+DRACO_HD typename Element<T>::Bits mean_bits(typename Element<T>::Sum mean) {
+  using Sum = typename Element<T>::Sum;
+  return bits_of<T>(mean == mean ? mean : bit_cast<Sum>(kNaNBits<Sum>));
+}
+
 }  // namespace
 }  // namespace draco

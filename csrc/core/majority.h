@@ -45,7 +45,7 @@ template <typename Sum>
 constexpr Sum kLargest =
     sizeof(Sum) == 4 ? static_cast<Sum>(3.40282346638528859812e38) : static_cast<Sum>(1.7976931348623157e308);
 
-// Whether x is as good as the winner: the same bits, or both numbers and no further apart than the tolerance.
+// Whether x is as good as the winner: the same bits, both NaN, or both numbers and no further apart than the tolerance.
 template <typename T>
 DRACO_HD bool within(typename Element<T>::Bits x, typename Element<T>::Bits winner, double atol, double rtol) {
   using Sum = typename Element<T>::Sum;
@@ -53,7 +53,8 @@ DRACO_HD bool within(typename Element<T>::Bits x, typename Element<T>::Bits winn
   const Sum gap = a > w ? a - w : w - a, size = w < 0 ? -w : w;
   // An infinite gap is never tolerated, though rtol times an infinite winner would be infinite too. No sum of a product
   // here: a compiler may round it once or twice, and every device must say the same.
-  return (x == winner) | ((gap - static_cast<Sum>(atol) <= static_cast<Sum>(rtol) * size) & (gap <= kLargest<Sum>));
+  return (x == winner) | ((a != a) & (w != w)) |
+         ((gap - static_cast<Sum>(atol) <= static_cast<Sum>(rtol) * size) & (gap <= kLargest<Sum>));
 }
 
 }  // namespace

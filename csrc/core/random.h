@@ -5,6 +5,8 @@
 // single wrong element cannot hide, and continuous, so that several cannot cancel each other except by chance.
 #pragma once
 
+#include <cmath>
+
 #include "core/common.h"
 
 namespace draco {
@@ -17,6 +19,10 @@ constexpr int kChunk = 1024;         // columns that share the table phi
 constexpr int kChunkPairs = kChunk / 2;
 constexpr int64_t kTile = 32768;            // columns of one tile: one noise floor, kProjections projections
 constexpr double kWeightPower = 7.0 / 3.0;  // mean square of a number in +-[1, 2)
+// phi is made so much smaller that the projections of no finite message overflow: up to 64 terms are summed in the
+// messages' own precision.
+template <typename T>
+constexpr T kPhiScale = static_cast<T>(sizeof(T) == 4 ? 0x1p-8 : 0x1p-64);
 
 DRACO_HD int64_t tile_count(int64_t length) { return (length + kTile - 1) / kTile; }
 
@@ -46,6 +52,20 @@ DRACO_HD Philox philox(uint64_t key, uint64_t counter, uint32_t domain) {
 
 DRACO_HD float signed_weight(uint32_t word) {  // sign and mantissa are random, the exponent is that of [1, 2)
   return bit_cast<float>((word & 0x807fffffu) | 0x3f800000u);
+}
+
+// The norm from the mean square, and from that of numbers kSmaller times as large, for squares that overflow.
+constexpr double kSmaller = 0x1p-500;
+template <typename T>
+DRACO_HD double norm_of_squares(double square, double small_square) {
+  if (sizeof(T) == 4 || square < 0x1p1000) return sqrt(square);
+  return sqrt(small_square) / kSmaller;
+}
+
+// sqrt(a^2 + b^2) of numbers whose squares may overflow; NaN where one is NaN or both are infinite.
+DRACO_HD double hypotenuse(double a, double b) {
+  const double large = a > b ? a : b, small = a > b ? b : a, ratio = small / large;
+  return large == 0 ? 0 : large * sqrt(1 + ratio * ratio);
 }
 
 // phi for all projections of one pair of columns; psi for all projections of one chunk of a message.

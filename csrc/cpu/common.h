@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/floating_point.h"
 #include "cpu/kernels.h"
 
 namespace draco {
@@ -80,20 +81,38 @@ inline bool is_large(int64_t bytes) { return bytes > int64_t{4} << 20; }
 // Whether this process is the child of a fork (set in dispatch.cpp).
 inline bool is_forked_child = false;
 
-// f(begin, end) for parts of at least `grain` of the range from 0 to count, on torch's threads. Those of libgomp do not
-// survive a fork: a child that asked for them would wait for ever, so it does without.
+// f(begin, end) for parts of at least `grain` of the range from 0 to count, on torch's threads and in their right mode.
+// Those of libgomp do not survive a fork: a child that asked for them would wait for ever, so it does without.
 template <typename F>
 void parallel(int64_t count, int64_t grain, const F& f) {
-  if (count > grain && !is_forked_child) return torch::stable::parallel_for(0, count, grain, f);
-  if (count > 0) f(int64_t{0}, count);
+  const auto in_mode = [&](int64_t begin, int64_t end) {
+    const FloatingPointMode mode;
+    f(begin, end);
+  };
+  if (count > grain && !is_forked_child) return torch::stable::parallel_for(0, count, grain, in_mode);
+  if (count > 0) in_mode(int64_t{0}, count);
 }
+
+// Memory of one thread for while it works on its tiles; not from its stack, which may be a small one. The first byte is
+// on a multiple of 64.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : bytes_(new unsigned char[bytes + 64]) {}
+  void* get() const {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes_.get()) + 63) & ~uintptr_t{63});
+  }
+
+ private:
+  std::unique_ptr<unsigned char[]> bytes_;
+};
 
 constexpr int64_t kUnit = 64;  // columns: whole lines of the cache, whatever the dtype
 
-// f(begin, columns) for tiles of at most `tile` columns, whole units but for the last, as many for each of torch's
-// threads. Where tiles begin depends on the number of threads.
+// f(begin, columns, scratch) for tiles of at most `tile` columns, whole units but for the last, as many for each of
+// torch's threads. Where tiles begin depends on the number of threads. `scratch` bytes, and as many more for each
+// column of a tile as `per_column`, are lent to a thread for one tile after the other.
 template <typename F>
-void for_each_tile(int64_t columns, int64_t tile, int64_t unit, const F& f) {
+void for_each_tile(int64_t columns, int64_t tile, int64_t unit, int64_t scratch, int64_t per_column, const F& f) {
   int64_t tiles = (columns + tile - 1) / tile, width = columns;
   if (tiles > 1) {
     const int64_t threads = torch::stable::get_num_threads();
@@ -102,7 +121,8 @@ void for_each_tile(int64_t columns, int64_t tile, int64_t unit, const F& f) {
     tiles = (columns + width - 1) / width;
   }
   parallel(tiles, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) f(t * width, std::min(width, columns - t * width));
+    const Scratch lent(scratch + per_column * width);
+    for (int64_t t = first; t < last; ++t) f(t * width, std::min(width, columns - t * width), lent.get());
   });
 }
 

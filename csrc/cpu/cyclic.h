@@ -10,12 +10,12 @@
 
 namespace draco {
 
-// Random projections of all messages, projections_per_tile of each tile. Real and imaginary parts are kept apart so
-// that loops over projections vectorise.
+// Random projections of all messages, projections_per_tile of each tile, and the messages' norms as these see them.
+// Real and imaginary parts are kept apart so that loops over projections vectorise.
 struct Projections {
   int per_tile;
   int64_t workers, tiles, columns;
-  std::vector<double> re, im, energy;  // (workers, columns), (workers, columns), (workers, tiles)
+  std::vector<double> re, im, norm;  // (workers, columns), (workers, columns), (workers, tiles)
 
   Projections(int64_t workers_, int64_t tiles_, int per_tile_)
       : per_tile(per_tile_),
@@ -24,7 +24,7 @@ struct Projections {
         columns(tiles * per_tile),
         re(workers * columns),
         im(workers * columns),
-        energy(workers * tiles) {}
+        norm(workers * tiles) {}
 
   // Those of the first tiles alone.
   Projections head(int64_t count) const {
@@ -32,7 +32,7 @@ struct Projections {
     for (int64_t j = 0; j < workers; ++j) {
       std::copy_n(re.begin() + j * columns, part.columns, part.re.begin() + j * part.columns);
       std::copy_n(im.begin() + j * columns, part.columns, part.im.begin() + j * part.columns);
-      std::copy_n(energy.begin() + j * tiles, count, part.energy.begin() + j * count);
+      std::copy_n(norm.begin() + j * tiles, count, part.norm.begin() + j * count);
     }
     return part;
   }
@@ -49,12 +49,14 @@ class Sweep {
         rows_(rows),
         length_(length),
         seed_(seed),
-        phi_(kMostProjections * kChunk) {
+        phi_(kMostProjections * kChunk * sizeof(T)) {
+    T* phi = static_cast<T*>(phi_.get());
+    std::fill_n(phi, kMostProjections * kChunk, T{0});  // what a short message does not have is 0, too
     const int pairs = static_cast<int>(std::min<int64_t>(kChunkPairs, length / 2));
     for (int pair = 0; pair < pairs; ++pair) {
       const Philox random = projection_phi(seed, pair);
       for (int k = 0; k < kMostProjections; ++k)
-        phi_[k * kChunk + 2 * pair] = phi_[k * kChunk + 2 * pair + 1] = signed_weight(random.word[k]);
+        phi[k * kChunk + 2 * pair] = phi[k * kChunk + 2 * pair + 1] = kPhiScale<T> * signed_weight(random.word[k]);
     }
   }
 
@@ -74,8 +76,8 @@ class Sweep {
     // Pieces, which threads take, are smaller than tiles, which have projections: those of a piece are added up after.
     const int per_tile = projections.per_tile;
     const int64_t pieces = (end - begin + kPiece - 1) / kPiece, stride = pieces * per_tile;
-    std::vector<double> re(n * stride), im(n * stride), energy(n * pieces);
-    const auto piece = [&](int64_t p) {
+    std::vector<double> re(n * stride), im(n * stride), norm(n * pieces);
+    const auto piece = [&](int64_t p, T* total) {
       const int64_t at = begin + p * kPiece, columns = std::min(kPiece, end - at);
       float psi[kPiece / kChunk * kMostProjections];
       for (int64_t c = 0; c * kChunk < columns; ++c) {
@@ -84,16 +86,17 @@ class Sweep {
       }
       std::vector<const T*> from(n);
       for (int64_t j = 0; j < n; ++j) from[j] = rows_[j] == nullptr ? nullptr : rows_[j] + at;
-      alignas(64) T total[kPiece];
       kernel.project(ProjectTile<T>{from.data(), weights, added.data(), static_cast<int>(added.size()), others.data(),
-                                    static_cast<int>(others.size()), columns, per_tile, phi_.data(), psi,
-                                    sum == nullptr ? nullptr : total, re.data() + p * per_tile,
-                                    im.data() + p * per_tile, stride, energy.data() + p, pieces});
+                                    static_cast<int>(others.size()), columns, per_tile,
+                                    static_cast<const T*>(phi_.get()), psi, sum == nullptr ? nullptr : total,
+                                    re.data() + p * per_tile, im.data() + p * per_tile, stride, norm.data() + p,
+                                    pieces});
       if (sum != nullptr)
         kernel.finish[static_cast<int>(dtype)](total, columns, divisor, is_large(length_ * sizeof(T)), sum + at);
     };
     parallel(pieces, 1, [&](int64_t from, int64_t to) {
-      for (int64_t p = from; p < to; ++p) piece(p);
+      const Scratch total(sum == nullptr ? 0 : std::min(kPiece, end - begin) * sizeof(T));
+      for (int64_t p = from; p < to; ++p) piece(p, static_cast<T*>(total.get()));
     });
     for (int64_t j = 0; j < n; ++j) {
       for (int64_t p = 0; p < pieces; ++p) {
@@ -102,7 +105,8 @@ class Sweep {
           projections.re[j * projections.columns + tile * per_tile + k] += re[j * stride + p * per_tile + k];
           projections.im[j * projections.columns + tile * per_tile + k] += im[j * stride + p * per_tile + k];
         }
-        projections.energy[j * projections.tiles + tile] += energy[j * pieces + p];
+        double& all = projections.norm[j * projections.tiles + tile];
+        all = hypotenuse(all, norm[j * pieces + p]);
       }
     }
   }
@@ -114,28 +118,31 @@ class Sweep {
   const std::vector<const T*>& rows_;
   int64_t length_;
   uint64_t seed_;
-  std::vector<T> phi_;
+  Scratch phi_;  // on whole lines of the cache: every vector of it is loaded for every two rows
 };
 
 constexpr int64_t kCombineTile = 8192;  // columns
 
-// out = sum_j weights_j rows_j over the rows whose weight is not 0.
+// out = sum_j weights_j rows_j, divided by `divisor`, over the rows whose weight is not 0, or of all present rows where
+// there are no weights. To the last bit what Sweep::run makes of the same weights and divisor.
 template <typename T>
-void combine(const std::vector<const T*>& rows, const Complex* weights, int64_t length, T* out, bool add = false) {
+void combine(const std::vector<const T*>& rows, const double* weights, double divisor, int64_t length, T* out) {
   std::vector<const T*> used;
   std::vector<double> factor;
   for (size_t j = 0; j < rows.size(); ++j) {
-    if (weights[j].re == 0 && weights[j].im == 0) continue;
+    if (rows[j] == nullptr || (weights != nullptr && weights[2 * j] == 0 && weights[2 * j + 1] == 0)) continue;
     used.push_back(rows[j]);
-    factor.push_back(weights[j].re);
-    factor.push_back(weights[j].im);
+    if (weights != nullptr) factor.insert(factor.end(), weights + 2 * j, weights + 2 * j + 2);
   }
   const Kernels& kernel = kernels();
-  for_each_tile(length, kCombineTile, kUnit, [&](int64_t begin, int64_t columns) {
+  const Dtype dtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
+  for_each_tile(length, kCombineTile, kUnit, 0, sizeof(T), [&](int64_t begin, int64_t columns, void* lent) {
     std::vector<const T*> at(used.size());
     for (size_t j = 0; j < used.size(); ++j) at[j] = used[j] + begin;
-    kernel.weighted_sum(
-        WeightedSumTile<T>{at.data(), factor.data(), static_cast<int>(used.size()), columns, out + begin, add});
+    auto* sum = static_cast<T*>(lent);
+    kernel.weighted_sum(WeightedSumTile<T>{at.data(), weights == nullptr ? nullptr : factor.data(),
+                                           static_cast<int>(used.size()), columns, sum});
+    kernel.finish[static_cast<int>(dtype)](sum, columns, divisor, is_large(length * sizeof(T)), out + begin);
   });
 }
 
@@ -143,15 +150,15 @@ struct Verdict {
   std::vector<uint8_t> suspects;  // who is certainly bad
   std::vector<uint8_t> erased;    // who is left out: bad or perhaps bad, or missing
   bool failed = false;
-  bool overflow = false;  // more messages are not finite than workers can be bad: the gradient itself is not
+  bool overflow = false;  // more messages are not finite than could be put right: the gradient itself is not
 };
 
-// `early`: what was found from the first tiles alone, or nullptr. Clears the projections of non-finite rows, as a side
-// effect.
+// `early`: what was found from the first tiles alone, or nullptr. Clears the projections of non-finite rows and scales
+// the others, as a side effect.
 Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& missing, int adversaries, int64_t length,
                       const NoiseModel& model, const Verdict* early = nullptr);
 
-// The decoding weights without the erased workers, times `factor`.
-std::vector<Complex> decoding_weights(int workers, int adversaries, const std::vector<uint8_t>& erased, double factor);
+// The decoding weights without the erased workers, times `factor`: (workers, 2).
+std::vector<double> decoding_weights(int workers, int adversaries, const std::vector<uint8_t>& erased, double factor);
 
 }  // namespace draco

@@ -8,14 +8,12 @@ Tensor cyclic_combine(const Tensor& messages, const Tensor& weights, int64_t len
   const char* op = "cyclic_combine";
   check_pairs(op, messages, length);
   check_weights(op, weights, messages);
-  const int64_t n = messages.size(0), columns = messages.size(1);
+  const int64_t columns = messages.size(1);
   Tensor out = new_result(messages, columns);
-  const auto* pairs = static_cast<const double*>(weights.data_ptr());
-  std::vector<Complex> factor(n);
-  for (int64_t j = 0; j < n; ++j) factor[j] = {pairs[2 * j], pairs[2 * j + 1]};
   dispatch_real(op, messages.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    combine<T>(row_pointers<T>(messages), factor.data(), columns, static_cast<T*>(out.data_ptr()));
+    combine<T>(row_pointers<T>(messages), static_cast<const double*>(weights.data_ptr()), 1, columns,
+               static_cast<T*>(out.data_ptr()));
   });
   return length == columns ? out : torch::stable::narrow(out, 0, 0, length);
 }

@@ -36,17 +36,16 @@ Verdict decode(const Tensor& messages, const std::vector<uint8_t>& missing, cons
     verdict.suspects.assign(n, 0);
     verdict.failed = true;
   } else {
-    const double factor = mean ? 1.0 / n : 1.0;
     Sweep<T> sweep(rows, length, seed);
+    // What is left out decides the bits of the result, and not when or why: with nobody left out the plain sum is
+    // divided, otherwise the weights are.
+    const auto with_weights = [&](const std::vector<uint8_t>& without, const auto& f) {
+      if (std::find(without.begin(), without.end(), 1) == without.end()) return f(nullptr, mean ? n : 1.0);
+      f(decoding_weights(n, s, without, mean ? 1.0 / n : 1.0).data(), 1.0);
+    };
     const auto run = [&](int64_t first, int64_t last, const std::vector<uint8_t>& without) {
-      if (std::find(without.begin(), without.end(), 1) == without.end())
-        return sweep.run(first, last, nullptr, mean ? n : 1, out);
-      std::vector<double> weights;
-      for (const Complex& b : decoding_weights(n, s, without, factor)) {
-        weights.push_back(b.re);
-        weights.push_back(b.im);
-      }
-      sweep.run(first, last, weights.data(), 1, out);
+      with_weights(without,
+                   [&](const double* weights, double divisor) { sweep.run(first, last, weights, divisor, out); });
     };
     // A worker that is bad is so in the first tiles, as a rule: known from there on, it costs no second sweep.
     const int64_t tiles = tile_count(length), head = tiles / kHeadPart;
@@ -62,7 +61,8 @@ Verdict decode(const Tensor& messages, const std::vector<uint8_t>& missing, cons
     verdict = find_suspects(sweep.projections, missing, s, length, model, head > 0 ? &early : nullptr);
     if (!verdict.failed && !verdict.overflow && (verdict.erased != without || verdict.erased != left_out)) {
       const int64_t wrong = verdict.erased != without ? length : head * kTile;
-      combine<T>(rows, decoding_weights(n, s, verdict.erased, factor).data(), wrong, out);
+      with_weights(verdict.erased,
+                   [&](const double* weights, double divisor) { combine<T>(rows, weights, divisor, wrong, out); });
     }
   }
   if (verdict.failed || verdict.overflow) std::fill(out, out + length, std::numeric_limits<T>::quiet_NaN());
@@ -74,6 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages,
                                                          int64_t length, double atol, double rtol, bool mean,
                                                          std::optional<int64_t> seed) {
   const char* op = "cyclic_decode";
+  const FloatingPointMode mode;
   check_pairs(op, messages, length);
   const int64_t n = messages.size(0), columns = messages.size(1);
   check_workers(op, n, adversaries);
@@ -84,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages,
   Verdict verdict;
   dispatch_real(op, messages.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    verdict = decode<T>(messages, absent, likely, s, noise_model(sizeof(T) == 8, static_cast<int>(n), s, atol, rtol),
-                        mean, seed.has_value() ? static_cast<uint64_t>(*seed) : fresh_seed(op),
+    verdict = decode<T>(messages, absent, likely, s, noise_model(sizeof(T) == 8, static_cast<int>(n), atol, rtol), mean,
+                        seed.has_value() ? static_cast<uint64_t>(*seed) : fresh_seed(op),
                         static_cast<T*>(gradient.data_ptr()));
   });
   if (length < columns) gradient = torch::stable::narrow(gradient, 0, 0, length);

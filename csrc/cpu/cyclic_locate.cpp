@@ -8,40 +8,62 @@ Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& miss
   const int n = static_cast<int>(projections.workers);
   const int64_t columns = projections.columns, tiles = projections.tiles;
   Verdict verdict;
-  std::vector<uint8_t> nonfinite(n, 0);
-  int bad = 0, absent = 0;
-  for (int j = 0; j < n; ++j) {
-    absent += missing[j];
-    if (missing[j]) continue;
-    double *re = projections.re.data() + j * columns, *im = projections.im.data() + j * columns;
-    bool finite = true;
-    for (int64_t c = 0; c < columns; ++c) finite &= std::isfinite(re[c]) && std::isfinite(im[c]);
-    for (int64_t t = 0; t < tiles; ++t) finite &= projections.energy[j * tiles + t] < kLargestEnergy;
-    if (finite) continue;
-    nonfinite[j] = 1;
-    ++bad;
-    std::fill(re, re + columns, 0.0);
-    std::fill(im, im + columns, 0.0);
-  }
   verdict.suspects.assign(n, 0);
   verdict.erased = missing;
+  std::vector<uint8_t> nonfinite(n, 0);
+  int bad = 0;
+  const auto erase = [&](int j) {
+    nonfinite[j] = verdict.erased[j] = 1;
+    ++bad;
+    std::fill_n(projections.re.begin() + j * columns, columns, 0.0);
+    std::fill_n(projections.im.begin() + j * columns, columns, 0.0);
+  };
+  const int absent = static_cast<int>(std::count(missing.begin(), missing.end(), 1));
+  for (int j = 0; j < n; ++j) {
+    if (missing[j]) continue;
+    const double *re = projections.re.data() + j * columns, *im = projections.im.data() + j * columns;
+    bool finite = true;
+    for (int64_t c = 0; c < columns; ++c) finite &= std::isfinite(re[c]) && std::isfinite(im[c]);
+    for (int64_t t = 0; t < tiles; ++t) finite &= std::isfinite(projections.norm[j * tiles + t]);
+    if (!finite) erase(j);
+  }
   if (absent > 2 * adversaries) {
     verdict.failed = true;
     return verdict;
   }
-  if (bad > adversaries) {
+  if (2 * bad + absent > 2 * adversaries) {
     verdict.overflow = true;
     return verdict;
   }
-  for (int j = 0; j < n; ++j) verdict.erased[j] |= nonfinite[j];
-
-  const int left = 2 * adversaries - absent - bad;  // checks that remain
-  const int most = std::max(0, std::min(left / 2, adversaries - bad));
   std::vector<double> noise(columns), per_column(columns);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const double sigma = tile_noise(Alone(), model, projections.energy.data() + t, tiles, n, most,
-                                    verdict.erased.data(), std::min(kTile, length - t * kTile));
-    std::fill_n(noise.begin() + t * projections.per_tile, projections.per_tile, sigma);
+  int most = 0;
+  for (;;) {  // until nobody is beyond doubt any more: without those the noise may be lower
+    const int left = 2 * adversaries - absent - bad;  // checks that remain
+    most = std::max(0, std::min(left / 2, adversaries - bad));
+    std::vector<uint8_t> beyond(n, 0);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const double sigma = tile_noise(Alone(), model, projections.norm.data() + t, tiles, n, most,
+                                      verdict.erased.data(), std::min(kTile, length - t * kTile));
+      std::fill_n(noise.begin() + t * projections.per_tile, projections.per_tile, sigma);
+      for (int j = 0; j < n; ++j)
+        beyond[j] |= !verdict.erased[j] && projections.norm[j * tiles + t] * (1 / kBeyondDoubt) > sigma;
+    }
+    const int more = static_cast<int>(std::count(beyond.begin(), beyond.end(), 1));
+    if (more == 0) break;
+    if (more > most) {
+      verdict.failed = true;
+      return verdict;
+    }
+    for (int j = 0; j < n; ++j)
+      if (beyond[j]) erase(j);
+  }
+  for (int64_t c = 0; c < columns; ++c) {  // so that no square overflows
+    const double scale = noise_scale(noise[c]);
+    noise[c] *= scale;
+    for (int j = 0; j < n; ++j) {
+      projections.re[j * columns + c] *= scale;
+      projections.im[j * columns + c] *= scale;
+    }
   }
   // Not value-initialised: most of the scratch is only touched when there is something to find.
   const std::unique_ptr<unsigned char[]> scratch(new unsigned char[Locator<Alone>::scratch_bytes(n, adversaries)]);
@@ -80,7 +102,7 @@ Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& miss
   return verdict;
 }
 
-std::vector<Complex> decoding_weights(int workers, int adversaries, const std::vector<uint8_t>& erased, double factor) {
+std::vector<double> decoding_weights(int workers, int adversaries, const std::vector<uint8_t>& erased, double factor) {
   const std::unique_ptr<unsigned char[]> scratch(
       new unsigned char[Locator<Alone>::scratch_bytes(workers, adversaries)]);
   LocatorInput input{};
@@ -88,16 +110,19 @@ std::vector<Complex> decoding_weights(int workers, int adversaries, const std::v
   input.adversaries = adversaries;
   std::vector<Complex> weights(workers);
   Locator<Alone>(Alone(), input, scratch.get()).weights(erased.data(), factor, weights.data());
-  return weights;
+  std::vector<double> pairs;
+  for (const Complex& weight : weights) pairs.insert(pairs.end(), {weight.re, weight.im});
+  return pairs;
 }
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, const Tensor& energy,
+std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, const Tensor& norms,
                                                  const OptionalTensor& missing, int64_t adversaries, int64_t length,
                                                  bool float64, double atol, double rtol, bool mean) {
   const char* op = "cyclic_locate";
-  check_projections(op, projections, energy, adversaries, length);
+  const FloatingPointMode mode;
+  check_projections(op, projections, norms, adversaries, length);
   const int64_t n = projections.size(0);
   Projections p(n, tile_count(length), projections_per_tile(length));
   const auto* from = static_cast<const double*>(projections.data_ptr());
@@ -105,22 +130,18 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, cons
     p.re[i] = from[2 * i];
     p.im[i] = from[2 * i + 1];
   }
-  const auto* squares = static_cast<const double*>(energy.data_ptr());
-  std::copy(squares, squares + n * p.tiles, p.energy.begin());
+  std::copy_n(static_cast<const double*>(norms.data_ptr()), n * p.tiles, p.norm.begin());
 
   const int s = static_cast<int>(adversaries);
   const Verdict verdict = find_suspects(p, read_mask(op, "missing", missing, projections), s, length,
-                                        noise_model(float64, static_cast<int>(n), s, atol, rtol));
+                                        noise_model(float64, static_cast<int>(n), atol, rtol));
   Tensor weights = new_vector(1, n, aoti_torch_dtype_complex128());
   auto* to = static_cast<double*>(weights.data_ptr());
   if (verdict.failed || verdict.overflow) {
     std::fill(to, to + 2 * n, std::numeric_limits<double>::quiet_NaN());
   } else {
     const auto b = decoding_weights(static_cast<int>(n), s, verdict.erased, mean ? 1.0 / static_cast<double>(n) : 1.0);
-    for (int64_t j = 0; j < n; ++j) {
-      to[2 * j] = b[j].re;
-      to[2 * j + 1] = b[j].im;
-    }
+    std::copy(b.begin(), b.end(), to);
   }
   return {weights, mask_tensor(verdict.suspects), flag_tensor(verdict.failed)};
 }

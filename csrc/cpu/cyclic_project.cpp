@@ -6,12 +6,13 @@ namespace {
 
 std::tuple<Tensor, Tensor> cyclic_project(const Tensor& messages, const OptionalTensor& missing, int64_t seed) {
   const char* op = "cyclic_project";
+  const FloatingPointMode mode;
   const int64_t n = messages.size(0), length = messages.size(1);
   check_pairs(op, messages, length);
   const std::vector<uint8_t> absent = read_mask(op, "missing", missing, messages);
   const int64_t tiles = tile_count(length), per_tile = projections_per_tile(length);
   Tensor projections = torch::stable::new_empty(messages, {n, tiles, per_tile}, ScalarType::ComplexDouble);
-  Tensor energy = torch::stable::new_empty(messages, {n, tiles}, ScalarType::Double);
+  Tensor norms = torch::stable::new_empty(messages, {n, tiles}, ScalarType::Double);
   dispatch_real(op, messages.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     std::vector<const T*> rows = row_pointers<T>(messages);
@@ -25,9 +26,9 @@ std::tuple<Tensor, Tensor> cyclic_project(const Tensor& messages, const Optional
       to[2 * i] = p.re[i];
       to[2 * i + 1] = p.im[i];
     }
-    std::copy(p.energy.begin(), p.energy.end(), static_cast<double*>(energy.data_ptr()));
+    std::copy(p.norm.begin(), p.norm.end(), static_cast<double*>(norms.data_ptr()));
   });
-  return {projections, energy};
+  return {projections, norms};
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ Tensor digest(const Tensor& values, int64_t seed_bits) {
 
   const Kernels& kernel = kernels();
   std::atomic<uint64_t> total[kDigestSums] = {};
-  for_each_tile(bytes, kDigestTile, kDigestBlock, [&](int64_t begin, int64_t count) {
+  for_each_tile(bytes, kDigestTile, kDigestBlock, 0, 0, [&](int64_t begin, int64_t count, void*) {
     uint64_t own[kDigestSums] = {};
     for (int64_t at = begin; at < begin + count; at += kDigestBlock) {
       uint64_t sums[kDigestSums] = {};

@@ -1,5 +1,8 @@
 // Chooses the kernels for this machine; notices forks.
 #include <pthread.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <cstdlib>
 #include <string>
@@ -25,6 +28,15 @@ namespace {
 
 [[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
 
+#if defined(__x86_64__)
+// Conversions of float16. Not every compiler's __builtin_cpu_supports knows them; that the system saves the registers
+// follows from AVX2.
+[[maybe_unused]] bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 const Kernels& choose() {
   std::vector<const Kernels*> usable;
 #ifdef DRACO_HAVE_BASELINE
@@ -34,11 +46,11 @@ const Kernels& choose() {
   usable.push_back(&kKernels_neon);
 #endif
 #ifdef DRACO_HAVE_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable.push_back(&kKernels_avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) usable.push_back(&kKernels_avx2);
 #endif
 #ifdef DRACO_HAVE_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && has_f16c())
     usable.push_back(&kKernels_avx512);
 #endif
   const char* wish = std::getenv("DRACO_ISA");

@@ -8,6 +8,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "core/cyclic.h"
 #include "core/digest.h"
 #include "core/half.h"
 #include "core/majority.h"
@@ -56,6 +57,34 @@ DRACO_HD void in_register([[maybe_unused]] Vector<T>& vector) {
   asm("" : "+v"(vector));
 #elif defined(__SSE2__)
   asm("" : "+x"(vector));
+#elif defined(__aarch64__)
+  asm("" : "+w"(vector));
+#endif
+}
+// a * b + c, rounded once where the processor can. Not left to the compiler, which fuses as it finds best: the same sum
+// must have the same bits wherever it is made.
+template <typename T>
+DRACO_HD Vector<T> multiply_add(Vector<T> a, Vector<T> b, Vector<T> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vector<T>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  } else {
+    return (Vector<T>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vector<T>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  } else {
+    return (Vector<T>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  }
+#elif defined(__aarch64__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vector<T>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  } else {
+    return (Vector<T>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+  }
+#else
+  return a * b + c;
 #endif
 }
 template <typename T>
@@ -67,8 +96,7 @@ DRACO_HD bool any(Vector<T> vector) {
 
 // ---------------------------------------------------------------------------------------------------------- vote
 
-constexpr int kVoteBlock = 1024;   // medians wait here before they are compared and summed
-constexpr int kMostMembers = 511;  // what MajorityCounter<., 8> can count
+constexpr int kVoteBlock = 1024;  // medians wait here before they are compared and summed
 
 // The winner of one vector of columns; kMembers = 0 takes the number at run time, up to what kPlanes can count.
 template <typename T, int kMembers, int kPlanes, typename Load>
@@ -89,10 +117,11 @@ DRACO_HD Vector<T> majority(int members, Load&& row) {
 // Coordinate-wise lower median in the total order of floats (-NaN < -inf < ... < -0 < +0 < ... < NaN), by an odd-even
 // transposition sort of whole vectors.
 template <typename T, int kMembers, typename Load>
-DRACO_HD Vector<T> median(int members, Load&& row) {
+DRACO_HD Vector<T> median(int members, Load&& row, [[maybe_unused]] Vector<T>* scratch) {
   constexpr int kTop = 8 * sizeof(T) - 1;
   if (members < 1) __builtin_unreachable();  // else GCC takes `key` for uninitialised
-  Vector<T> key[kMembers ? kMembers : kMostMembers];
+  [[maybe_unused]] Vector<T> own[kMembers ? kMembers : 1];
+  Vector<T>* key = kMembers ? own : scratch;
   for (int j = 0; j < members; ++j) {
     const Vector<T> bits = row(j);
     const Vector<T> negative = -(bits >> kTop);  // all ones where the sign bit is set
@@ -156,24 +185,47 @@ DRACO_HD void add_values(Vector<typename Element<T>::Bits> winner, typename Elem
   }
 }
 
+// What a vote among many members needs: threads may have small stacks.
+template <typename T>
+struct VoteScratch {
+  using Bits = typename Element<T>::Bits;
+  Vector<Bits>*key, *differ, *padded;
+  const Bits** rows;
+
+  VoteScratch(void* bytes, int members)
+      : key(static_cast<Vector<Bits>*>(bytes)),
+        differ(key + members),
+        padded(differ + members),
+        rows(reinterpret_cast<const Bits**>(padded + members)) {
+    static_assert(3 * sizeof(Vector<Bits>) + sizeof(Bits*) <= kVoteScratch, "a vote finds its scratch too small");
+  }
+};
+
 // `columns` is a multiple of the vector. out: where winners go as bits, or nullptr where they are summed at once.
 template <typename T, int kMembers, int kPlanes, bool kTolerant, bool kSum>
 void vote_loop(const typename Element<T>::Bits* const* rows, int count, int64_t columns, typename Element<T>::Bits* out,
-               typename Element<T>::Sum* sum, bool first, uint8_t* differs) {
+               typename Element<T>::Sum* sum, bool first, uint8_t* differs, const VoteScratch<T>& scratch) {
   using Bits = typename Element<T>::Bits;
   constexpr int kStep = VectorOf<Bits>::kSize, kVectors = kLine / kBytes;
   const int members = kMembers ? kMembers : count;
-  Vector<Bits> differ[kMembers ? kMembers : kMostMembers];
-  const Bits* from[kMembers ? kMembers : kMostMembers];  // copies, which stores cannot be thought to change
+  // Few members' in registers; copies of the pointers, which stores cannot be thought to change.
+  [[maybe_unused]] Vector<Bits> own_differ[kMembers ? kMembers : 1];
+  [[maybe_unused]] const Bits* own_from[kMembers ? kMembers : 1];
+  Vector<Bits>* differ = own_differ;
+  const Bits* const* from = own_from;
+  if constexpr (kMembers == 0) {
+    differ = scratch.differ;
+    from = rows;
+  }
   for (int j = 0; j < members; ++j) {
     differ[j] = Vector<Bits>{};
-    from[j] = rows[j];
+    if constexpr (kMembers > 0) own_from[j] = rows[j];
   }
   const auto vote_at = [&](int64_t c) __attribute__((always_inline)) {
     const auto row = [&](int j) __attribute__((always_inline)) { return load(from[j] + c); };
     Vector<Bits> winner;
     if constexpr (kTolerant) {
-      winner = median<Bits, kMembers>(members, row);
+      winner = median<Bits, kMembers>(members, row, scratch.key);
     } else {
       winner = majority<Bits, kMembers, kPlanes>(members, row);
       for (int j = 0; j < members; ++j) differ[j] |= row(j) ^ winner;
@@ -223,9 +275,9 @@ void vote(const VoteTile& tile) {
   constexpr int kStep = VectorOf<Bits>::kSize;
   const int members = tile.members;
   auto* sum = static_cast<Sum*>(tile.sum);
-  const Bits* rows[kMostMembers];
+  const VoteScratch<T> scratch(tile.scratch, members);
+  const Bits** rows = scratch.rows;
   Bits winners[kVoteBlock];
-  alignas(64) Bits padded[kMostMembers][kStep];
 
   for (int64_t begin = 0; begin < tile.columns;) {
     const int64_t left = tile.columns - begin;
@@ -236,31 +288,32 @@ void vote(const VoteTile& tile) {
     if (direct) {
       if (sum != nullptr) {
         vote_members<T, false, true>(rows, members, width, static_cast<Bits*>(nullptr), sum + begin, tile.first,
-                                     tile.differs);
+                                     tile.differs, scratch);
       } else {
         vote_members<T, false, false>(rows, members, width, static_cast<Bits*>(tile.winner) + begin, sum, true,
-                                      tile.differs);
+                                      tile.differs, scratch);
       }
     } else {
       if (width >= kStep) {
         width = width / kStep * kStep;
       } else {  // the last columns of the tile, copied to where whole vectors may be read
         for (int j = 0; j < members; ++j) {
-          memset(padded[j], 0, sizeof(padded[j]));
-          memcpy(padded[j], rows[j], width * sizeof(Bits));
-          rows[j] = padded[j];
+          auto* padded = reinterpret_cast<Bits*>(scratch.padded + j);
+          memset(padded, 0, kBytes);
+          memcpy(padded, rows[j], width * sizeof(Bits));
+          rows[j] = padded;
         }
       }
       const int64_t whole = (width + kStep - 1) / kStep * kStep;
       if (tile.tolerant) {
-        vote_members<T, true, false>(rows, members, whole, winners, sum, true, tile.differs);
+        vote_members<T, true, false>(rows, members, whole, winners, sum, true, tile.differs, scratch);
         for (int j = 0; j < members; ++j) {
           uint8_t bad = 0;
           for (int64_t c = 0; c < width; ++c) bad |= !within<T>(rows[j][c], winners[c], tile.atol, tile.rtol);
           tile.differs[j] |= bad;
         }
       } else {
-        vote_members<T, false, false>(rows, members, whole, winners, sum, true, tile.differs);
+        vote_members<T, false, false>(rows, members, whole, winners, sum, true, tile.differs, scratch);
       }
       if (sum == nullptr) {
         memcpy(static_cast<Bits*>(tile.winner) + begin, winners, width * sizeof(Bits));
@@ -288,6 +341,13 @@ DRACO_HD void store_past_caches(T* to, Vector<T> vector) {
 #endif
 }
 
+// Every NaN with the same bits (core/half.h).
+template <typename T>
+DRACO_HD Vector<T> canonical(Vector<T> value) {
+  const auto nan = (Vector<T>)(Vector<typename Element<T>::Bits>{} + kNaNBits<T>);
+  return value == value ? value : nan;
+}
+
 // A vector of sum / by as it is stored.
 template <typename T>
 DRACO_HD Vector<typename Element<T>::Bits> quotient(const typename Element<T>::Sum* sum, typename Element<T>::Sum by) {
@@ -299,8 +359,7 @@ DRACO_HD Vector<typename Element<T>::Bits> quotient(const typename Element<T>::S
     constexpr int kHalf = VectorOf<float>::kSize;
     DRACO_UNROLL for (int h = 0; h < 2; ++h) {
       const Vector<float> value = load(sum + h * kHalf) / by;
-      const auto nan = (Vector<float>)(((Vector<uint32_t>)value & 0x80000000u) | 0x7fc00000u);  // as to_half has it
-      const Vector<float> plain = value == value ? value : nan;
+      const Vector<float> plain = canonical<float>(value);
 #if defined(__AVX512F__)
       const __m256i half = _mm512_maskz_cvtps_ph(0xffff, (__m512)plain, _MM_FROUND_TO_NEAREST_INT);
 #else
@@ -317,13 +376,15 @@ DRACO_HD Vector<typename Element<T>::Bits> quotient(const typename Element<T>::S
     DRACO_UNROLL for (int h = 0; h < 2; ++h) {
       const Vector<float> value = load(sum + h * kHalf) / by;
       const auto word = (Vector<uint32_t>)value;
-      const Vector<uint32_t> rounded = (word + 0x7fffu + (word >> 16 & 1u)) >> 16, nan = word >> 16 | 0x40u;
+      const Vector<uint32_t> rounded = (word + 0x7fffu + (word >> 16 & 1u)) >> 16;
+      const Vector<uint32_t> nan = Vector<uint32_t>{} + (kNaNBits<float> >> 16);
       const Narrow half = __builtin_convertvector(value == value ? rounded : nan, Narrow);
       memcpy(bits + h * kHalf, &half, sizeof(half));
     }
     return load(bits);
   }
-  for (int i = 0; i < kStep; ++i) bits[i] = bits_of<T>(sum[i] / by);
+  if constexpr (sizeof(T) > 2) return (Vector<Bits>)canonical<T>(load(sum) / by);
+  for (int i = 0; i < kStep; ++i) bits[i] = mean_bits<T>(sum[i] / by);
   return load(bits);
 }
 
@@ -343,7 +404,7 @@ void finish(const void* from, int64_t columns, double divisor, bool large, void*
 #endif
   }
   for (; c + kStep <= columns; c += kStep) store(out + c, quotient<T>(sum + c, by));
-  for (; c < columns; ++c) out[c] = bits_of<T>(sum[c] / by);
+  for (; c < columns; ++c) out[c] = mean_bits<T>(sum[c] / by);
 }
 
 // -------------------------------------------------------------------------------------------------- cyclic code
@@ -363,82 +424,332 @@ DRACO_HD Vector<T> swap_pairs(Vector<T> v) {
 #endif
 }
 
-// weight * v for vectors of pairs: real * v + imaginary * swap(v), the imaginary part's sign alternating.
+// A complex number that vectors of pairs are multiplied with.
 template <typename T>
 struct PairWeight {
-  Vector<T> re, im;
+  Vector<T> re, im;  // the imaginary part's sign alternates
   DRACO_MEMBER PairWeight(double real, double imaginary) {
     for (int i = 0; i < VectorOf<T>::kSize; ++i) {
       re[i] = static_cast<T>(real);
       im[i] = static_cast<T>(i % 2 ? imaginary : -imaginary);
     }
   }
-  DRACO_MEMBER Vector<T> times(Vector<T> v) const { return re * v + im * swap_pairs<T>(v); }
 };
 
-template <typename T, int kCount>
+// sum + weight * v: the one way in which messages are added up, so that a sum has the same bits whoever makes it.
+template <typename T>
+DRACO_HD Vector<T> add_weighted(Vector<T> re, Vector<T> im, Vector<T> v, Vector<T> sum) {
+  return multiply_add<T>(re, v, multiply_add<T>(im, swap_pairs<T>(v), sum));
+}
+
+template <typename T, int kCount, bool kPlain>
 void weighted_sum_rows(const T* const* rows, const double* weights, int64_t columns, T* sum, bool add) {
-  constexpr int kStep = VectorOf<T>::kSize;
-  const PairWeight<T> none(0, 0);
-  PairWeight<T> weight[4] = {none, none, none, none};
-  bool real = true;
-  for (int j = 0; j < kCount; ++j) {
-    weight[j] = PairWeight<T>(weights[2 * j], weights[2 * j + 1]);
-    real &= weights[2 * j + 1] == 0;
+  constexpr int kStep = VectorOf<T>::kSize, kVectors = kLine / kBytes;
+  Vector<T> re[kCount], im[kCount];
+  for (int j = 0; j < kCount && !kPlain; ++j) {
+    const PairWeight<T> weight(weights[2 * j], weights[2 * j + 1]);
+    re[j] = weight.re;
+    im[j] = weight.im;
   }
   const T* from[kCount];
   for (int j = 0; j < kCount; ++j) from[j] = rows[j];
-  int64_t c = 0;
-  const auto whole_lines = [&](const auto& times) __attribute__((always_inline)) {
-    constexpr int kVectors = kLine / kBytes;
-    for (; c + kVectors * kStep <= columns; c += kVectors * kStep) {
-      DRACO_UNROLL for (int j = 0; j < kCount; ++j) fetch_ahead(from[j] + c);
-      DRACO_UNROLL for (int64_t at = c; at < c + kVectors * kStep; at += kStep) {
-        Vector<T> total = add ? load(sum + at) : Vector<T>{};
-        DRACO_UNROLL for (int j = 0; j < kCount; ++j) total += times(weight[j], load(from[j] + at));
-        store(sum + at, total);
-      }
+  const auto one = [&](int j, Vector<T> v, Vector<T> total) __attribute__((always_inline)) {
+    if constexpr (kPlain) {
+      return total + v;
+    } else {
+      return add_weighted<T>(re[j], im[j], v, total);
     }
   };
-  if (real) {
-    whole_lines([](const PairWeight<T>& w, Vector<T> v) __attribute__((always_inline)) { return w.re * v; });
-  } else {
-    whole_lines([](const PairWeight<T>& w, Vector<T> v) __attribute__((always_inline)) { return w.times(v); });
-  }
-  for (; c < columns; c += 2) {
-    T re = add ? sum[c] : T{0}, im = add ? sum[c + 1] : T{0};
-    for (int j = 0; j < kCount; ++j) {
-      const T wr = static_cast<T>(weights[2 * j]), wi = static_cast<T>(weights[2 * j + 1]);
-      re += wr * rows[j][c] - wi * rows[j][c + 1];
-      im += wr * rows[j][c + 1] + wi * rows[j][c];
+  int64_t c = 0;
+  for (; c + kVectors * kStep <= columns; c += kVectors * kStep) {
+    DRACO_UNROLL for (int j = 0; j < kCount; ++j) fetch_ahead(from[j] + c);
+    DRACO_UNROLL for (int64_t at = c; at < c + kVectors * kStep; at += kStep) {
+      Vector<T> total = add ? load(sum + at) : Vector<T>{};
+      DRACO_UNROLL for (int j = 0; j < kCount; ++j) total = one(j, load(from[j] + at), total);
+      store(sum + at, total);
     }
-    sum[c] = re;
-    sum[c + 1] = im;
   }
+  for (; c < columns; c += kStep) {  // the last columns, copied to where whole vectors may be read
+    const size_t bytes = (columns - c < kStep ? columns - c : kStep) * sizeof(T);
+    Vector<T> total = {};
+    if (add) memcpy(&total, sum + c, bytes);
+    for (int j = 0; j < kCount; ++j) {
+      Vector<T> v = {};
+      memcpy(&v, from[j] + c, bytes);
+      total = one(j, v, total);
+    }
+    memcpy(sum + c, &total, bytes);
+  }
+}
+
+template <typename T, bool kPlain>
+void weighted_sum_list(const WeightedSumTile<T>& tile) {
+  bool add = false;
+  for (int j = 0; j < tile.count; j += 4, add = true) {
+    const T* const* rows = tile.rows + j;
+    const double* weights = kPlain ? nullptr : tile.weights + 2 * j;
+    switch (tile.count - j) {
+      case 1:
+        weighted_sum_rows<T, 1, kPlain>(rows, weights, tile.columns, tile.sum, add);
+        break;
+      case 2:
+        weighted_sum_rows<T, 2, kPlain>(rows, weights, tile.columns, tile.sum, add);
+        break;
+      case 3:
+        weighted_sum_rows<T, 3, kPlain>(rows, weights, tile.columns, tile.sum, add);
+        break;
+      default:
+        weighted_sum_rows<T, 4, kPlain>(rows, weights, tile.columns, tile.sum, add);
+        break;
+    }
+  }
+  if (tile.count == 0) memset(tile.sum, 0, tile.columns * sizeof(T));
 }
 
 template <typename T>
 void weighted_sum(const WeightedSumTile<T>& tile) {
-  bool add = tile.add;
-  for (int j = 0; j < tile.count; j += 4, add = true) {
-    const T* const* rows = tile.rows + j;
-    const double* weights = tile.weights + 2 * j;
-    switch (tile.count - j) {
-      case 1:
-        weighted_sum_rows<T, 1>(rows, weights, tile.columns, tile.sum, add);
-        break;
-      case 2:
-        weighted_sum_rows<T, 2>(rows, weights, tile.columns, tile.sum, add);
-        break;
-      case 3:
-        weighted_sum_rows<T, 3>(rows, weights, tile.columns, tile.sum, add);
-        break;
-      default:
-        weighted_sum_rows<T, 4>(rows, weights, tile.columns, tile.sum, add);
-        break;
+  if (tile.weights == nullptr) {
+    weighted_sum_list<T, true>(tile);
+  } else {
+    weighted_sum_list<T, false>(tile);
+  }
+}
+
+// ---- encoding: parts are added up in twice the precision of the message, which so is rounded once
+
+template <typename T>
+DRACO_HD Vector<T> absolute(Vector<T> v) {
+  using Bits = typename Element<T>::Bits;
+  return (Vector<T>)((Vector<Bits>)v & (static_cast<Bits>(~Bits{0}) >> 1));
+}
+// a > b ? a : b, which compilers make more of than there is.
+template <typename T>
+DRACO_HD Vector<T> larger(Vector<T> a, Vector<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vector<T>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+  } else {
+    return (Vector<T>)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vector<T>)_mm256_max_ps((__m256)a, (__m256)b);
+  } else {
+    return (Vector<T>)_mm256_max_pd((__m256d)a, (__m256d)b);
+  }
+#else
+  return a > b ? a : b;
+#endif
+}
+// Whether any number of a mask is set.
+DRACO_HD bool any_set(Vector<int64_t> mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_testz_si256((__m256i)mask, (__m256i)mask) == 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)mask) != 0;
+#else
+  return any<int64_t>(mask);
+#endif
+}
+DRACO_HD Vector<double> finite_or(Vector<double> v, Vector<double> otherwise) { return v - v == 0 ? v : otherwise; }
+
+// a * b - rounded, where rounded is what a * b was rounded to.
+DRACO_HD Vector<double> product_rest(Vector<double> a, Vector<double> b, Vector<double> rounded) {
+#if defined(__AVX2__) || defined(__aarch64__)
+  return multiply_add<double>(a, b, -rounded);
+#else  // in halves of 26 and 27 bits
+  const auto upper = [](Vector<double> v) {
+    return (Vector<double>)((Vector<uint64_t>)v & ~((uint64_t{1} << 27) - 1));
+  };
+  const Vector<double> a1 = upper(a), a2 = a - a1, b1 = upper(b), b2 = b - b1;
+  return ((a1 * b1 - rounded) + a1 * b2 + a2 * b1) + a2 * b2;
+#endif
+}
+
+// Sums of weighted pairs of columns, before they are rounded.
+template <typename T>
+struct Encoded;
+
+// In double: exact products of a weight, less its own rounding, and exact sums of numbers of similar size.
+template <>
+struct Encoded<float> {
+  Vector<double> re = {}, im = {};
+
+  DRACO_MEMBER void start(Vector<double> message, Vector<double> carry) { re = message + carry; }
+  template <bool kReal>
+  DRACO_MEMBER void add(const EncodingWeight& weight, Vector<double> v) {
+    re = multiply_add<double>(Vector<double>{} + weight.re.hi, v, re);
+    if constexpr (!kReal) im = multiply_add<double>(Vector<double>{} + weight.im.hi, v, im);
+  }
+  // What rounds to the message, and what is left of it.
+  template <bool kReal>
+  DRACO_MEMBER Vector<double> total(Vector<double>& rest) const {
+    rest = Vector<double>{};
+    if constexpr (kReal) return re;
+    const Vector<double> swapped = swap_pairs<double>(im);
+    Vector<double> sign;
+    for (int i = 0; i < VectorOf<double>::kSize; ++i) sign[i] = i % 2 ? 1 : -1;
+    return multiply_add<double>(sign, swapped, re);
+  }
+};
+
+template <>
+struct Encoded<double> {
+  Vector<double> hi = {}, lo = {};
+
+  DRACO_MEMBER void start(Vector<double> message, Vector<double> carry) {
+    hi = message;
+    lo = carry;
+  }
+  DRACO_MEMBER void add_product(Vector<double> weight, Vector<double> weight_rest, Vector<double> v) {
+    Vector<double> product = weight * v;
+    in_register<double>(product);  // rounded by itself
+    const Vector<double> rest = multiply_add<double>(weight_rest, v, product_rest(weight, v, product));
+    const Vector<double> sum = hi + product, other = sum - hi;
+    lo += ((hi - (sum - other)) + (product - other)) + rest;
+    hi = sum;
+  }
+  template <bool kReal>
+  DRACO_MEMBER void add(const EncodingWeight& weight, Vector<double> v) {
+    add_product(Vector<double>{} + weight.re.hi, Vector<double>{} + weight.re.lo, v);
+    if constexpr (!kReal) {
+      const PairWeight<double> high(0, weight.im.hi), low(0, weight.im.lo);
+      add_product(high.im, low.im, swap_pairs<double>(v));
     }
   }
-  if (tile.count == 0 && !add) memset(tile.sum, 0, tile.columns * sizeof(T));
+  template <bool kReal>
+  DRACO_MEMBER Vector<double> total(Vector<double>& rest) const {
+    const Vector<double> sum = hi + lo, other = sum - hi;
+    const Vector<double> left = (hi - (sum - other)) + (lo - other);
+    const Vector<double> whole = finite_or(sum, hi);  // something has overflowed: lo may mean nothing
+    rest = whole == sum ? finite_or(left, Vector<double>{}) : Vector<double>{};
+    return whole;
+  }
+};
+
+// Some of a vector of T as doubles, and back, rounded.
+DRACO_HD Vector<double> widen_real(const float* from) {
+#if defined(__AVX512F__)
+  return (Vector<double>)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(from));
+#elif defined(__AVX2__)
+  return (Vector<double>)_mm256_cvtps_pd(_mm_loadu_ps(from));
+#else
+  typedef float Narrow __attribute__((vector_size(kBytes / 2)));
+  Narrow narrow;
+  memcpy(&narrow, from, sizeof(narrow));
+  return __builtin_convertvector(narrow, Vector<double>);
+#endif
+}
+DRACO_HD Vector<double> widen_real(const double* from) { return load(from); }
+DRACO_HD void store_rounded(float* to, Vector<double> value) {
+  typedef float Narrow __attribute__((vector_size(kBytes / 2)));
+  const Narrow narrow = __builtin_convertvector(value, Narrow);
+  memcpy(to, &narrow, sizeof(narrow));
+}
+DRACO_HD void store_rounded(double* to, Vector<double> value) { store(to, value); }
+
+// The vectors of doubles that a vector of T becomes.
+template <typename T>
+constexpr int kWider = sizeof(double) / sizeof(T);
+
+// Sums that are all below this part of their own terms are looked at together.
+template <typename T>
+constexpr double kSuspicious = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
+
+template <typename T, int kVectors>
+__attribute__((noinline)) void cancel_block(Vector<double>* total, const T* terms, double least) {
+  double largest = 0, term = 0;
+  for (int i = 0; i < kCancelBlock; ++i) {
+    const double value = total[i / VectorOf<double>::kSize][i % VectorOf<double>::kSize];
+    const double size = value < 0 ? -value : value;
+    largest = size > largest ? size : largest;
+    term = terms[i] > term ? static_cast<double>(terms[i]) : term;
+  }
+  if (!(largest < least * term)) return;
+  for (int v = 0; v < kVectors; ++v) total[v] = Vector<double>{};
+}
+
+// One step of the columns from c on. kWhole: all of them exist.
+template <typename T, bool kReal, bool kWhole>
+DRACO_HD void encode_step(const EncodeTile<T>& tile, double least, int64_t c) {
+  constexpr int kSize = VectorOf<double>::kSize, kStep = kCancelBlock;
+  constexpr int kVectors = kStep / kSize, kNarrow = kVectors / kWider<T>;
+  const int64_t left = tile.columns - c, even = left + left % 2;
+  alignas(64) T padded[2][kStep];
+  // Where whole vectors may be read: what is not there is 0.
+  const auto whole = [&](const T* from, int64_t count, int which) __attribute__((always_inline)) {
+    if constexpr (kWhole) return from + c;
+    memset(padded[which], 0, sizeof(padded[which]));
+    memcpy(padded[which], from + c, count * sizeof(T));
+    return static_cast<const T*>(padded[which]);
+  };
+  Encoded<T> encoded[kVectors];
+  Vector<T> before[kNarrow] = {}, largest[kNarrow] = {};
+  if (tile.add) {
+    const T *message = whole(tile.message, even, 0), *carry = whole(tile.carry, even, 1);
+    DRACO_UNROLL for (int v = 0; v < kVectors; ++v) encoded[v].start(widen_real(message + v * kSize),
+                                                                     widen_real(carry + v * kSize));
+    DRACO_UNROLL for (int v = 0; v < kNarrow; ++v) before[v] = absolute<T>(load(message + v * VectorOf<T>::kSize));
+  }
+  for (int j = 0; j < tile.count; ++j) {
+    const EncodingWeight weight = tile.weights[j];
+    if constexpr (kWhole)
+      DRACO_UNROLL for (int i = 0; i < kStep; i += kLine / static_cast<int>(sizeof(T)))
+          fetch_ahead(tile.rows[j] + c + i);
+    const T* from = whole(tile.rows[j], left, 0);
+    DRACO_UNROLL for (int v = 0; v < kVectors; ++v) encoded[v].template add<kReal>(weight,
+                                                                                   widen_real(from + v * kSize));
+    DRACO_UNROLL for (int v = 0; v < kNarrow; ++v) largest[v] =
+        larger<T>(largest[v], absolute<T>(load(from + v * VectorOf<T>::kSize)));
+  }
+  T* message = kWhole ? tile.message + c : padded[0];
+  T* carry = kWhole ? tile.carry + c : padded[1];
+  alignas(64) T terms[kStep];
+  DRACO_UNROLL for (int v = 0; v < kNarrow; ++v) {
+    Vector<T> term = larger<T>(before[v], largest[v]);
+    // Both of a pair enter both of a sum, if not of this part then of one before it.
+    if constexpr (!kReal) term = larger<T>(term, swap_pairs<T>(term));
+    store(terms + v * VectorOf<T>::kSize, term);
+  }
+  Vector<double> total[kVectors], rest[kVectors];
+  Vector<int64_t> zero{}, large{};
+  zero = ~zero;
+  DRACO_UNROLL for (int v = 0; v < kVectors; ++v) {
+    const Vector<double> term = widen_real(terms + v * kSize);
+    total[v] = encoded[v].template total<kReal>(rest[v]);
+    total[v] = absolute<double>(total[v]) < least * term ? Vector<double>{} : total[v];
+    zero &= total[v] == 0;
+    large |= absolute<double>(total[v]) > kSuspicious<T> * term;
+  }
+  if (!any_set(large) && any_set(~zero)) cancel_block<T, kVectors>(total, terms, least);
+  DRACO_UNROLL for (int v = 0; v < kVectors; ++v) {
+    store_rounded(message + v * kSize, total[v]);
+    if (tile.carry == nullptr) continue;
+    if constexpr (sizeof(T) == 4) rest[v] = finite_or(total[v] - widen_real(message + v * kSize), Vector<double>{});
+    store_rounded(carry + v * kSize, total[v] == 0 ? Vector<double>{} : rest[v]);
+  }
+  if constexpr (kWhole) return;
+  memcpy(tile.message + c, message, even * sizeof(T));
+  if (tile.carry != nullptr) memcpy(tile.carry + c, carry, even * sizeof(T));
+}
+
+template <typename T, bool kReal>
+void encode_columns(const EncodeTile<T>& tile, double least) {
+  constexpr int kStep = kCancelBlock;
+  int64_t c = 0;
+  for (; c + kStep <= tile.columns; c += kStep) encode_step<T, kReal, true>(tile, least, c);
+  for (; c < tile.columns; c += kStep) encode_step<T, kReal, false>(tile, least, c);
+}
+
+template <typename T>
+void encode(const EncodeTile<T>& tile) {
+  if (tile.real) {
+    encode_columns<T, true>(tile, cancelling<T>(tile.weights, tile.count));
+  } else {
+    encode_columns<T, false>(tile, cancelling<T>(tile.weights, tile.count));
+  }
 }
 
 enum class Adding { kNo, kPlain, kWeighted };
@@ -462,7 +773,8 @@ void project_rows(const ProjectTile<T>& tile, const int* which, bool first) {
     }
   }
 
-  alignas(64) double total[kCount][kProjections][kLanes] = {}, squares[kCount][kLanes] = {};
+  alignas(64) double total[kCount][kProjections][kLanes] = {};
+  alignas(64) double squares[kCount][kLanes] = {}, small_squares[kCount][kLanes] = {};
   alignas(64) double lane[kCount][kProjections][kLanes];
   alignas(64) T padded[kCount][kLanes];
   for (int64_t chunk = 0; chunk < columns; chunk += kChunk) {
@@ -493,8 +805,8 @@ void project_rows(const ProjectTile<T>& tile, const int* which, bool first) {
             Vector<T> z = load(from[r] + at + v * kStep);
             in_register<T>(z);
             if constexpr (kAdding == Adding::kPlain) added += z;
-            if constexpr (kAdding == Adding::kWeighted) added += re[r] * z + im[r] * swap_pairs<T>(z);
-            DRACO_UNROLL for (int k = 0; k < kProjections; ++k) partial[r][k] += p[k] * z;
+            if constexpr (kAdding == Adding::kWeighted) added = add_weighted<T>(re[r], im[r], z, added);
+            DRACO_UNROLL for (int k = 0; k < kProjections; ++k) partial[r][k] = multiply_add<T>(p[k], z, partial[r][k]);
           }
           if (kAdding != Adding::kNo) store(sum + v * kStep, added);
         };
@@ -534,6 +846,10 @@ void project_rows(const ProjectTile<T>& tile, const int* which, bool first) {
           const double weighted = scale * lane[r][k][i];
           total[r][k][i] += weighted;
           squares[r][i] += weighted * weighted;
+          if constexpr (sizeof(T) == 8) {
+            const double small = kSmaller * weighted;
+            small_squares[r][i] += small * small;
+          }
         }
       }
     }
@@ -548,9 +864,12 @@ void project_rows(const ProjectTile<T>& tile, const int* which, bool first) {
       tile.re[which[r] * tile.stride + k] = even;
       tile.im[which[r] * tile.stride + k] = odd;
     }
-    double energy = 0;
-    for (int i = 0; i < kLanes; ++i) energy += squares[r][i];
-    tile.energy[which[r] * tile.energy_stride] = energy / kProjections;
+    double square = 0, small_square = 0;
+    for (int i = 0; i < kLanes; ++i) {
+      square += squares[r][i];
+      small_square += small_squares[r][i];
+    }
+    tile.norm[which[r] * tile.norm_stride] = norm_of_squares<T>(square / kProjections, small_square / kProjections);
   }
 }
 
@@ -712,6 +1031,8 @@ const Kernels DRACO_JOIN(kKernels_, DRACO_ISA) = {
     {finish<float>, finish<double>, finish<Half>, finish<BFloat16>},
     weighted_sum<float>,
     weighted_sum<double>,
+    encode<float>,
+    encode<double>,
     project<float>,
     project<double>,
     check_energy,

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "core/common.h"
+#include "core/double_double.h"
 #include "core/random.h"
 
 namespace draco {
@@ -24,18 +24,33 @@ struct VoteTile {
   void* winner;
   bool first;        // the sum holds nothing yet
   uint8_t* differs;  // per member: set to 1 where it differs from the winner
+  void* scratch;     // kVoteScratch bytes per member, on a multiple of 64
 };
+constexpr int64_t kVoteScratch = 200;
 
-// sum[c] (+)= sum over rows of weight[row] * rows[row][c], on pairs of columns as complex numbers; `columns` is even.
+// sum[c] = sum over rows of weight[row] * rows[row][c], on pairs of columns as complex numbers; `columns` is even.
 // Moves: rows x columns elements read; the sum written once per four rows, in cache.
 template <typename T>
 struct WeightedSumTile {
   const T* const* rows;
-  const double* weights;  // (rows, 2): real and imaginary parts
+  const double* weights;  // (rows, 2): real and imaginary parts; or nullptr: all are 1
   int count;
   int64_t columns;
   T* sum;
-  bool add;  // start from what the sum holds
+};
+
+// message[c] = the sum over rows of weight[row] * rows[row][c], as above, in about twice T's precision, rounded once.
+// Moves: rows x columns elements read, the message written; with a carry that as well.
+template <typename T>
+struct EncodeTile {
+  const T* const* rows;
+  const EncodingWeight* weights;
+  int count;
+  int64_t columns;  // of the rows; an odd last one is the real part of a pair, and message and carry have one more
+  T* message;
+  T* carry;   // nullptr, or what rounding the message leaves
+  bool add;   // start from message + carry
+  bool real;  // the weights of all parts of the code are real
 };
 
 // Projects rows on random weights and, in the same sweep, adds them up. `columns` is even; the tile begins a chunk.
@@ -56,8 +71,8 @@ struct ProjectTile {
   double* re;        // (rows, stride): projection k goes to column k
   double* im;
   int64_t stride;
-  double* energy;  // (rows, energy_stride): the rows' squared norms as the projections see them
-  int64_t energy_stride;
+  double* norm;  // (rows, norm_stride): the rows' norms as the projections see them
+  int64_t norm_stride;
 };
 
 struct Kernels {
@@ -67,6 +82,8 @@ struct Kernels {
   void (*finish[4])(const void* sum, int64_t columns, double divisor, bool large, void* out);
   void (*weighted_sum_f32)(const WeightedSumTile<float>&);
   void (*weighted_sum_f64)(const WeightedSumTile<double>&);
+  void (*encode_f32)(const EncodeTile<float>&);
+  void (*encode_f64)(const EncodeTile<double>&);
   void (*project_f32)(const ProjectTile<float>&);
   void (*project_f64)(const ProjectTile<double>&);
   // energy[c] = sum over the `checks` rows of |check * P|^2 in column c; P is (workers, stride), real and imaginary
@@ -78,6 +95,8 @@ struct Kernels {
 
   void weighted_sum(const WeightedSumTile<float>& tile) const { weighted_sum_f32(tile); }
   void weighted_sum(const WeightedSumTile<double>& tile) const { weighted_sum_f64(tile); }
+  void encode(const EncodeTile<float>& tile) const { encode_f32(tile); }
+  void encode(const EncodeTile<double>& tile) const { encode_f64(tile); }
   void project(const ProjectTile<float>& tile) const { project_f32(tile); }
   void project(const ProjectTile<double>& tile) const { project_f64(tile); }
 };

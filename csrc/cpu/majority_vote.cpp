@@ -11,7 +11,7 @@ constexpr int64_t kVoteTile = 16384;  // columns; the sum of a tile stays in the
 template <typename T>
 void fill_nan(Tensor& out) {
   using Bits = typename Element<T>::Bits;
-  const Bits nan = bits_of<T>(std::numeric_limits<typename Element<T>::Sum>::quiet_NaN());
+  const Bits nan = mean_bits<T>(std::numeric_limits<typename Element<T>::Sum>::quiet_NaN());
   auto* to = static_cast<Bits*>(out.data_ptr());
   std::fill(to, to + out.numel(), nan);
 }
@@ -38,11 +38,13 @@ std::tuple<Tensor, Tensor, Tensor> vote(const Tensor& messages, const std::vecto
   std::vector<uint8_t> differs(n, 0);
   if (!failed) {
     const Kernels& kernel = kernels();
-    for_each_tile(d, kVoteTile, kUnit, [&](int64_t begin, int64_t columns) {
+    const int64_t most = *std::max_element(group_sizes.begin(), group_sizes.end());
+    const int64_t votes = (most * kVoteScratch + 63) / 64 * 64, per_column = groups == 1 ? 0 : sizeof(Sum);
+    for_each_tile(d, kVoteTile, kUnit, votes, per_column, [&](int64_t begin, int64_t columns, void* lent) {
       std::vector<const void*> rows(member.size());
       for (size_t i = 0; i < member.size(); ++i) rows[i] = row_pointer<T>(messages, member[i]) + begin;
       std::vector<uint8_t> local(member.size(), 0);
-      alignas(64) Sum sum[kVoteTile];
+      auto* sum = reinterpret_cast<Sum*>(static_cast<unsigned char*>(lent) + votes);
       VoteTile tile{};
       tile.columns = columns;
       tile.tolerant = atol > 0 || rtol > 0;
@@ -50,6 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> vote(const Tensor& messages, const std::vecto
       tile.rtol = rtol;
       tile.winner = out + begin;
       tile.sum = groups == 1 ? nullptr : sum;
+      tile.scratch = lent;
       for (int64_t g = 0; g < groups; ++g) {
         tile.rows = rows.data() + group_begin[g];
         tile.members = static_cast<int>(group_begin[g + 1] - group_begin[g]);

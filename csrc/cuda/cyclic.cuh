@@ -1,6 +1,7 @@
 // What the cyclic code's CUDA ops launch of each other.
 #pragma once
 
+#include "core/half.h"
 #include "core/noise.h"
 #include "core/random.h"
 #include "cuda/common.cuh"
@@ -10,6 +11,7 @@ namespace draco {
 // What the fused decode's kernels tell each other.
 struct DecodeState {
   uint64_t seed;
+  double divisor;    // of the sum that the weights make
   unsigned arrived;  // blocks of the locator that are done with their columns
   int unexplained;   // some projection is not explained by honest messages, or not finite
   int hopeless;      // more than 2s workers are missing
@@ -17,7 +19,24 @@ struct DecodeState {
 };
 enum Action : int { kKeep, kCombine, kFillNan };
 
-// Slots of a partial projection: real and imaginary part of each projection, and the energy.
+// One pair of a sum of weighted rows: in the same operations wherever it is made, so that it has the same bits.
+template <typename T>
+DRACO_DEVICE void add_weighted(T re, T im, T z_re, T z_im, T& sum_re, T& sum_im) {
+  sum_re = fma(re, z_re, fma(-im, z_im, sum_re));
+  sum_im = fma(re, z_im, fma(im, z_re, sum_im));
+}
+
+template <typename T>
+DRACO_DEVICE T canonical(T value) {
+  return value == value ? value : bit_cast<T>(kNaNBits<T>);
+}
+template <typename T>
+DRACO_DEVICE void divide(Vector<T>& sum, T divisor) {
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kCount; ++i) sum.at[i] = canonical(divisor == T{1} ? sum.at[i] : sum.at[i] / divisor);
+}
+
+// Slots of a partial projection: real and imaginary part of each projection, and the norm.
 DRACO_HD int slots(int per_tile) { return 2 * per_tile + 1; }
 
 // Projections of messages on their way: sums over groups of consecutive chunks, (groups, workers, slots).
@@ -32,38 +51,41 @@ struct Partials {
 Partials partials_of(const Device& device, int64_t length);
 
 // csrc/cuda/cyclic_project.cu. Projects messages (n, length) and, where `sum` is given, adds them up: each times its
-// weight, or all alike where there are no weights, divided by `divisor`.
+// weight, or all alike where there are no weights, divided by *divisor.
 struct Sweep {
   Mask missing{std::nullopt};
   const uint64_t* seed;    // on the device
   const Complex* weights;  // (n,), or nullptr
+  const double* divisor;   // on the device, or nullptr: 1
   void* sum;               // (length,), or nullptr
-  double divisor;
 };
 void sweep(const Device& device, const Tensor& messages, const Sweep& sweep, const Partials& partials);
 
-// csrc/cuda/cyclic_combine.cu. out = sum_j weights_j rows_j over the rows whose weight is not 0, or what *action says.
-void combine(const Device& device, const Tensor& messages, const Complex* weights, const int* action, void* out);
+// csrc/cuda/cyclic_combine.cu. out = sum_j weights_j rows_j over the rows whose weight is not 0, divided by *divisor,
+// to the last bit as a sweep makes it; or what *action says.
+void combine(const Device& device, const Tensor& messages, const Complex* weights, const double* divisor,
+             const int* action, void* out);
 
 // csrc/cuda/cyclic_locate.cu. The tables that the search starts with, and the scratch that it works on.
 struct Search {
   int workers, adversaries, per_tile;
   int64_t length, tiles;
   NoiseModel model;
-  double factor;                     // of the decoding weights
-  Partials partials;                 // without sums: projections and energy are given
+  bool mean;
+  Partials partials;                 // without sums: projections and norms are given
   Complex* projections;              // (n, tiles, per_tile)
-  double* energy;                    // (n, tiles)
+  double* norms;                     // (n, tiles)
   Complex* weights;                  // (n,): of the first sweep, then of the decoded gradient
-  bool always_weigh;                 // even where the first sweep's weights are right
+  bool always_weigh;                 // even where the first sweep's weights are right; and weights that need no divisor
   uint8_t* suspects;                 // (n,)
   uint8_t* failed;                   // ()
   uint8_t* not_in_result = nullptr;  // (n,), or nullptr: left out of the gradient, suspects included, missing not
   DecodeState* state;
   // Carved out of scratch by place_search().
-  double *noise, *per_column;                        // (columns,)
-  Complex* checks;                                   // (2s, n)
-  uint8_t *missing, *left_out, *nonfinite, *erased;  // (n,)
+  double *noise, *per_column;                                 // (columns,)
+  double* scale;                                              // (tiles,): what the projections were multiplied with
+  Complex* checks;                                            // (2s, n)
+  uint8_t *missing, *left_out, *nonfinite, *erased, *beyond;  // (n,)
   unsigned char* arena;
 };
 int64_t place_search(Search& search, unsigned char* scratch);

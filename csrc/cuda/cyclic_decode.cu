@@ -31,9 +31,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages,
   search.per_tile = projections_per_tile(columns);
   search.length = columns;
   search.tiles = tile_count(columns);
-  search.model =
-      noise_model(messages.scalar_type() == ScalarType::Double, search.workers, search.adversaries, atol, rtol);
-  search.factor = mean ? 1.0 / static_cast<double>(n) : 1.0;
+  search.model = noise_model(messages.scalar_type() == ScalarType::Double, search.workers, atol, rtol);
+  search.mean = mean;
   search.suspects = static_cast<uint8_t*>(suspects.data_ptr());
   search.failed = static_cast<uint8_t*>(failed.data_ptr());
   search.not_in_result = static_cast<uint8_t*>(left_out.data_ptr());
@@ -44,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages,
   const auto place = [&](Arena& arena) {
     search.weights = arena.take<Complex>(n);
     search.projections = arena.take<Complex>(n * search.tiles * search.per_tile);
-    search.energy = arena.take<double>(n * search.tiles);
+    search.norms = arena.take<double>(n * search.tiles);
     search.partials.sums = arena.take<double>(search.partials.groups * n * slots(search.per_tile));
   };
   place(sizes);
@@ -54,16 +53,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages,
   Arena arena(bytes + own);
   place(arena);
 
-  // Without masks all count alike, and the sum is divided; with masks only the device knows.
+  // Without masks all count alike; with masks only the device knows.
   const bool weigh = missing.has_value() || expected.has_value();
   begin_search(device, search, Mask(missing), Mask(expected), weigh, seed);
   if (columns > 0)
     sweep(device, messages,
-          Sweep{Mask(missing), &search.state->seed, weigh ? search.weights : nullptr, gradient.data_ptr(),
-                mean && !weigh ? static_cast<double>(n) : 1.0},
+          Sweep{Mask(missing), &search.state->seed, weigh ? search.weights : nullptr, &search.state->divisor,
+                gradient.data_ptr()},
           search.partials);
   locate(device, search);
-  combine(device, messages, search.weights, &search.state->action, gradient.data_ptr());
+  combine(device, messages, search.weights, &search.state->divisor, &search.state->action, gradient.data_ptr());
   if (length < columns) gradient = torch::stable::narrow(gradient, 0, 0, length);
   return {gradient, suspects, failed, left_out};
 }

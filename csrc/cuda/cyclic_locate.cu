@@ -33,6 +33,14 @@ DRACO_DEVICE LocatorInput locator_input(const Search& search) {
           columns,        search.noise,       search.missing, search.nonfinite, nullptr};
 }
 
+// What the decoding weights are multiplied with. Who is left out decides the bits of a result: with nobody left out the
+// plain sum is divided (`divided`), otherwise the weights are.
+DRACO_DEVICE double factor(const Search& search, const uint8_t* erased, bool divided) {
+  bool nobody = divided;
+  for (int j = 0; j < search.workers; ++j) nobody &= !erased[j];
+  return search.mean && !nobody ? 1.0 / search.workers : 1.0;
+}
+
 __global__ void __launch_bounds__(kTeamThreads) begin_kernel(const __grid_constant__ Begin begin) {
   DRACO_SHARED(double, least, kTeamWarps);
   DRACO_SHARED(int64_t, index, kTeamWarps);
@@ -56,7 +64,8 @@ __global__ void __launch_bounds__(kTeamThreads) begin_kernel(const __grid_consta
       const Philox random = philox(begin.seed, atomicAdd(&decodes, 1ull), kSeedDomain);
       seed = static_cast<uint64_t>(random.word[1]) << 32 | random.word[0];
     }
-    *search.state = {seed, 0, 0, absent > most, kKeep};
+    const bool nobody = search.mean && (all_out ? out : absent) == 0;
+    *search.state = {seed, nobody ? static_cast<double>(n) : 1.0, 0, 0, absent > most, kKeep};
   }
   team.sync();
   if (absent > most) {
@@ -64,7 +73,7 @@ __global__ void __launch_bounds__(kTeamThreads) begin_kernel(const __grid_consta
     return;
   }
   Locator<Block> locator(team, locator_input(search), search.arena);
-  if (begin.weigh) locator.weights(search.left_out, search.factor, search.weights);
+  if (begin.weigh) locator.weights(search.left_out, factor(search, search.left_out, true), search.weights);
   locator.checks_without(search.missing, search.checks);
 }
 
@@ -101,31 +110,61 @@ DRACO_TEAM_CALL void energies(const Block& team, const Search& search, const Com
 
 DRACO_DEVICE bool is_finite(double x) { return x - x == 0; }
 
-// Noise of the tiles from first to last, for all their columns. Collective.
+// Noise of the tiles from first to last, for all their columns, which are scaled so that it is about 1: no square
+// overflows then. Collective.
 DRACO_TEAM_CALL void set_noise(const Block& team, const Search& search, int most, const uint8_t* erased, int64_t first,
                                int64_t last) {
+  const int k = search.per_tile;
+  const int64_t columns = search.tiles * k;
   for (int64_t t = first + team.warp; t < last; t += team.warps) {
     const int64_t left = search.length - t * kTile;
-    const double noise = tile_noise(team, search.model, search.energy + t, search.tiles, search.workers, most, erased,
+    const double noise = tile_noise(team, search.model, search.norms + t, search.tiles, search.workers, most, erased,
                                     left < kTile ? left : kTile);
-    if (team.lane < search.per_tile) search.noise[t * search.per_tile + team.lane] = noise;
+    const double scale = noise_scale(noise), change = scale / search.scale[t];
+    team.sync_warp();
+    for (int i = team.lane; i < search.workers * k; i += team.lanes) {
+      Complex& projection = search.projections[i / k * columns + t * k + i % k];
+      projection = change * projection;
+    }
+    if (team.lane < k) search.noise[t * k + team.lane] = noise * scale;
+    if (team.lane == 0) search.scale[t] = scale;
   }
   team.sync();
+}
+
+// How many workers among the others send what is so much larger than the noise that they are bad beyond doubt; marks
+// them. Collective.
+DRACO_TEAM_CALL int find_beyond_doubt(const Block& team, const Search& search) {
+  for (int j = team.warp; j < search.workers; j += team.warps) {
+    double beyond = 0;
+    for (int64_t t = team.lane; t < search.tiles && !search.erased[j]; t += kWarp) {
+      const double noise = search.noise[t * search.per_tile] / search.scale[t];
+      if (search.norms[j * search.tiles + t] * (1 / kBeyondDoubt) > noise) beyond = 1;
+    }
+    beyond = team.largest(beyond);
+    if (team.lane == 0) search.beyond[j] = beyond != 0;
+  }
+  team.sync();
+  int count = 0;
+  for (int j = 0; j < search.workers; ++j) count += search.beyond[j];
+  return count;
 }
 
 // Whether the messages of the tiles from first to last are finite and pass the checks without the missing. Collective.
 DRACO_TEAM_CALL bool passes(const Block& team, const Search& search, int absent, int64_t first, int64_t last) {
   const int n = search.workers, k = search.per_tile;
   const int64_t columns = search.tiles * k;
+  for (int64_t t = first + team.thread; t < last; t += team.threads) search.scale[t] = 1;
   bool wrong = false;
   for (int64_t i = team.thread; i < (last - first) * n; i += team.threads) {
     const int64_t j = i / (last - first), t = first + i % (last - first);
     if (search.missing[j]) continue;
-    wrong |= !(search.energy[j * search.tiles + t] < kLargestEnergy);
+    wrong |= !is_finite(search.norms[j * search.tiles + t]);
     for (int64_t c = j * columns + t * k; c < j * columns + (t + 1) * k; ++c)
       wrong |= !is_finite(search.projections[c].re) || !is_finite(search.projections[c].im);
   }
   const int left = (2 * search.adversaries - absent) / 2;
+  team.sync();
   set_noise(team, search, left < search.adversaries ? left : search.adversaries, search.missing, first, last);
   const int checks = 2 * search.adversaries - absent;
   if (checks > 0) {
@@ -147,15 +186,36 @@ DRACO_TEAM_CALL int find_nonfinite(const Block& team, const Search& search) {
       if (!is_finite(projection.re) || !is_finite(projection.im)) wrong = 1;
     }
     for (int64_t t = team.lane; t < search.tiles; t += kWarp)
-      if (!(search.energy[j * search.tiles + t] < kLargestEnergy)) wrong = 1;
-    if (team.largest(wrong) == 0) continue;
-    if (team.lane == 0) search.nonfinite[j] = 1;
-    for (int64_t c = team.lane; c < columns; c += kWarp) search.projections[j * columns + c] = {0, 0};
+      if (!is_finite(search.norms[j * search.tiles + t])) wrong = 1;
+    wrong = team.largest(wrong);
+    if (team.lane == 0 && wrong != 0) search.nonfinite[j] = 1;
   }
   team.sync();
   int bad = 0;
   for (int j = 0; j < search.workers; ++j) bad += search.nonfinite[j];
   return bad;
+}
+
+// Erases those who are not finite, and everybody who is bad beyond doubt without them, and sets the noise that then
+// remains; how many could be bad besides, or -1: more are than could be. Collective.
+DRACO_TEAM_CALL int erase_nonfinite(const Block& team, const Search& search, int absent, int bad) {
+  const int n = search.workers, s = search.adversaries;
+  const int64_t columns = search.tiles * search.per_tile;
+  for (;;) {
+    for (int j = team.thread; j < n; j += team.threads) search.erased[j] = search.missing[j] | search.nonfinite[j];
+    for (int64_t i = team.thread; i < n * columns; i += team.threads)
+      if (search.nonfinite[i / columns]) search.projections[i] = {0, 0};
+    team.sync();
+    const int by_code = (2 * s - absent - bad) / 2, by_bound = by_code < s - bad ? by_code : s - bad;
+    const int most = by_bound > 0 ? by_bound : 0;
+    set_noise(team, search, most, search.erased, 0, search.tiles);
+    const int more = find_beyond_doubt(team, search);
+    if (more == 0) return most;
+    if (more > most) return -1;
+    for (int j = team.thread; j < n; j += team.threads) search.nonfinite[j] |= search.beyond[j];
+    team.sync();
+    bad += more;
+  }
 }
 
 __global__ void __launch_bounds__(kTeamThreads) locate_kernel(const __grid_constant__ Search search) {
@@ -171,8 +231,8 @@ __global__ void __launch_bounds__(kTeamThreads) locate_kernel(const __grid_const
     const int64_t last = first + each < search.tiles ? first + each : search.tiles;
     if (first < last) {
       if (search.partials.sums != nullptr) {
-        gather_tiles({search.partials, n, search.tiles, search.per_tile, search.projections, search.energy},
-                     team.thread, team.threads, first, last);
+        gather_tiles({search.partials, n, search.tiles, search.per_tile, search.projections, search.norms}, team.thread,
+                     team.threads, first, last);
         team.sync();
       }
       if (!passes(team, search, absent, first, last) && team.thread == 0) search.state->unexplained = 1;
@@ -185,12 +245,10 @@ __global__ void __launch_bounds__(kTeamThreads) locate_kernel(const __grid_const
   team.sync();
   if (search.state->unexplained) {
     const int bad = find_nonfinite(team, search);
-    overflow = bad > s;
-    if (!overflow) {
-      for (int j = team.thread; j < n; j += team.threads) search.erased[j] = search.missing[j] | search.nonfinite[j];
-      team.sync();
-      const int by_code = (2 * s - absent - bad) / 2, most = by_code < s - bad ? by_code : s - bad;
-      set_noise(team, search, most > 0 ? most : 0, search.erased, 0, search.tiles);
+    overflow = 2 * bad + absent > 2 * s;
+    if (!overflow && erase_nonfinite(team, search, absent, bad) < 0) {
+      failed = true;
+    } else if (!overflow) {
       Locator<Block> locator(team, locator_input(search), search.arena);
       const auto energy = [&](const Complex* check, int checks, double* out) {
         energies(team, search, check, checks, 0, search.tiles * search.per_tile, out);
@@ -213,7 +271,9 @@ __global__ void __launch_bounds__(kTeamThreads) locate_kernel(const __grid_const
   if (nothing) {
     for (int j = team.thread; j < n; j += team.threads) search.weights[j] = {NAN, NAN};
   } else if (changed) {
-    Locator<Block>(team, locator_input(search), search.arena).weights(search.erased, search.factor, search.weights);
+    const double by = factor(search, search.erased, !search.always_weigh);
+    Locator<Block>(team, locator_input(search), search.arena).weights(search.erased, by, search.weights);
+    if (team.thread == 0) search.state->divisor = search.mean && by == 1 ? n : 1;
   }
   if (team.thread == 0) {
     search.state->action = nothing ? kFillNan : changed ? kCombine : kKeep;
@@ -221,11 +281,11 @@ __global__ void __launch_bounds__(kTeamThreads) locate_kernel(const __grid_const
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, const Tensor& energy,
+std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, const Tensor& norms,
                                                  const OptionalTensor& missing, int64_t adversaries, int64_t length,
                                                  bool float64, double atol, double rtol, bool mean) {
   const char* op = "cyclic_locate";
-  check_projections(op, projections, energy, adversaries, length);
+  check_projections(op, projections, norms, adversaries, length);
   check_mask(op, "missing", missing, projections);
   const Device device(projections);
   const int64_t n = projections.size(0);
@@ -238,22 +298,22 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, cons
   search.per_tile = projections_per_tile(length);
   search.length = length;
   search.tiles = tile_count(length);
-  search.model = noise_model(float64, search.workers, search.adversaries, atol, rtol);
-  search.factor = mean ? 1.0 / static_cast<double>(n) : 1.0;
+  search.model = noise_model(float64, search.workers, atol, rtol);
+  search.mean = mean;
   search.weights = static_cast<Complex*>(weights.data_ptr());
   search.always_weigh = true;
   search.suspects = static_cast<uint8_t*>(suspects.data_ptr());
   search.failed = static_cast<uint8_t*>(failed.data_ptr());
-  // Non-finite rows are cleared in place, so on copies.
+  // Non-finite rows are cleared and the others scaled in place, so on copies.
   const int64_t columns = n * search.tiles * search.per_tile, tiles = n * search.tiles;
   const int64_t own = place_search(search, nullptr);
   Tensor scratch = new_scratch(projections, own + columns * sizeof(Complex) + tiles * sizeof(double));
   auto* bytes = static_cast<unsigned char*>(scratch.data_ptr());
   place_search(search, bytes);
   search.projections = reinterpret_cast<Complex*>(bytes + own);
-  search.energy = reinterpret_cast<double*>(search.projections + columns);
+  search.norms = reinterpret_cast<double*>(search.projections + columns);
   copy_on_device(device, projections.data_ptr(), search.projections, columns * sizeof(Complex));
-  copy_on_device(device, energy.data_ptr(), search.energy, tiles * sizeof(double));
+  copy_on_device(device, norms.data_ptr(), search.norms, tiles * sizeof(double));
   begin_search(device, search, Mask(missing), Mask(std::nullopt), false, 0);
   locate(device, search);
   return {weights, suspects, failed};
@@ -267,11 +327,13 @@ int64_t place_search(Search& search, unsigned char* scratch) {
   search.state = arena.take<DecodeState>(1);
   search.noise = arena.take<double>(columns);
   search.per_column = arena.take<double>(columns);
+  search.scale = arena.take<double>(search.tiles);
   search.checks = arena.take<Complex>(2 * search.adversaries * n);
   search.missing = arena.take<uint8_t>(n);
   search.left_out = arena.take<uint8_t>(n);
   search.nonfinite = arena.take<uint8_t>(n);
   search.erased = arena.take<uint8_t>(n);
+  search.beyond = arena.take<uint8_t>(n);
   search.arena = arena.take<unsigned char>(Locator<Block>::scratch_bytes(search.workers, search.adversaries));
   return arena.used;
 }

@@ -22,8 +22,8 @@ struct SweepArgs {
   Mask missing;
   const uint64_t* seed;
   const Complex* weights;
+  const double* divisor;
   T* sum;
-  T divisor;
   Partials partials;
   bool aligned;
 };
@@ -66,8 +66,7 @@ DRACO_DEVICE void project_row(const T* row, int64_t left, const float* phi, cons
     for (int pair = 0; pair < kPairs; ++pair) {
       const T re = z.at[2 * pair], im = z.at[2 * pair + 1];
       if constexpr (kWeighted) {
-        sum[step].at[2 * pair] += weight_re * re - weight_im * im;
-        sum[step].at[2 * pair + 1] += weight_re * im + weight_im * re;
+        add_weighted(weight_re, weight_im, re, im, sum[step].at[2 * pair], sum[step].at[2 * pair + 1]);
       } else {
         sum[step].at[2 * pair] += re;
         sum[step].at[2 * pair + 1] += im;
@@ -93,14 +92,17 @@ DRACO_DEVICE void project_row(const T* row, int64_t left, const float* phi, cons
   double scale = psi[0];
 #pragma unroll
   for (int k = 1; k < kProjections; ++k) scale = own == k ? static_cast<double>(psi[k]) : scale;
-  double part[2] = {0, 0}, energy = 0;
+  double part[2] = {0, 0}, square = 0, small_square = 0;
 #pragma unroll
   for (int i = 0; i < kLeft; ++i) {
     const double weighted = scale * static_cast<double>(value[i]);
     part[kPartByLane ? 0 : i] += weighted;
-    energy += weighted * weighted;
+    square += weighted * weighted;
+    const double small = kSmaller * weighted;
+    if constexpr (sizeof(T) == 8) small_square += small * small;
   }
-  energy = add_lanes(energy, 16) / kProjections;
+  square = add_lanes(square, 16) / kProjections;
+  if constexpr (sizeof(T) == 8) small_square = add_lanes(small_square, 16) / kProjections;
   part[0] = add_lanes(part[0], kLanesEach / 2);
   if (!kPartByLane) part[1] = add_lanes(part[1], kLanesEach / 2);
   if (lane % kLanesEach == 0) {
@@ -108,7 +110,10 @@ DRACO_DEVICE void project_row(const T* row, int64_t left, const float* phi, cons
 #pragma unroll
     for (int i = 0; i < (kPartByLane ? 1 : 2); ++i) to[i] = first ? part[i] : to[i] + part[i];
   }
-  if (lane == 0) slot[2 * kProjections] = first ? energy : slot[2 * kProjections] + energy;
+  if (lane == 0) {
+    const double norm = norm_of_squares<T>(square, small_square);
+    slot[2 * kProjections] = first ? norm : hypotenuse(slot[2 * kProjections], norm);
+  }
 }
 
 template <typename T, int kProjections, bool kWeighted, bool kWhole>
@@ -141,13 +146,11 @@ DRACO_DEVICE void project_chunk(const SweepArgs<T>& args, int64_t chunk, uint64_
     }
   }
   if (args.sum == nullptr) return;
+  const T divisor = args.divisor == nullptr ? T{1} : static_cast<T>(*args.divisor);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const int column = (step * kWarp + lane) * kCount;
-    if (args.divisor != T{1}) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) sum[step].at[i] /= args.divisor;
-    }
+    divide(sum[step], divisor);
     store<kWhole>(args.sum + begin + column, left - column, sum[step]);
   }
 }
@@ -162,7 +165,8 @@ __global__ void __launch_bounds__(kSweepThreads, sizeof(T) == 4 && kProjections 
   for (int pair = threadIdx.x; pair < kChunkPairs; pair += kSweepThreads) {
     const Philox random = projection_phi(seed, pair);
 #pragma unroll
-    for (int k = 0; k < kProjections; ++k) phi[pair * kProjections + k] = signed_weight(random.word[k]);
+    for (int k = 0; k < kProjections; ++k)
+      phi[pair * kProjections + k] = static_cast<float>(kPhiScale<T>) * signed_weight(random.word[k]);
   }
   __syncthreads();
   const int64_t group = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
@@ -195,25 +199,25 @@ std::tuple<Tensor, Tensor> cyclic_project(const Tensor& messages, const Optional
   const int64_t tiles = tile_count(length);
   const int per_tile = projections_per_tile(length);
   Tensor projections = torch::stable::new_empty(messages, {n, tiles, per_tile}, ScalarType::ComplexDouble);
-  Tensor energy = torch::stable::new_empty(messages, {n, tiles}, ScalarType::Double);
-  if (n == 0 || tiles == 0) return {projections, energy};
+  Tensor norms = torch::stable::new_empty(messages, {n, tiles}, ScalarType::Double);
+  if (n == 0 || tiles == 0) return {projections, norms};
   Partials partials = partials_of(device, length);
   Tensor scratch = new_scratch(messages, sizeof(uint64_t) + partials.groups * n * slots(per_tile) * sizeof(double));
   auto* seed_at = static_cast<uint64_t*>(scratch.data_ptr());
   partials.sums = reinterpret_cast<double*>(seed_at + 1);
   DRACO_LAUNCH(device, set_seed, 1, 1, 0, seed_at, static_cast<uint64_t>(seed));
-  sweep(device, messages, Sweep{Mask(missing), seed_at, nullptr, nullptr, 1.0}, partials);
+  sweep(device, messages, Sweep{Mask(missing), seed_at, nullptr, nullptr, nullptr}, partials);
   const Gather gather{partials,
                       n,
                       tiles,
                       per_tile,
                       static_cast<Complex*>(projections.data_ptr()),
-                      static_cast<double*>(energy.data_ptr())};
+                      static_cast<double*>(norms.data_ptr())};
   constexpr int kThreads = 256;
   const int64_t blocks =
       std::min(ceil_div(n * tiles * slots(per_tile), kThreads), int64_t{16} * device.multiprocessors);
   DRACO_LAUNCH(device, gather_kernel, blocks, kThreads, 0, gather);
-  return {projections, energy};
+  return {projections, norms};
 }
 
 }  // namespace
@@ -239,8 +243,8 @@ void sweep(const Device& device, const Tensor& messages, const Sweep& sweep, con
                             sweep.missing,
                             sweep.seed,
                             sweep.weights,
+                            sweep.divisor,
                             static_cast<T*>(sweep.sum),
-                            static_cast<T>(sweep.divisor),
                             partials,
                             rows_aligned<T>(messages.data_ptr(), messages.stride(0), messages.size(0))};
     const bool most = projections_per_tile(length) == kMostProjections;

@@ -11,7 +11,7 @@ struct Gather {
   int64_t workers, tiles;
   int per_tile;
   Complex* projections;  // (workers, tiles, per_tile)
-  double* energy;        // (workers, tiles)
+  double* norms;         // (workers, tiles)
 };
 
 // Some of the threads' share of the tiles from `first` to `last`; neighbours read neighbours.
@@ -22,11 +22,15 @@ DRACO_DEVICE void gather_tiles(const Gather& gather, int64_t thread, int64_t thr
     const int slot = static_cast<int>(i % slots(gather.per_tile));
     const int64_t begin = tile * per_tile;
     const int64_t end = begin + per_tile < gather.partials.groups ? begin + per_tile : gather.partials.groups;
+    const bool is_norm = slot == 2 * gather.per_tile;
     double total = 0;
-    for (int64_t group = begin; group < end; ++group) total += gather.partials.sums[group * row + i % row];
+    for (int64_t group = begin; group < end; ++group) {
+      const double part = gather.partials.sums[group * row + i % row];
+      total = is_norm ? hypotenuse(total, part) : total + part;
+    }
     const int64_t at = j * gather.tiles + tile;
-    if (slot == 2 * gather.per_tile) {
-      gather.energy[at] = total;
+    if (is_norm) {
+      gather.norms[at] = total;
     } else {
       Complex& projection = gather.projections[at * gather.per_tile + slot / 2];
       (slot % 2 == 0 ? projection.re : projection.im) = total;

@@ -244,7 +244,7 @@ DRACO_DEVICE void vote_columns(const Vote<T>& vote, int64_t column, uint8_t* dif
   if (vote.groups > 1) {
     const Sum divisor = vote.mean ? static_cast<Sum>(vote.groups) : Sum{1};
 #pragma unroll
-    for (int c = 0; c < Elements::kCount; ++c) out.at[c] = bits_of<T>(total[c] / divisor);
+    for (int c = 0; c < Elements::kCount; ++c) out.at[c] = mean_bits<T>(total[c] / divisor);
   }
   store<kWhole>(vote.gradient + column, left, out);
 }
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kVoteThreads, kTolerant ? 1 : 0) vote_kernel(V
 template <typename T>
 __global__ void vote_finish(typename Element<T>::Bits* gradient, int64_t columns, const uint8_t* failed) {
   if (!*failed) return;
-  const auto nan = bits_of<T>(static_cast<typename Element<T>::Sum>(NAN));
+  const auto nan = mean_bits<T>(static_cast<typename Element<T>::Sum>(NAN));
   for (int64_t c = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; c < columns; c += int64_t{gridDim.x} * blockDim.x)
     gradient[c] = nan;
 }

@@ -102,6 +102,27 @@ TEST(weights_meet_their_conditions) {
   for (const auto& [n, s] : larger) check_conditions(n, s);
 }
 
+// The same conditions far below double's rounding, which weights that gradients of float64 are encoded with have to
+// meet.
+TEST(encoding_weights_meet_them_to_30_digits) {
+  const int codes[][2] = {{3, 1}, {4, 1}, {7, 2}, {12, 3}, {15, 2}, {39, 16}, {64, 31}, {255, 8}, {256, 127}};
+  for (const auto& [n, s] : codes) {
+    const auto sine = [workers = n](int step) { return sine_of_pi(step, workers); };
+    DoubleDouble re{-1, 0}, im{0, 0}, first_re{0, 0}, first_im{0, 0};
+    for (int t = 0; t <= 2 * s; ++t) {
+      const EncodingWeight w = cyclic_weight(n, s, t, sine);
+      const int offset = cyclic_offset(n, s, t);
+      const DoubleDouble x = sine_of_pi(4LL * offset + n, 2LL * n), y = sine_of_pi(2LL * offset, n);
+      re = re + w.re;
+      im = im + w.im;
+      first_re = first_re + w.re * x + -(w.im * y);
+      first_im = first_im + w.re * y + w.im * x;
+    }
+    CHECK_LE(std::abs(re.hi) + std::abs(im.hi), 1e-29, "n = ", n, ", s = ", s);
+    CHECK_LE(std::abs(first_re.hi) + std::abs(first_im.hi), 1e-29, "n = ", n, ", s = ", s);
+  }
+}
+
 // prod_{i != t} x_i / (x_i - x_t), multiplied out.
 TEST(weights_are_lagranges) {
   for (int n = 1; n < 40; ++n) {

@@ -176,7 +176,7 @@ def decode(
         missing: (n,) bool on the same device: workers whose message did not come. They are erasures and cost half of
             what a bad worker costs: e bad and f missing ones are decoded while 2e + f <= 2s. Their rows are not read.
         expected: (n,) bool on the same device: workers that will probably be found bad, for instance the last step's
-            suspects. Does not change the result; the cyclic code then needs no second sweep.
+            suspects. Does not change a bit of the result; the cyclic code then needs no second sweep.
         reduction: "mean" or "sum" over the parts.
         atol: honest messages may differ by this much, for hardware that is not bit-reproducible. Repetition: a vote
             becomes a median, a member agrees within atol + rtol * abs(median) in every element. Cyclic: raises the
@@ -185,9 +185,9 @@ def decode(
         length: d, where the message is longer by padding (cyclic code, odd d); default: the message's length.
 
     Returns:
-        `Decoded` with the gradient, the suspects and whether decoding failed. If more than s messages of the cyclic
-        code are not finite, the gradient itself is not (overflow in mixed precision): it is NaN, nobody is suspected,
-        and it is not a failure.
+        `Decoded` with the gradient, the suspects and whether decoding failed. If so many messages of the cyclic
+        code are not finite that 2 * nonfinite + missing > 2 * s, the gradient itself is not (overflow in mixed
+        precision): it is NaN, nobody is suspected, and it is not a failure.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

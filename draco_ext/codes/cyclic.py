@@ -62,7 +62,7 @@ class CyclicCode(Code):
     def error_bound(self, dtype: torch.dtype, *, length: int | None = None, probability: float = 1e-6) -> float:
         """What rounding, and errors that hide below the noise floor, can do; see `Code.error_bound`."""
         self._check_bound(dtype, ops.CYCLIC_DTYPES, length, probability)
-        n, s, r = self.workers, self.adversaries, self.redundancy
+        n, s = self.workers, self.adversaries
         unit = torch.finfo(dtype).eps / 2
 
         def amplification(erased: int) -> float:
@@ -71,7 +71,7 @@ class CyclicCode(Code):
 
         weights = np.abs(self.weights[:, 0])
         added, strongest = weights.sum(), np.linalg.norm(weights)
-        honest = added * (amplification(2 * s) * (r + 2) + amplification(s) * (n + 4))
+        honest = added * (amplification(2 * s) * 2 + amplification(s) * (n + 4))
         # The largest error that passes below the noise floor, for a check of norm 1.
         _, projections = ops.projections_shape(self.message_length(length) if length is not None else 2**62)
         floor = _C.cyclic_tolerance(n, s, dtype == torch.float64) * math.sqrt(2 * s) * _C.PROJECTION_SCALE * strongest

@@ -16,8 +16,9 @@ PORTION = 2**17  # elements; even
 class GradientEncoder:
     """Adds the gradients of a step's parts up into messages, bucket by bucket, as the backward passes yield them.
 
-    The repetition code's message is the bucket itself. The cyclic code's needs one buffer of the gradient's size, kept
-    from step to step, in which every parameter is padded to an even length.
+    The repetition code's message is the bucket itself. The cyclic code's needs two buffers of the gradient's size, kept
+    from step to step, in which every parameter is padded to an even length: the sums, and what rounding has left of
+    them.
 
     Args:
         code: the code.
@@ -32,6 +33,7 @@ class GradientEncoder:
         self._parts = code.assignment(worker)
         # Of each parameter: DDP makes other buckets after its first pass, which may be in the middle of a step.
         self._sums: dict[Tensor, Tensor] = {}
+        self._carries: dict[Tensor, Tensor] = {}
 
     def add(self, bucket: dist.GradBucket, part: int) -> None:
         """Adds the gradients of this rank's `part`-th part; the first begins a message, the last completes it."""
@@ -42,18 +44,22 @@ class GradientEncoder:
         if part == 0:
             if _joined(parameters, self._sums) is None:
                 padded = [self._code.message_length(p.numel()) for p in parameters]
-                rooms = bucket.buffer().new_empty(sum(padded)).split(padded)
-                self._sums.update(zip(parameters, rooms, strict=True))
+                for kept in (self._sums, self._carries):
+                    rooms = bucket.buffer().new_empty(sum(padded)).split(padded)
+                    kept.update(zip(parameters, rooms, strict=True))
             for parameter in parameters:
                 self._sums[parameter].zero_()
+                self._carries[parameter].zero_()
         ready = self._ready and part == len(self._parts) - 1
         for parameter, piece in zip(parameters, pieces, strict=True):
             # By portions, so that the second operation finds in the cache what the first has read and written.
-            sums = self._sums[parameter]
+            sums, carries = self._sums[parameter], self._carries[parameter]
             portion = PORTION if ready and piece.device.type == "cpu" else max(1, sums.numel())
-            for total, gradient in zip(sums.split(portion), piece.split(portion), strict=True):
+            portions = (vector.split(portion) for vector in (sums, carries, piece))
+            for total, carry, gradient in zip(*portions, strict=True):
                 ops.cyclic_encode_add_(
                     total,
+                    carry,
                     gradient,
                     self._code.workers,
                     self._code.adversaries,

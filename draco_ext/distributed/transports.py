@@ -605,13 +605,13 @@ class AllReduceCyclic(Transport):
         drawn = peers.draw_key(values.device)
         total = peers.sum(message.bucket if message.ready else message.put(values, 1 / code.workers))
         key = yield drawn
-        projections, energy = ops.cyclic_project(values[None], int(key))
-        own = torch.cat([torch.view_as_real(projections[0]).flatten(), energy[0]])
+        projections, norms = ops.cyclic_project(values[None], int(key))
+        own = torch.cat([torch.view_as_real(projections[0]).flatten(), norms[0]])
         rows = yield peers.gather(own)
-        pairs, energies = (half.contiguous() for half in rows.tensor_split([2 * projections.numel()], dim=1))
+        pairs, norms = (half.contiguous() for half in rows.tensor_split([2 * projections.numel()], dim=1))
         gathered = torch.view_as_complex(pairs.view(code.workers, *projections.shape[1:], 2))
         weights, suspects, failed = ops.cyclic_locate(
-            gathered, energies, code.adversaries, values.numel(), dtype=values.dtype, **self.tolerance
+            gathered, norms, code.adversaries, values.numel(), dtype=values.dtype, **self.tolerance
         )
         found, left_out = workers_in(suspects), workers_in(weights == 0)
         yield total

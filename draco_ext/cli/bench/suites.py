@@ -183,8 +183,8 @@ def _vote_case(n: int, d: int, group: int, dtype: torch.dtype) -> Case:
 
 
 def _encode_part(d: int):
-    gradient, message = part_gradient("cpu", 0, d), torch.zeros(d)
-    encode = functools.partial(ops.cyclic_encode_add_, message, gradient, 45, 5, 0, 0)
+    gradient, message, carry = part_gradient("cpu", 0, d), torch.zeros(d), torch.zeros(d)
+    encode = functools.partial(ops.cyclic_encode_add_, message, carry, gradient, 45, 5, 0, 0)
     return encode, functools.partial(message.add_, gradient), 2 * gradient.nbytes
 
 
@@ -245,8 +245,8 @@ def _scaling_rows(clock: Clock, n: int, d: int) -> list[Row]:
         timing = compare(clock, decode_once, messages.sum, rounds=11 if d > 10**6 else 41)
         split = None
         if isinstance(code, draco_ext.CyclicCode):
-            projections, energy = ops.cyclic_project(messages, 7)
-            search = functools.partial(ops.cyclic_locate, projections, energy, 2, d)
+            projections, norms = ops.cyclic_project(messages, 7)
+            search = functools.partial(ops.cyclic_locate, projections, norms, 2, d)
             split = {"locator": compare(clock, search, decode_once, rounds=5).ratio}
         rows.append(Row("scaling", n, d, name, timing.seconds, timing.ratio, messages.nbytes, own=True, split=split))
     return rows

@@ -43,11 +43,14 @@ class Workload:
         n, code = self.n, self.code
         assigned = [(j,) if code is None else code.assignment(j) for j in range(n)]
         messages = torch.zeros(n, self.d, device=self.device)
+        carry = torch.zeros(self.d, device=self.device)
         for part in range(self.parts):
             gradient = part_gradient(self.device, part + self.n * series, self.d)
             for worker in (j for j in range(n) if part in assigned[j]):
-                if isinstance(code, draco_ext.CyclicCode):
-                    ops.cyclic_encode_add_(messages[worker], gradient, n, code.adversaries, worker, part)
+                if isinstance(
+                    code, draco_ext.CyclicCode
+                ):  # one room for what rounding leaves: these parts do not cancel
+                    ops.cyclic_encode_add_(messages[worker], carry.zero_(), gradient, n, code.adversaries, worker, part)
                 else:
                     messages[worker] = gradient
         return messages
