@@ -287,7 +287,7 @@ def exactly_encoded(code, worker, own):
 
 @pytest.mark.parametrize(
     ("dtype", "scale"),
-    [(torch.float32, x) for x in (1e-38, 1e30, 1e36, 3e37)]
+    [(torch.float32, x) for x in (1e-38, 1e30, 1e36, 1e37)]
     + [(torch.float64, x) for x in (1e-40, 1e79, 1e120, 1e160, 1e250, 1e306)],
     ids=str,
 )
