@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(DRACO_LIBRARY, m) {
   m.def("cyclic_encode(Tensor gradients, int workers, int adversaries, int worker) -> Tensor");
   m.def(
       "cyclic_encode_add_(Tensor(a!) message, Tensor(b!) carry, Tensor gradient, int workers, int adversaries, "
-      "int worker, int part) -> ()");
+      "int worker, int part, bool first=False) -> ()");
   m.def("cyclic_project(Tensor messages, Tensor? missing, int seed) -> (Tensor projections, Tensor norms)");
   m.def(
       "cyclic_locate(Tensor projections, Tensor norms, Tensor? missing, int adversaries, int length, bool float64, "

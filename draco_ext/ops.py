@@ -314,14 +314,22 @@ def _(gradients, workers, adversaries, worker):
 
 
 def cyclic_encode_add_(
-    message: Tensor, carry: Tensor, gradient: Tensor, workers: int, adversaries: int, worker: int, part: int
+    message: Tensor,
+    carry: Tensor,
+    gradient: Tensor,
+    workers: int,
+    adversaries: int,
+    worker: int,
+    part: int,
+    *,
+    first: bool = False,
 ) -> Tensor:
     """Add one part's weighted gradient to a message, in place: encoding as the gradients come, without keeping them.
 
     The message and what rounding has left of it, the carry, hold the sum together, in about twice the dtype's
-    precision: the message may be used at any time. Starting from zeros and adding all parts of the worker's assignment
-    gives `cyclic_encode`'s message, or an element next to it where the exact sum is nearly half-way between two. Reads
-    3 x d elements, writes 2 x d. Deterministic.
+    precision: the message may be used at any time. Adding all parts of the worker's assignment gives `cyclic_encode`'s
+    message, or an element next to it where the exact sum is nearly half-way between two. Reads 3 x d elements, d for
+    the first part, writes 2 x d. Deterministic.
 
     Args:
         message: (d + d % 2,), contiguous, float32 or float64; changed in place.
@@ -331,6 +339,7 @@ def cyclic_encode_add_(
         adversaries: s.
         worker: from 0 to n - 1.
         part: a part that this worker computes.
+        first: whether this is the first part, which replaces what is in message and carry instead of adding to it.
 
     Returns:
         message.
@@ -360,12 +369,13 @@ def cyclic_encode_add_(
     r = 2 * adversaries + 1
     if all((part + (2 * t * workers + r) // (2 * r)) % workers != worker for t in range(r)):
         raise ValueError(f"part must be one that worker {worker} computes, got {part}")
-    torch.ops.draco_ext.cyclic_encode_add_(message, carry, gradient, workers, adversaries, worker, part)
+    check_bool("first", first)
+    torch.ops.draco_ext.cyclic_encode_add_(message, carry, gradient, workers, adversaries, worker, part, first)
     return message
 
 
 @torch.library.register_fake("draco_ext::cyclic_encode_add_")
-def _(message, carry, gradient, workers, adversaries, worker, part):
+def _(message, carry, gradient, workers, adversaries, worker, part, first=False):
     return None
 
 

@@ -242,7 +242,7 @@ def encode_add_arguments(draw):
         values = {name: memory[begins[name] : begins[name] + size] for name, size in vectors.items()}
     else:
         values = {name: floats(draw, (size,), dtype) for name, size in vectors.items()}
-    return {**values, "workers": n, "adversaries": s, "worker": worker, "part": part}
+    return {**values, "workers": n, "adversaries": s, "worker": worker, "part": part, "first": draw.random() < 0.3}
 
 
 def project_arguments(draw):

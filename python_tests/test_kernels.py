@@ -282,6 +282,13 @@ def check_encode(n, s, worker, d, dtype, layout, device, generator):
         after[:, inside] = before[:, inside]
         assert torch.equal(after, before), "wrote beyond the message"
 
+        # The first part replaces what is there.
+        guarded[:] = torch.nan
+        message, carry = guarded.to(device)[:, inside]
+        for i, (part, gradient) in enumerate(zip(parts, there, strict=True)):
+            ops.cyclic_encode_add_(message, carry, gradient, n, s, worker, part, first=i == 0)
+        torch.testing.assert_close(message.cpu().double(), expected, rtol=0, atol=32 * eps)
+
 
 ENCODERS = [(1, 0), (5, 0), (3, 1), (8, 3), (9, 4), (64, 5), (64, 31)]
 

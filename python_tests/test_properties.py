@@ -203,9 +203,9 @@ def test_encoding_is_the_reference(data, dtype):
     info = torch.finfo(dtype)
     pairs = torch.nn.functional.pad(own.double().abs().sum(0), (0, code.message_length(own.size(1)) - own.size(1)))
     size = pairs.view(-1, 2).sum(1).repeat_interleave(2)  # both of a pair enter both of a result
-    added, carry = torch.zeros_like(expected, dtype=dtype), torch.zeros_like(expected, dtype=dtype)
-    for part, gradient in zip(code.assignment(worker), own, strict=True):
-        ops.cyclic_encode_add_(added, carry, gradient, code.workers, code.adversaries, worker, part)
+    added, carry = (torch.full_like(expected, torch.nan, dtype=dtype) for _ in range(2))  # not read by the first
+    for i, (part, gradient) in enumerate(zip(code.assignment(worker), own, strict=True)):
+        ops.cyclic_encode_add_(added, carry, gradient, code.workers, code.adversaries, worker, part, first=i == 0)
     for message in (code.encode(worker, own), added):
         assert bool(((message.double() - expected).abs() <= 8 * info.eps * (size + info.smallest_normal)).all())
 

@@ -1,8 +1,8 @@
 // A worker's message: the weighted sum of its parts' gradients, as complex numbers on pairs of elements.
 // Parts are added up in twice the precision of the message, which is so rounded once: what parts have in common and
 // cancels in a message leaves no rounding behind that the decoder could take for an error.
-// cyclic_encode moves (2s+1) x d elements in and d out; cyclic_encode_add_ reads the gradient, the message and what
-// rounding has left of it, and writes these two.
+// cyclic_encode moves (2s+1) x d elements in and d out; cyclic_encode_add_ reads the gradient and, but for the first
+// part, the message and what rounding has left of it, and writes these two.
 #include "core/cyclic.h"
 #include "cpu/cyclic.h"
 
@@ -13,13 +13,13 @@ constexpr int64_t kEncodeTile = 8192;  // columns
 
 template <typename T>
 void encode(const std::vector<const T*>& gradients, const std::vector<EncodingWeight>& weights, int64_t length,
-            T* message, T* carry, bool real) {
+            T* message, T* carry, bool add, bool real) {
   const Kernels& kernel = kernels();
   for_each_tile(length, kEncodeTile, kUnit, 0, 0, [&](int64_t begin, int64_t columns, void*) {
     std::vector<const T*> at(gradients.size());
     for (size_t i = 0; i < gradients.size(); ++i) at[i] = gradients[i] + begin;
     kernel.encode(EncodeTile<T>{at.data(), weights.data(), static_cast<int>(at.size()), columns, message + begin,
-                                carry == nullptr ? nullptr : carry + begin, carry != nullptr, real});
+                                carry == nullptr ? nullptr : carry + begin, add, real});
   });
 }
 
@@ -30,21 +30,21 @@ Tensor cyclic_encode(const Tensor& gradients, int64_t workers, int64_t adversari
   Tensor message = new_result(gradients, d + d % 2);
   dispatch_real(op, gradients.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    encode<T>(row_pointers<T>(gradients), weights, d, static_cast<T*>(message.data_ptr()), nullptr,
+    encode<T>(row_pointers<T>(gradients), weights, d, static_cast<T*>(message.data_ptr()), nullptr, false,
               has_real_weights(workers, adversaries));
   });
   return message;
 }
 
 void cyclic_encode_add_(Tensor message, Tensor carry, const Tensor& gradient, int64_t workers, int64_t adversaries,
-                        int64_t worker, int64_t part) {
+                        int64_t worker, int64_t part, bool first) {
   const char* op = "cyclic_encode_add_";
   const EncodingWeight weight = check_encode_add(op, message, carry, gradient, workers, adversaries, worker, part);
   const int64_t d = gradient.size(0);
   dispatch_real(op, gradient.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     encode<T>({static_cast<const T*>(gradient.data_ptr())}, {weight}, d, static_cast<T*>(message.data_ptr()),
-              static_cast<T*>(carry.data_ptr()), has_real_weights(workers, adversaries));
+              static_cast<T*>(carry.data_ptr()), !first, has_real_weights(workers, adversaries));
   });
 }
 

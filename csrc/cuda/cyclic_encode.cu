@@ -198,14 +198,14 @@ Tensor cyclic_encode(const Tensor& gradients, int64_t workers, int64_t adversari
 }
 
 void cyclic_encode_add_(Tensor message, Tensor carry, const Tensor& gradient, int64_t workers, int64_t adversaries,
-                        int64_t worker, int64_t part) {
+                        int64_t worker, int64_t part, bool first) {
   const char* op = "cyclic_encode_add_";
   const EncodingWeight weight = check_encode_add(op, message, carry, gradient, workers, adversaries, worker, part);
   const Device device(gradient);
   dispatch_real(op, gradient.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     launch<T>(device, gradient, 0, {weight}, has_real_weights(workers, adversaries), message,
-              static_cast<T*>(carry.data_ptr()), true);
+              static_cast<T*>(carry.data_ptr()), !first);
   });
 }
 

@@ -41,15 +41,11 @@ class GradientEncoder:
             return
         parameters = bucket.parameters()
         pieces = bucket.buffer().split([p.numel() for p in parameters])
-        if part == 0:
-            if _joined(parameters, self._sums) is None:
-                padded = [self._code.message_length(p.numel()) for p in parameters]
-                for kept in (self._sums, self._carries):
-                    rooms = bucket.buffer().new_empty(sum(padded)).split(padded)
-                    kept.update(zip(parameters, rooms, strict=True))
-            for parameter in parameters:
-                self._sums[parameter].zero_()
-                self._carries[parameter].zero_()
+        if part == 0 and _joined(parameters, self._sums) is None:
+            padded = [self._code.message_length(p.numel()) for p in parameters]
+            for kept in (self._sums, self._carries):
+                rooms = bucket.buffer().new_empty(sum(padded)).split(padded)
+                kept.update(zip(parameters, rooms, strict=True))
         ready = self._ready and part == len(self._parts) - 1
         for parameter, piece in zip(parameters, pieces, strict=True):
             # By portions, so that the second operation finds in the cache what the first has read and written.
@@ -65,6 +61,7 @@ class GradientEncoder:
                     self._code.adversaries,
                     self._worker,
                     self._parts[part],
+                    first=part == 0,
                 )
                 if ready:
                     torch.mul(total[: gradient.numel()], 1 / self._code.workers, out=gradient)

@@ -47,9 +47,8 @@ class Workload:
         for part in range(self.parts):
             gradient = part_gradient(self.device, part + self.n * series, self.d)
             for worker in (j for j in range(n) if part in assigned[j]):
-                if isinstance(
-                    code, draco_ext.CyclicCode
-                ):  # one room for what rounding leaves: these parts do not cancel
+                if isinstance(code, draco_ext.CyclicCode):
+                    # One room for what rounding leaves: these parts do not cancel.
                     ops.cyclic_encode_add_(messages[worker], carry.zero_(), gradient, n, code.adversaries, worker, part)
                 else:
                     messages[worker] = gradient
