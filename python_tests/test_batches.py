@@ -99,6 +99,9 @@ class Loop:
         self.code = code
         announce_guard(self, code)
 
+    def seed_mini_batch(self):
+        pass
+
     def steps(self, loader, parts=1, accumulate=1):
         mini_batches = iter(loader)
         while step := list(itertools.islice(mini_batches, parts * accumulate)):

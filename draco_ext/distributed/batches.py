@@ -149,6 +149,7 @@ class RedundantBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """The mini-batches of an epoch, or of the rest of one after `load_state_dict`."""
+        _seed(self._code)  # a DataLoader draws its workers' seeds next
         return _Pass(self)
 
     def set_epoch(self, epoch: int) -> None:
@@ -228,6 +229,7 @@ class _Pass(Iterator[list[int]]):
     # No generator: that would hold this object, which then would live until Python collects cycles.
     def __next__(self) -> list[int]:
         sampler = self.sampler
+        _seed(sampler._code)
         if self._end < 0:
             self.first = sampler._first_of_pass()
             self._end = (self.first // sampler.steps_per_epoch + 1) * sampler.steps_per_epoch
@@ -247,6 +249,7 @@ class _Pass(Iterator[list[int]]):
 
 # Where samplers and guards find each other: in the code.
 _passes: weakref.WeakSet[_Pass] = weakref.WeakSet()
+_guards: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()
 _unused_guards: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()  # which have not taken a step
 
 
@@ -255,8 +258,15 @@ def _passes_over(sampler: RedundantBatchSampler) -> list[_Pass]:
 
 
 def announce_guard(guard: Any, code: Code) -> None:
-    """From now on, only steps of guards move samplers with this code."""
-    _unused_guards[guard] = code
+    """From now on, only steps of guards move samplers with this code; the guard seeds where they are asked."""
+    _guards[guard] = _unused_guards[guard] = code
+
+
+def _seed(code: Code) -> None:
+    """Before a mini-batch: whatever a rank has drawn alone since the last one, as rank 0 does in an evaluation."""
+    for guard, other in list(_guards.items()):
+        if other == code:
+            guard.seed_mini_batch()
 
 
 def check_workers_of_samplers(code: Code, workers: tuple[int, ...]) -> None:

@@ -325,6 +325,12 @@ class Guard:
     def _seed_generators(self, part: int, stage: int) -> None:
         seed_generators(self._seed, self.step, part, stage)
 
+    def seed_mini_batch(self) -> None:
+        """Seeds the global generators where a sampler is asked for a mini-batch."""
+        if not self._in_steps:  # which seeds by itself, for the part that comes next
+            # The forward passes count, so that accumulated mini-batches do not get the same noise.
+            self._seed_generators(self._parts[self._part], LOADER - 2 * self._forwards)
+
     def _seed_part(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> None:
         """Before every forward pass in training: dropout and the like draw the same for all ranks with this part."""
         if not torch.is_grad_enabled():
@@ -918,10 +924,11 @@ def protect(
       with find_unused_parameters, and with buffers unless broadcast_buffers=False; a warning says so). Rank 0 must
       live. Moves a message per rank to the server and back.
 
-    The global generators of torch, Python and numpy are seeded here, where `Guard.steps` hands out a mini-batch, before
-    every forward pass in training and after every step, the same on all ranks with the part: what is drawn from them
-    in the loop and in the model agrees. With find_unused_parameters or static_graph a parameter is unused if the
-    majority of each part's holders say so; as under plain DDP its ``grad`` then stays what it was.
+    The global generators of torch, Python and numpy are seeded here, where the sampler is asked for a mini-batch or
+    `Guard.steps` hands it out, before every forward pass in training and after every step, the same on all ranks with
+    the part: what is drawn from them in the loop and in the model agrees. With find_unused_parameters or static_graph a
+    parameter is unused if the majority of each part's holders say so; as under plain DDP its ``grad`` then stays what
+    it was.
 
     In the first step, in every step whose number is a multiple of `check_state_every` and before `Guard.state_dict`
     ranks compare digests of their parameters, buffers and watched optimizers (`Guard.watch`). Those that differ from
