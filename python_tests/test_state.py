@@ -228,6 +228,11 @@ def test_a_helper_that_lies_is_not_believed():
         assert ends[0][1][0] == [FAULT]
 
 
+class Silent:
+    def run(self, verdict, groups):
+        raise RuntimeError("rank 2 hangs")
+
+
 def _checkpoint(rank, report):
     logging.disable(logging.CRITICAL)
     for transport in TRANSPORTS:
@@ -243,6 +248,9 @@ def _checkpoint(rank, report):
         dist.barrier()
         state = guard.state_dict()
         report((gathered(said)[1], state["repaired"], gathered(bits(model.parameters()))))
+        guard._repair = Silent()
+        with pytest.raises(RuntimeError, match=f"no comparison of parameters in step {STEPS}: rank 2 hangs"):
+            guard.check_state()
 
 
 def test_a_checkpoint_is_compared_first():

@@ -595,7 +595,7 @@ class Guard:
         named = {reason: sorted(self._ranks[j] for j in workers) for reason, workers in reasons.items()}
         return (
             f"no gradient in step {self.step}, bucket {bucket}: more ranks are bad than {self.code!r} can correct; "
-            + ", ".join(f"{reason}: {ranks}" for reason, ranks in named.items() if ranks or not any(named.values()))
+            + (", ".join(f"{reason}: {ranks}" for reason, ranks in named.items() if ranks) or "nobody can be named")
         )
 
     def _corrupted(self, verdict: StateVerdict) -> str | None:
@@ -781,7 +781,10 @@ class Guard:
     def _mend(self, verdict: StateVerdict) -> str | None:
         """Repairs the ranks in the minority; returns what is to be said where that is not enough for the step."""
         self._state_is_unknown = bool(verdict.undecided)
-        repaired = self._repair.run(verdict, self._alike)
+        try:
+            repaired = self._repair.run(verdict, self._alike)
+        except RuntimeError as error:
+            raise RuntimeError(f"no comparison of parameters in step {self.step}: {error}") from error
         for worker, sections in verdict.wrong.items():
             finding = self._finding(worker, "state", bucket=-1, elements=None, first=None, largest=None, failed=False)
             self._log(
