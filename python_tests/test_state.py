@@ -228,6 +228,37 @@ def test_a_helper_that_lies_is_not_believed():
         assert ends[0][1][0] == [FAULT]
 
 
+def _other_steps(rank, report):
+    """One rank does not load the guard's checkpoint; then every rank another one."""
+    lines = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("draco_ext").addHandler(handler)
+    code = RepetitionCode(3, 1)
+    for transport in TRANSPORTS:
+        torch.manual_seed(1)
+        model = DistributedDataParallel(nn.Linear(4, 1))
+        guard = draco_ext.protect(model, code, transport=transport, check_state_every=2)
+        later = {**guard.state_dict(), "step": 7}
+        if rank != 1:
+            guard.load_state_dict(later)
+        for _ in range(4):
+            model(torch.ones(2, 4)).sum().backward()
+        guard.load_state_dict({**later, "step": 20 + rank})
+        with pytest.raises(DecodingError, match=r"all ranks must be at the same step, got \{0: 20, 1: 21, 2: 22\}"):
+            model(torch.ones(2, 4)).sum().backward()
+        report((gathered(guard.step)[:2], guard.report().failed_steps, list(lines)))
+        lines.clear()
+
+
+def test_ranks_at_other_steps_go_on_with_the_majority():
+    for steps, failed, lines in run_local(_other_steps, 3):
+        assert steps == [21, 22]
+        assert failed == (20,)
+        assert "rank 1 on" in lines[0]
+        assert "is at step 0, the others at 7, and goes on there: all must call load_state_dict" in lines[0]
+
+
 class Silent:
     def run(self, verdict, groups):
         raise RuntimeError("rank 2 hangs")
@@ -446,7 +477,7 @@ def test_claims_are_judged_by_majority():
     # Of the first group 0, 1 and 2 are there.
     used = {j: [[j in (0, 1), j == 0, False, False]] if j < 3 else [[False, False, j != 4, j == 5]] for j in range(7)}
     del used[3]
-    claims = Claims(code, inputs, {}, used)
+    claims = Claims(code, inputs, {}, used, {})
     assert claims.with_other_data() == {1, 6}
     assert claims.used_parameters() == [True, False, True, False]
 
@@ -463,8 +494,12 @@ def test_records_are_read_as_they_were_written():
         assert record.is_reached(part)
         record.end_part()
     state = torch.arange(6).view(3, 2)
-    row = record.vector(state, torch.device("cpu"))
-    claims = record.read(row.repeat(4, 1), [0, 2], with_state=True)
+    row = record.vector(7, state, torch.device("cpu"))
+    without = record.vector(7, None, torch.device("cpu"))
+    assert len(row) == len(without)
+    assert record.read(torch.stack([row, without, without]).repeat(2, 1)[:4], [0]).state == {}
+    claims = record.read(row.repeat(4, 1), [0, 2])
+    assert claims.steps == {1: 7, 3: 7}
     assert set(claims.inputs) == set(claims.state) == set(claims.used) == {1, 3}
     assert claims.state[1] == ((0, 1), (2, 3), (4, 5))
     assert claims.inputs[1][0] == (0, 0)

@@ -26,7 +26,7 @@ from draco_ext.distributed.groups import Rendezvous, gather, gather_json, member
 from draco_ext.distributed.inputs import UNKNOWN, compare_inputs
 from draco_ext.distributed.ledger import Finding, Ledger
 from draco_ext.distributed.placement import place_ranks
-from draco_ext.distributed.record import Claims, StepRecord
+from draco_ext.distributed.record import Claims, StepRecord, majority
 from draco_ext.distributed.reproducibility import SelfTest, fingerprint, self_test
 from draco_ext.distributed.seeding import BATCH, LOADER, seed_generators
 from draco_ext.distributed.server_transport import ServerTransport
@@ -466,11 +466,11 @@ class Guard:
         with_state = self._state_is_unknown or (every > 0 and self.step % every == 0)
         begin = time.perf_counter()
         state = self._digest_state() if with_state else None
-        record = self._record.vector(state, device)
+        record = self._record.vector(self.step, state, device)
         self._peers.seconds.decode += time.perf_counter() - begin
 
         def take(gathered: tuple[Tensor, tuple[int, ...]]) -> None:
-            self._claims = self._record.read(*gathered, with_state=with_state)
+            self._claims = self._record.read(*gathered)
 
         flight = _Flight(self._transport.gather_record(record), "record of the step", take, needed=False)
         self._flights.append(flight)
@@ -488,6 +488,7 @@ class Guard:
         claims, decoded, outcomes = self._claims, self._decoded, self._outcomes
         self._claims, self._decoded, self._outcomes = None, [], []
         self._record.begin()
+        self._agree_on_step(claims.steps)
         verdict = judge(claims.state, self._alike)
         self._judge(outcomes, claims, verdict)
         with self._watch.own():
@@ -511,6 +512,24 @@ class Guard:
         if self._on_failure == "raise":
             raise DecodingError(failure)
         self._log("%s; the step is skipped", failure)
+
+    def _agree_on_step(self, steps: dict[int, int]) -> None:
+        """Goes on at the step at which the majority is, where this rank has loaded another checkpoint, or none."""
+        usual = majority(steps)
+        if usual is None:
+            by_rank = {self._ranks[j]: step for j, step in steps.items()}
+            self._failure = f"all ranks must be at the same step, got {by_rank}: all must call load_state_dict"
+            return
+        for j, step in steps.items():
+            if step != usual:
+                self._log(
+                    "rank %d on %s is at step %d, the others at %d, and goes on there: all must call load_state_dict",
+                    self._ranks[j],
+                    self._hosts[self._ranks[j]],
+                    step,
+                    usual,
+                )
+        self.step = usual
 
     def _drop_gradients(self) -> None:
         for parameter in self._model.parameters():
