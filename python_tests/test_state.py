@@ -242,8 +242,12 @@ def _other_steps(rank, report):
         later = {**guard.state_dict(), "step": 7}
         if rank != 1:
             guard.load_state_dict(later)
+        vector = guard._record.vector
         for _ in range(4):
             model(torch.ones(2, 4)).sum().backward()
+            if rank == 2:  # lies from now on
+                guard._record.vector = lambda step, *rest, vector=vector: vector(step + 5, *rest)
+        guard._record.vector = vector
         guard.load_state_dict({**later, "step": 20 + rank})
         with pytest.raises(DecodingError, match=r"all ranks must be at the same step, got \{0: 20, 1: 21, 2: 22\}"):
             model(torch.ones(2, 4)).sum().backward()
@@ -255,8 +259,9 @@ def test_ranks_at_other_steps_go_on_with_the_majority():
     for steps, failed, lines in run_local(_other_steps, 3):
         assert steps == [21, 22]
         assert failed == (20,)
+        assert len([line for line in lines if "says it is at step" in line]) == 2  # not once a step
         assert "rank 1 on" in lines[0]
-        assert "is at step 0, the others at 7, and goes on there: all must call load_state_dict" in lines[0]
+        assert "says it is at step 0, others at 7: all ranks must call load_state_dict" in lines[0]
 
 
 class Silent:

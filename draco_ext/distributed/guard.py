@@ -239,6 +239,7 @@ class Guard:
         self._state = ReplicatedState(model)
         served = isinstance(self._transport, ServerTransport)
         self._repair = (ServerRepair if served else PeerRepair)(self._transport, self._state)
+        self._elsewhere: set[int] = set()  # workers of which it was logged that they are at another step
         self._rendezvous = Rendezvous(group)
         self._check_state_every = check_state_every
         self._state_is_unknown = True  # not compared yet, or no majority has had the same
@@ -521,9 +522,10 @@ class Guard:
             self._failure = f"all ranks must be at the same step, got {by_rank}: all must call load_state_dict"
             return
         for j, step in steps.items():
-            if step != usual:
+            if step != usual and j not in self._elsewhere:
+                self._elsewhere.add(j)
                 self._log(
-                    "rank %d on %s is at step %d, the others at %d, and goes on there: all must call load_state_dict",
+                    "rank %d on %s says it is at step %d, others at %d: all ranks must call load_state_dict",
                     self._ranks[j],
                     self._hosts[self._ranks[j]],
                     step,
