@@ -99,6 +99,9 @@ class Loop:
         self.code = code
         announce_guard(self, code)
 
+    def seed_mini_batch(self):
+        pass
+
     def steps(self, loader, parts=1, accumulate=1):
         mini_batches = iter(loader)
         while step := list(itertools.islice(mini_batches, parts * accumulate)):
@@ -182,6 +185,24 @@ def test_gradient_accumulation_and_two_samplers():
     assert (one.step, other.step) == (3, 0)
     next(both)
     assert (one.step, other.step) == (13, 1)  # the one began its next epoch
+
+
+def test_two_guards_in_a_loop():
+    """Two models in a loop, as of a GAN: a mini-batch counts once, also where workers have read ahead."""
+    code = CODES[0]
+    sampler = RedundantBatchSampler(60, code, batch_size=10, rank=0)
+    loops = [Loop(code), Loop(code)]
+    positions = []
+    for epoch in range(2):
+        mini_batches = iter(sampler)
+        ahead = list(itertools.islice(mini_batches, 3))
+        for _ in range(6):
+            ahead.extend(itertools.islice(mini_batches, 1))  # the last ones are asked for nothing more
+            for loop in loops:
+                step_taken(loop, code, 1)
+            positions.append(sampler.step)
+        assert sampler.step == 6 * (epoch + 1)
+    assert positions == list(range(1, 13))
 
 
 def _peeks_and_breaks(rank, report):

@@ -353,6 +353,7 @@ def test_too_many_bad_ranks_stop_all(code, bad):
         failed = [step for step, error in enumerate(outcomes[0]) if error is not None]
         assert failed == ([2, 3, 4] if on_failure == "raise" else [])
         assert all(f"no gradient in step {step}, bucket 0: more ranks are bad" in outcomes[0][step] for step in failed)
+        assert all("[]" not in outcomes[0][step] for step in failed)  # no list of nobody
         assert report.failed_steps == (2, 3, 4)
         assert report.suspects == {}  # who was bad is not certain
         assert report.steps == STEPS

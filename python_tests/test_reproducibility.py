@@ -1,5 +1,6 @@
 """Mistakes in set-up are named in the first step; `Guard.self_test` names what is not bit-reproducible."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from click.testing import CliRunner
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
 
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode
@@ -332,6 +334,40 @@ def test_draws_outside_the_model_agree_within_a_part():
         assert len({tuple(numbers) for numbers in of_parts.values()}) == len(of_parts)  # other parts draw others
     assert clean[0][2] == attacked[0][2]
     assert clean[0][0] == attacked[0][0]
+
+
+def _draws_alone(rank, report):
+    """A script whose rank 0 evaluates between epochs, and looks at a mini-batch first."""
+    torch.set_num_threads(1)
+    model = DistributedDataParallel(torch.nn.Linear(4, 1))
+    code = RepetitionCode(3, 1)
+    guard = draco_ext.protect(model, code)
+    sampler = draco_ext.RedundantBatchSampler(12, code, batch_size=2, rank=rank)
+    loader = DataLoader(TensorDataset(torch.ones(12, 4)), batch_sampler=sampler)
+    if rank == 0:
+        next(iter(loader))
+    draws = []
+    for _ in range(2):
+        iter(sampler)
+        draws.append(_draws())  # with which a loader's workers begin
+        for i, (x,) in enumerate(loader):
+            draws.append(_draws())
+            with model.no_sync() if i % 2 == 0 else contextlib.nullcontext():
+                model(x + torch.randn(x.shape)).sum().backward()
+        if rank == 0:
+            _draws()
+    gathered = [None] * 3
+    dist.all_gather_object(gathered, (draws, sorted(guard.report().suspects)))
+    report(gathered)
+
+
+def test_what_one_rank_draws_alone_accuses_nobody():
+    [everybody] = run_local(_draws_alone, 3)
+    draws, suspects = everybody[0]
+    assert suspects == []
+    assert everybody == [everybody[0]] * 3
+    of_batches = [tuple(numbers) for i, numbers in enumerate(draws) if i % 7]
+    assert len(set(of_batches)) == 12  # accumulated ones, too
 
 
 @pytest.mark.slow

@@ -228,6 +228,47 @@ def test_a_helper_that_lies_is_not_believed():
         assert ends[0][1][0] == [FAULT]
 
 
+def _other_steps(rank, report):
+    """One rank does not load the guard's checkpoint; then every rank another one."""
+    lines = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("draco_ext").addHandler(handler)
+    code = RepetitionCode(3, 1)
+    for transport in TRANSPORTS:
+        torch.manual_seed(1)
+        model = DistributedDataParallel(nn.Linear(4, 1))
+        guard = draco_ext.protect(model, code, transport=transport, check_state_every=2)
+        later = {**guard.state_dict(), "step": 7}
+        if rank != 1:
+            guard.load_state_dict(later)
+        vector = guard._record.vector
+        for _ in range(4):
+            model(torch.ones(2, 4)).sum().backward()
+            if rank == 2:  # lies from now on
+                guard._record.vector = lambda step, *rest, vector=vector: vector(step + 5, *rest)
+        guard._record.vector = vector
+        guard.load_state_dict({**later, "step": 20 + rank})
+        with pytest.raises(DecodingError, match=r"all ranks must be at the same step, got \{0: 20, 1: 21, 2: 22\}"):
+            model(torch.ones(2, 4)).sum().backward()
+        report((gathered(guard.step)[:2], guard.report().failed_steps, list(lines)))
+        lines.clear()
+
+
+def test_ranks_at_other_steps_go_on_with_the_majority():
+    for steps, failed, lines in run_local(_other_steps, 3):
+        assert steps == [21, 22]
+        assert failed == (20,)
+        assert len([line for line in lines if "says it is at step" in line]) == 2  # not once a step
+        assert "rank 1 on" in lines[0]
+        assert "says it is at step 0, others at 7: all ranks must call load_state_dict" in lines[0]
+
+
+class Silent:
+    def run(self, verdict, groups):
+        raise RuntimeError("rank 2 hangs")
+
+
 def _checkpoint(rank, report):
     logging.disable(logging.CRITICAL)
     for transport in TRANSPORTS:
@@ -243,6 +284,9 @@ def _checkpoint(rank, report):
         dist.barrier()
         state = guard.state_dict()
         report((gathered(said)[1], state["repaired"], gathered(bits(model.parameters()))))
+        guard._repair = Silent()
+        with pytest.raises(RuntimeError, match=f"no comparison of parameters in step {STEPS}: rank 2 hangs"):
+            guard.check_state()
 
 
 def test_a_checkpoint_is_compared_first():
@@ -438,7 +482,7 @@ def test_claims_are_judged_by_majority():
     # Of the first group 0, 1 and 2 are there.
     used = {j: [[j in (0, 1), j == 0, False, False]] if j < 3 else [[False, False, j != 4, j == 5]] for j in range(7)}
     del used[3]
-    claims = Claims(code, inputs, {}, used)
+    claims = Claims(code, inputs, {}, used, {})
     assert claims.with_other_data() == {1, 6}
     assert claims.used_parameters() == [True, False, True, False]
 
@@ -455,8 +499,12 @@ def test_records_are_read_as_they_were_written():
         assert record.is_reached(part)
         record.end_part()
     state = torch.arange(6).view(3, 2)
-    row = record.vector(state, torch.device("cpu"))
-    claims = record.read(row.repeat(4, 1), [0, 2], with_state=True)
+    row = record.vector(7, state, torch.device("cpu"))
+    without = record.vector(7, None, torch.device("cpu"))
+    assert len(row) == len(without)
+    assert record.read(torch.stack([row, without, without]).repeat(2, 1)[:4], [0]).state == {}
+    claims = record.read(row.repeat(4, 1), [0, 2])
+    assert claims.steps == {1: 7, 3: 7}
     assert set(claims.inputs) == set(claims.state) == set(claims.used) == {1, 3}
     assert claims.state[1] == ((0, 1), (2, 3), (4, 5))
     assert claims.inputs[1][0] == (0, 0)

@@ -118,7 +118,7 @@ class RedundantBatchSampler(Sampler[list[int]]):
         self._identity = {"samples": samples, "batch_size": batch_size, "parts": code.parts, "seed": seed}
         self._step = 0
         self._resumed = False  # whether the position was set, and no step was taken since
-        self._guarded = False  # whether a guard has ever moved it
+        self._mover: weakref.ref[Any] | None = None  # the guard that has moved it last
         self._first = -1  # first step of the passes to which the last step belonged
 
     @property
@@ -149,6 +149,7 @@ class RedundantBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """The mini-batches of an epoch, or of the rest of one after `load_state_dict`."""
+        _seed(self._code)  # a DataLoader draws its workers' seeds next
         return _Pass(self)
 
     def set_epoch(self, epoch: int) -> None:
@@ -186,7 +187,7 @@ class RedundantBatchSampler(Sampler[list[int]]):
 
     def _complete(self, end: int) -> None:
         """A pass has given its last mini-batch. Whether those are taken is for a guard to say, where there is one."""
-        if not (self._guarded or any(code == self._code for code in _unused_guards.values())):
+        if not (self._mover is not None or any(code == self._code for code in _unused_guards.values())):
             self._step, self._resumed = end, False
 
     def _take(self, passes: list[_Pass], steps: int) -> None:
@@ -200,7 +201,7 @@ class RedundantBatchSampler(Sampler[list[int]]):
         if used.first != self._first:
             self._step = self._first = used.first
         self._step += min(steps, max(given for p, given in left.items() if p.first == used.first))
-        self._resumed, self._guarded = False, True
+        self._resumed = False
 
 
 class _Pass(Iterator[list[int]]):
@@ -228,6 +229,7 @@ class _Pass(Iterator[list[int]]):
     # No generator: that would hold this object, which then would live until Python collects cycles.
     def __next__(self) -> list[int]:
         sampler = self.sampler
+        _seed(sampler._code)
         if self._end < 0:
             self.first = sampler._first_of_pass()
             self._end = (self.first // sampler.steps_per_epoch + 1) * sampler.steps_per_epoch
@@ -247,6 +249,7 @@ class _Pass(Iterator[list[int]]):
 
 # Where samplers and guards find each other: in the code.
 _passes: weakref.WeakSet[_Pass] = weakref.WeakSet()
+_guards: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()
 _unused_guards: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()  # which have not taken a step
 
 
@@ -255,8 +258,15 @@ def _passes_over(sampler: RedundantBatchSampler) -> list[_Pass]:
 
 
 def announce_guard(guard: Any, code: Code) -> None:
-    """From now on, only steps of guards move samplers with this code."""
-    _unused_guards[guard] = code
+    """From now on, only steps of guards move samplers with this code; the guard seeds where they are asked."""
+    _guards[guard] = _unused_guards[guard] = code
+
+
+def _seed(code: Code) -> None:
+    """Before a mini-batch: whatever a rank has drawn alone since the last one, as rank 0 does in an evaluation."""
+    for guard, other in list(_guards.items()):
+        if other == code:
+            guard.seed_mini_batch()
 
 
 def check_workers_of_samplers(code: Code, workers: tuple[int, ...]) -> None:
@@ -282,10 +292,13 @@ def step_taken(guard: Any, code: Code, steps: int) -> None:
     with_code = [other for other in list(_passes) if other.sampler._code == code]
     in_use: dict[int, list[_Pass]] = {}
     for other in with_code:
-        # One that was not asked has given what this step used only if it had given everything before.
-        if other.asked or other.exhausted:
+        # One that was not asked has given what this step used only if it had given everything before, and no other
+        # guard's step, as of another model in the same loop, takes it.
+        mover = other.sampler._mover
+        if other.asked or (other.exhausted and (mover is None or mover() in (guard, None))):
             in_use.setdefault(id(other.sampler), []).append(other)
     for passes in in_use.values():
+        passes[0].sampler._mover = weakref.ref(guard)
         passes[0].sampler._take(passes, steps)
     for other in with_code:
         other.asked = False

@@ -26,7 +26,7 @@ from draco_ext.distributed.groups import Rendezvous, gather, gather_json, member
 from draco_ext.distributed.inputs import UNKNOWN, compare_inputs
 from draco_ext.distributed.ledger import Finding, Ledger
 from draco_ext.distributed.placement import place_ranks
-from draco_ext.distributed.record import Claims, StepRecord
+from draco_ext.distributed.record import Claims, StepRecord, majority
 from draco_ext.distributed.reproducibility import SelfTest, fingerprint, self_test
 from draco_ext.distributed.seeding import BATCH, LOADER, seed_generators
 from draco_ext.distributed.server_transport import ServerTransport
@@ -239,6 +239,7 @@ class Guard:
         self._state = ReplicatedState(model)
         served = isinstance(self._transport, ServerTransport)
         self._repair = (ServerRepair if served else PeerRepair)(self._transport, self._state)
+        self._elsewhere: set[int] = set()  # workers of which it was logged that they are at another step
         self._rendezvous = Rendezvous(group)
         self._check_state_every = check_state_every
         self._state_is_unknown = True  # not compared yet, or no majority has had the same
@@ -324,6 +325,12 @@ class Guard:
 
     def _seed_generators(self, part: int, stage: int) -> None:
         seed_generators(self._seed, self.step, part, stage)
+
+    def seed_mini_batch(self) -> None:
+        """Seeds the global generators where a sampler is asked for a mini-batch."""
+        if not self._in_steps:  # which seeds by itself, for the part that comes next
+            # The forward passes count, so that accumulated mini-batches do not get the same noise.
+            self._seed_generators(self._parts[self._part], LOADER - 2 * self._forwards)
 
     def _seed_part(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> None:
         """Before every forward pass in training: dropout and the like draw the same for all ranks with this part."""
@@ -460,11 +467,11 @@ class Guard:
         with_state = self._state_is_unknown or (every > 0 and self.step % every == 0)
         begin = time.perf_counter()
         state = self._digest_state() if with_state else None
-        record = self._record.vector(state, device)
+        record = self._record.vector(self.step, state, device)
         self._peers.seconds.decode += time.perf_counter() - begin
 
         def take(gathered: tuple[Tensor, tuple[int, ...]]) -> None:
-            self._claims = self._record.read(*gathered, with_state=with_state)
+            self._claims = self._record.read(*gathered)
 
         flight = _Flight(self._transport.gather_record(record), "record of the step", take, needed=False)
         self._flights.append(flight)
@@ -482,6 +489,7 @@ class Guard:
         claims, decoded, outcomes = self._claims, self._decoded, self._outcomes
         self._claims, self._decoded, self._outcomes = None, [], []
         self._record.begin()
+        self._agree_on_step(claims.steps)
         verdict = judge(claims.state, self._alike)
         self._judge(outcomes, claims, verdict)
         with self._watch.own():
@@ -505,6 +513,25 @@ class Guard:
         if self._on_failure == "raise":
             raise DecodingError(failure)
         self._log("%s; the step is skipped", failure)
+
+    def _agree_on_step(self, steps: dict[int, int]) -> None:
+        """Goes on at the step at which the majority is, where this rank has loaded another checkpoint, or none."""
+        usual = majority(steps)
+        if usual is None:
+            by_rank = {self._ranks[j]: step for j, step in steps.items()}
+            self._failure = f"all ranks must be at the same step, got {by_rank}: all must call load_state_dict"
+            return
+        for j, step in steps.items():
+            if step != usual and j not in self._elsewhere:
+                self._elsewhere.add(j)
+                self._log(
+                    "rank %d on %s says it is at step %d, others at %d: all ranks must call load_state_dict",
+                    self._ranks[j],
+                    self._hosts[self._ranks[j]],
+                    step,
+                    usual,
+                )
+        self.step = usual
 
     def _drop_gradients(self) -> None:
         for parameter in self._model.parameters():
@@ -589,7 +616,7 @@ class Guard:
         named = {reason: sorted(self._ranks[j] for j in workers) for reason, workers in reasons.items()}
         return (
             f"no gradient in step {self.step}, bucket {bucket}: more ranks are bad than {self.code!r} can correct; "
-            + ", ".join(f"{reason}: {ranks}" for reason, ranks in named.items() if ranks or not any(named.values()))
+            + (", ".join(f"{reason}: {ranks}" for reason, ranks in named.items() if ranks) or "nobody can be named")
         )
 
     def _corrupted(self, verdict: StateVerdict) -> str | None:
@@ -775,7 +802,10 @@ class Guard:
     def _mend(self, verdict: StateVerdict) -> str | None:
         """Repairs the ranks in the minority; returns what is to be said where that is not enough for the step."""
         self._state_is_unknown = bool(verdict.undecided)
-        repaired = self._repair.run(verdict, self._alike)
+        try:
+            repaired = self._repair.run(verdict, self._alike)
+        except RuntimeError as error:
+            raise RuntimeError(f"no comparison of parameters in step {self.step}: {error}") from error
         for worker, sections in verdict.wrong.items():
             finding = self._finding(worker, "state", bucket=-1, elements=None, first=None, largest=None, failed=False)
             self._log(
@@ -918,10 +948,11 @@ def protect(
       with find_unused_parameters, and with buffers unless broadcast_buffers=False; a warning says so). Rank 0 must
       live. Moves a message per rank to the server and back.
 
-    The global generators of torch, Python and numpy are seeded here, where `Guard.steps` hands out a mini-batch, before
-    every forward pass in training and after every step, the same on all ranks with the part: what is drawn from them
-    in the loop and in the model agrees. With find_unused_parameters or static_graph a parameter is unused if the
-    majority of each part's holders say so; as under plain DDP its ``grad`` then stays what it was.
+    The global generators of torch, Python and numpy are seeded here, where the sampler is asked for a mini-batch or
+    `Guard.steps` hands it out, before every forward pass in training and after every step, the same on all ranks with
+    the part: what is drawn from them in the loop and in the model agrees. With find_unused_parameters or static_graph a
+    parameter is unused if the majority of each part's holders say so; as under plain DDP its ``grad`` then stays what
+    it was.
 
     In the first step, in every step whose number is a multiple of `check_state_every` and before `Guard.state_dict`
     ranks compare digests of their parameters, buffers and watched optimizers (`Guard.watch`). Those that differ from

@@ -37,12 +37,14 @@ class Claims:
         inputs: digests of the inputs of each of its parts, by worker.
         state: digests of each of `SECTIONS`, by worker; empty where they were not compared in this step.
         used: for each of its parts and each parameter, whether autograd reached it, by worker; empty where not asked.
+        steps: the number of the step, by worker.
     """
 
     code: Code
     inputs: dict[int, tuple[Digest, ...]]
     state: dict[int, tuple[Digest, ...]]
     used: dict[int, list[list[bool]]]
+    steps: dict[int, int]
 
     def of_part(self, claims: Mapping[int, Sequence[T]], part: int) -> dict[int, T]:
         """Return what the holders of a part claim about it."""
@@ -117,30 +119,39 @@ class StepRecord:
         """Return whether autograd has reached a parameter in the part that runs."""
         return bool(self._reached[parameter])
 
-    def vector(self, state: Tensor | None, device: torch.device) -> Tensor:
-        """Return the record as numbers; `state` is the digests of `SECTIONS`, where they are compared."""
-        numbers = [_join(digests, device) for digests in self._inputs]
-        if state is not None:
-            numbers.append(state.flatten().to(device))
+    def vector(self, step: int, state: Tensor | None, device: torch.device) -> Tensor:
+        """Return the record as numbers; `state` is the digests of `SECTIONS`, where they are compared.
+
+        Always as many: a rank that counts the steps otherwise would break the others' exchange.
+        """
+        numbers = [torch.tensor([step, state is not None], device=device)]
+        numbers += [_join(digests, device) for digests in self._inputs]
+        state = torch.zeros(len(SECTIONS), 2, dtype=torch.int64) if state is None else state
+        numbers.append(state.flatten().to(device))
         if self._parameters:
             numbers.append(_pack(b"".join(self._used)).to(device))
         return torch.cat(numbers)
 
-    def read(self, rows: Tensor, missing: Sequence[int], *, with_state: bool) -> Claims:
-        """Return what the gathered records say, but for those of the missing workers."""
+    def read(self, rows: Tensor, missing: Sequence[int]) -> Claims:
+        """Return what the gathered records say, but for those of the missing workers.
+
+        State is compared where a majority says so, on all ranks alike.
+        """
         present = [j for j in range(self._code.workers) if j not in missing]
+        steps = {j: int(rows[j, 0]) for j in present}
+        with_state = majority({j: int(rows[j, 1]) for j in present}) == 1
         inputs, state, used = {}, {}, {}
         for j in present:
-            row = rows[j]
-            pairs, row = row[: 2 * self._parts], row[2 * self._parts :]
+            pairs, state_pairs, row = rows[j, 2:].split_with_sizes(
+                [2 * self._parts, 2 * len(SECTIONS), rows.shape[1] - 2 - 2 * self._parts - 2 * len(SECTIONS)]
+            )
             inputs[j] = _pairs(pairs)
             if with_state:
-                pairs, row = row[: 2 * len(SECTIONS)], row[2 * len(SECTIONS) :]
-                state[j] = _pairs(pairs)
+                state[j] = _pairs(state_pairs)
             if self._parameters:
                 bits = _unpack(row, self._parts * self._parameters)
                 used[j] = [bits[i : i + self._parameters] for i in range(0, len(bits), self._parameters)]
-        return Claims(self._code, inputs, state, used)
+        return Claims(self._code, inputs, state, used, steps)
 
 
 def _reach(reached: bytearray, i: int, parameter: Tensor) -> None:

@@ -11,7 +11,8 @@ import torch
 
 from draco_ext import ops
 
-# Stages of a part: before its mini-batch is loaded, and when it is handed out. Forward passes are numbered from 0.
+# Stages of a part: before its mini-batch is loaded (2 lower for each forward pass so far), and when it is handed out.
+# Forward passes are numbered from 0.
 LOADER, BATCH = -2, -1
 
 
