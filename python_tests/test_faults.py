@@ -233,7 +233,8 @@ def cut(values, peer):
 
 
 def equivocate(values, peer):
-    return values + peer
+    # The messages; a rank that tells every other something else of its own state can only make them wait for it.
+    return values + peer if values.is_floating_point() else values
 
 
 WIRE = [
