@@ -20,10 +20,10 @@
 //
 // What 2. to 5. give is improved by exchanging one member at a time while the unexplained energy falls. Whatever the
 // search does, a set is only accepted when it explains every projection; otherwise decoding has failed. A member of the
-// set is named only if no other worker could be it: errors little above the noise may be explained by several sets, all
-// of which give the same gradient up to noise, and the honest must not be accused.
-// All arithmetic is double. Scratch comes from the caller: nothing is allocated here. Every method is a collective of
-// its team (core/team.h): all threads make the same decisions from the same values.
+// set is named only if no set without it explains them as well: errors little above the noise may be explained by
+// several sets, all of which give the same gradient up to noise, and the honest must not be accused. All arithmetic is
+// double. Scratch comes from the caller: nothing is allocated here. Every method is a collective of its team
+// (core/team.h): all threads make the same decisions from the same values.
 #pragma once
 
 #include <cmath>
@@ -49,14 +49,16 @@ constexpr int kFewMembers = 8;     // up to which every number of bad workers is
 constexpr int kSnapshots = 3;      // windows of the syndromes per member that the subspace is taken from
 constexpr int kMostDimension = 8;  // of a code whose workers are asked for a consensus
 constexpr int kConsensusTrials = 1024, kConsensusColumns = 8;
-constexpr int kConsensusDomain = 6;  // of Philox, beside those of core/random.h
-constexpr int kMostSubsets = 20000;  // size of step 6
-constexpr int kMostSubsetSize = 12;  // and step 6 is left out for larger sets
-constexpr int kWindow = 5;           // so many more workers than sought are in a window of neighbours
-constexpr int kBeam = 32;            // sets that the best-first search keeps
-constexpr int kChildren = 12;        // exchanges of one member that it considers
-constexpr int kTogether = 4;         // active projections that one thread multiplies at a time
-constexpr int kMostDoublings = 10;   // of the tolerated amplitude, below which nobody is named
+constexpr int kConsensusDomain = 6;       // of Philox, beside those of core/random.h
+constexpr int kMostSubsets = 20000;       // size of step 6
+constexpr int kMostSubsetSize = 12;       // and step 6 is left out for larger sets
+constexpr int kWindow = 5;                // so many more workers than sought are in a window of neighbours
+constexpr int kBeam = 32;                 // sets that the best-first search keeps
+constexpr int kChildren = 12;             // exchanges of one member that it considers
+constexpr int kTogether = 4;              // active projections that one thread multiplies at a time
+constexpr double kNear = 2, kFar = 1024;  // times the tolerated amplitude, within which nobody is named: see name()
+constexpr int kMoreRivals = 1;            // than members in a set that speaks against naming one
+constexpr double kMostNamingWork = 1.5e7;
 constexpr double kRounding = 1e-12;  // of singular values, relative to the largest, with room
 constexpr double kNever = NAN;       // what argmin passes over
 constexpr double kMostWork = 6e7;    // complex multiplications of one search: bounds what an attacker can make it cost
@@ -245,17 +247,9 @@ class Locator {
       if (found < 0) return false;
     }
     found = prune(found, energy, per_column);
-    if (found > 0) {
-      make_checks(at_.set, found);
-      residuals(k2_ - erased_count_ - found);
-      reach_out(at_.set, found);
-    }
-    for (int i = 0; i < found; ++i) {
-      const bool named = certain(found, i);
-      if (team_.thread == 0) left_out[at_.set[i]] = 1;
-      if (team_.thread == 0 && named) suspects[at_.set[i]] = 1;
-    }
+    for (int i = team_.thread; i < found; i += team_.threads) left_out[at_.set[i]] = 1;
     team_.sync();
+    name(found, suspects);
     return true;
   }
 
@@ -464,6 +458,7 @@ class Locator {
     }
     team_.sync();
     for (int i = team_.thread; i < erased_count_ + count; i += team_.threads) at_.gain[worker(members, i)] = -1;
+    if (barred_ >= 0 && team_.thread == 0) at_.gain[barred_] = -1;
     team_.sync();
   }
 
@@ -520,7 +515,7 @@ class Locator {
 
   // Whether worker j can take a member's place, and the squared norm of what h_j adds to the others' columns then.
   DRACO_TEAM double place(const int* members, int count, int i, int64_t j) const {
-    bool out = is_erased(j);
+    bool out = is_erased(j) || j == barred_;
     for (int l = 0; l < count; ++l) out |= members[l] == j;
     const double size = at_.size[j] + norm2(at_.along[int64_t{i} * n_ + j]);
     return out || !(size > 1e-24) ? 0 : size;
@@ -668,20 +663,22 @@ class Locator {
   // Exchanges one member at a time for the worker that lowers the unexplained energy most, until the set explains the
   // active projections as well as honest noise would. A set that only just explains them is exchanged further: of
   // several that do, the true one leaves the least.
-  DRACO_TEAM_CALL bool exchange(int nu) {
+  DRACO_TEAM_CALL bool exchange(int nu) { return settle(nu, kQuiet) <= kExplained; }
+
+  // The same, or until excess() is no more than `enough`; what that is in the end.
+  DRACO_TEAM_CALL double settle(int nu, double enough) {
     double reached = HUGE_VAL;
     for (;;) {
       const double now = excess(at_.set, nu);
-      if (now <= kQuiet) return true;
-      if (work_ > budget_) return now <= kExplained;
+      if (now <= enough || work_ > budget_) return now;
       reach_out(at_.set, nu);
       const auto left = [&](int64_t i) { return left_after(at_.set, nu, static_cast<int>(i / n_), i % n_); };
       const int64_t best = team_.argmin(int64_t{nu} * n_, left);
       work_ += static_cast<double>(nu) * n_ * active_count_;
-      if (best < 0) return now <= kExplained;
+      if (best < 0) return now;
       const double least = left(best);
       team_.sync();
-      if (!(least < reached * (1 - 1e-9))) return now <= kExplained;
+      if (!(least < reached * (1 - 1e-9))) return now;
       reached = least;
       put(at_.set + best / n_, static_cast<int>(best % n_));
     }
@@ -717,23 +714,61 @@ class Locator {
     return found;
   }
 
-  // Whether member i is taken for certainly bad: no other worker in its place comes near to explaining the projections.
-  // Near is within 2 to the power of most_ times the tolerated amplitude, 1000 at most: the bad may differ from the set
-  // in other members as well, and so nearly explain them without i. Where only one may be bad there are no others. How
-  // often that misleads: docs/guarantee.md. After reach_out().
-  DRACO_TEAM_CALL bool certain(int found, int i) {
+  // A member is named where no other set without it comes near to explaining the projections, as far as a search can
+  // tell that starts from the set with the member exchanged for the best other. It may be larger by kMoreRivals
+  // members, not more: s that collude and surround an honest worker can imitate any error of it, and taking that for
+  // what happened, not the one worker, would leave a single fault unnamed in large codes. Near is within kNear times
+  // the tolerated amplitude, as the search is not exhaustive. Where sets are so large that it takes too long only the
+  // exchange is made, and near is within kFar. How often that misleads: docs/guarantee.md.
+  DRACO_TEAM_CALL void name(int found, uint8_t* suspects) {
+    if (found == 0) return;
+    make_checks(at_.set, found);
+    residuals(k2_ - erased_count_ - found);
+    reach_out(at_.set, found);
+    copy(at_.pool, at_.set, found);
+    for (int i = 0; i < found; ++i) exchanged(found, i);
+    work_ = 0;
+    budget_ = kMostNamingWork;
+    for (int i = 0; i < found; ++i) {
+      double apart = at_.rank[i];
+      if (most_ > 1 && apart > kNear * kNear && work_ < budget_) {
+        copy_without(at_.set, at_.pool, found, i);
+        put(at_.set + found - 1, at_.best[i]);
+        barred_ = at_.pool[i];
+        const double less = without(found);
+        if (less < apart) apart = less;
+        barred_ = -1;
+      }
+      const double near = most_ == 1 ? 1 : work_ < budget_ ? kNear : kFar;
+      if (team_.thread == 0 && apart > near * near) suspects[at_.pool[i]] = 1;
+    }
+    team_.sync();
+  }
+
+  // Member i's best exchange: who joins, to `best`, and the excess() of what it leaves, to `rank`. After reach_out().
+  DRACO_TEAM_CALL void exchanged(int found, int i) {
     const int64_t other = team_.argmin(n_, [&](int64_t j) { return left_after(at_.set, found, i, j); });
-    if (other < 0) return true;
-    const double size = place(at_.set, found, i, other);
-    double worst = 0;
-    for (int a = 0; a < active_count_; ++a) {
+    double worst = other < 0 ? HUGE_VAL : 0;
+    const double size = other < 0 ? 0 : place(at_.set, found, i, other);
+    for (int a = 0; a < active_count_ && other >= 0; ++a) {
       const double energy = at_.energy[a] + change(i, other, size, a);
       if (!(energy <= worst)) worst = energy;
     }
     team_.sync();
-    const int checks = k2_ - erased_count_ - found;
-    const double near = most_ == 1 ? 1 : ldexp(1.0, 2 * (most_ < kMostDoublings ? most_ : kMostDoublings));
-    return checks > 0 && worst > near * checks * kTolerance * kTolerance;
+    put(at_.best + i, static_cast<int>(other));
+    put(at_.rank + i, worst / ((k2_ - erased_count_ - found) * kTolerance * kTolerance));
+  }
+
+  // The least excess() that exchanges reach from the first `count` of `set` on, and with up to kMoreRivals more.
+  DRACO_TEAM_CALL double without(int count) {
+    double least = HUGE_VAL;
+    for (int nu = count;; ++nu) {
+      const double left = settle(nu, kNear * kNear);
+      if (left < least) least = left;
+      if (nu == most_ || nu == count + kMoreRivals || least <= kNear * kNear || work_ > budget_) return least;
+      gains(at_.set, nu);
+      put(at_.set + nu, best_gain());
+    }
   }
 
   // The syndromes (syndromes, active) that the erased workers do not enter: their nodes are roots of the polynomial
@@ -1173,6 +1208,7 @@ class Locator {
   Arena arena_;
   LocatorScratch at_;
   int n_ = 0, k2_ = 0, most_ = 0, erased_count_ = 0, active_count_ = 0, stride_ = 0;
+  int barred_ = -1;                                   // a worker that no set may take in
   double work_ = 0, budget_ = kMostWork, total_ = 0;  // total_: what residuals() found unexplained in all
 };
 
