@@ -547,11 +547,8 @@ class Locator {
     // With many workers one analysis of a set is so much work itself.
     const double analysis = static_cast<double>(n_) * k2_ * (2 * most_ + active_count_);
     budget_ = kMostWork > 12 * analysis ? kMostWork : 12 * analysis;
-    for (int nu = found; found > 0 && nu < most_ && nu < found + kMoreMembers; ++nu) {
-      gains(at_.set, nu);
-      put(at_.set + nu, best_gain());
-      if (exchange(nu + 1)) return nu + 1;
-    }
+    const int larger = found > 0 ? grow(found, kMoreMembers) : 0;
+    if (larger > 0) return larger;
     const int few = most_ < kFewMembers ? most_ : kFewMembers;
     for (int nu = found > 1 ? found : 1; nu <= few; ++nu) {
       if (!prony(nu)) {
@@ -589,6 +586,17 @@ class Locator {
     team_.sync();
     if (likeliest()) return most_;
     return -1;
+  }
+
+  // Adds the worker that explains most to the first `count` of `set`, and exchanges, until they explain the active
+  // projections, at most `more` times. How many they are then, or 0.
+  DRACO_TEAM_CALL int grow(int count, int more) {
+    for (int nu = count; nu < most_ && nu < count + more && work_ < budget_; ++nu) {
+      gains(at_.set, nu);
+      put(at_.set + nu, best_gain());
+      if (exchange(nu + 1)) return nu + 1;
+    }
+    return 0;
   }
 
   // Best-first search: of the kBeam sets that leave least unexplained, starting with `set`, one member at a time is
@@ -894,6 +902,8 @@ class Locator {
         least = total_;
         size = nu;
         copy(at_.pool, at_.set, nu);
+        const int larger = grow(nu, kMoreMembers);  // of the smallest errors some are below the noise in windows
+        if (larger > 0) return larger;
       }
       // The nearest are right, as a rule, and one that is not costs a check only. So the nearest half, and three
       // quarters, are taken for bad, and the others looked for in what is left: a problem of half the size.
@@ -904,16 +914,12 @@ class Locator {
         const int all = drop_innocent(given + signal_nodes(scratch, given, syndromes, width, used, largest));
         if (all > 0 && exchange(all)) return all;
       }
-      if (nu > 0 && nu < most_ && work_ < budget_) {  // of the smallest errors some may be below the noise in windows
-        copy(at_.set, at_.pool, size);
-        for (nu = size; nu < most_ && work_ < budget_; ++nu) {
-          gains(at_.set, nu);
-          put(at_.set + nu, best_gain());
-          if (exchange(nu + 1)) return nu + 1;
-        }
-      }
     }
     if (size == 0 || most_ <= kMostSubsetSize) return 0;
+    work_ = 0;
+    copy(at_.set, at_.pool, size);
+    const int larger = grow(size, most_);
+    if (larger > 0) return larger;
     work_ = 0;
     copy(at_.set, at_.pool, size);
     return best_first(size) ? size : 0;
