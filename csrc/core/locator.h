@@ -15,10 +15,12 @@
 //      span what the bad nodes' windows span. Far better conditioned than 2., the more the errors differ from column
 //      to column: it finds hundreds of bad workers that do not collude.
 //   5. Consensus of workers taken at random, where the code has few dimensions.
-//   6. All subsets of neighbours on the circle, whose errors can nearly cancel in the syndromes.
-//   7. Best-first search over exchanges, and all subsets of a pool of likely workers.
+//   6. A second codeword or multiples of the first, sent by half of the workers, where the code has some dimensions
+//   more.
+//   7. All subsets of neighbours on the circle, whose errors can nearly cancel in the syndromes.
+//   8. Best-first search over exchanges, and all subsets of a pool of likely workers.
 //
-// What 2. to 5. give is improved by exchanging one member at a time while the unexplained energy falls. Whatever the
+// What 2. to 6. give is improved by exchanging one member at a time while the unexplained energy falls. Whatever the
 // search does, a set is only accepted when it explains every projection; otherwise decoding has failed. A member of the
 // set is named only if no set without it explains them as well: errors little above the noise may be explained by
 // several sets, all of which give the same gradient up to noise, and the honest must not be accused. All arithmetic is
@@ -42,16 +44,18 @@ constexpr double kQuiet = 0.1;      // of the tolerated energy: what honest nois
 // What the search takes for explained: less than 1, as all columns are looked at again by other code, rounded
 // otherwise.
 constexpr double kExplained = 0.9;
-constexpr int kActiveStep = 8;     // projections that join the search at a time, the least explained first
-constexpr int kPronyColumns = 32;  // of them, the last, are in Prony's system
-constexpr int kMoreMembers = 3;    // that a set which explained others before may lack
-constexpr int kFewMembers = 8;     // up to which every number of bad workers is tried
-constexpr int kSnapshots = 3;      // windows of the syndromes per member that the subspace is taken from
-constexpr int kMostDimension = 8;  // of a code whose workers are asked for a consensus
+constexpr int kActiveStep = 8;           // projections that join the search at a time, the least explained first
+constexpr int kPronyColumns = 32;        // of them, the last, are in Prony's system
+constexpr int kMoreMembers = 3;          // that a set which explained others before may lack
+constexpr int kFewMembers = 8;           // up to which every number of bad workers is tried
+constexpr int kSnapshots = 3;            // windows of the syndromes per member that the subspace is taken from
+constexpr int kMostDimension = 8;        // of a code whose workers are asked for a consensus
+constexpr double kAlike = 1e-3;          // relative
+constexpr int kMostRivalDimension = 40;  // of a code where a second codeword is looked for
 constexpr int kConsensusTrials = 1024, kConsensusColumns = 8;
 constexpr int kConsensusDomain = 6;       // of Philox, beside those of core/random.h
-constexpr int kMostSubsets = 20000;       // size of step 6
-constexpr int kMostSubsetSize = 12;       // and step 6 is left out for larger sets
+constexpr int kMostSubsets = 20000;       // size of step 7
+constexpr int kMostSubsetSize = 12;       // and step 7 is left out for larger sets
 constexpr int kWindow = 5;                // so many more workers than sought are in a window of neighbours
 constexpr int kBeam = 32;                 // sets that the best-first search keeps
 constexpr int kChildren = 12;             // exchanges of one member that it considers
@@ -159,6 +163,21 @@ struct SubspaceScratch {
   }
 };
 
+struct RivalScratch {
+  Complex *value, *system, *diagonal, *triangle, *vectors, *ratio;
+
+  DRACO_MEMBER RivalScratch(Arena arena, int64_t n, int64_t s, int64_t* used) {
+    const int64_t dimension = n - 2 * s, unknowns = dimension <= kMostRivalDimension ? 3 * dimension : 0;
+    value = arena.take<Complex>(2 * n);
+    system = arena.take<Complex>(n * unknowns + 1);
+    diagonal = arena.take<Complex>(unknowns + 1);
+    triangle = arena.take<Complex>(unknowns * unknowns + 1);
+    vectors = arena.take<Complex>(unknowns * unknowns + 1);
+    ratio = arena.take<Complex>(n);
+    if (used != nullptr && arena.used > *used) *used = arena.used;
+  }
+};
+
 struct SubsetScratch {
   Complex* level;
 
@@ -191,6 +210,7 @@ class Locator {
     int64_t most = arena.used;
     PronyScratch(arena, workers, adversaries, &most);
     SubspaceScratch(arena, workers, adversaries, &most);
+    RivalScratch(arena, workers, adversaries, &most);
     if (adversaries > 0) SubsetScratch(arena, workers, adversaries, &most);
     BeamScratch(arena, adversaries, &most);
     return most;
@@ -564,6 +584,8 @@ class Locator {
     if (size > 0) return size;
     const int others = consensus();
     if (others > 0) return others;
+    const int rivals = rival_codeword();
+    if (rivals > 0) return rivals;
     work_ = 0;
     for (int nu = 2 * kFewMembers; nu < 2 * most_ && most_ > kFewMembers; nu *= 2) {
       const int tried = nu < most_ ? nu : most_;
@@ -978,6 +1000,84 @@ class Locator {
       if (nu > 0 && nu <= most_ && exchange(nu)) return nu;
     }
     return 0;
+  }
+
+  // Errors that are alike in half of the workers, in a code of few dimensions, where 4. sees too little: the bad send
+  // multiples of what is right, or all a word of the code that is right elsewhere (of the step before, or 0). Two
+  // projections of worker j are then w_j D_0(x_j) and w_j D_1(x_j) with polynomials D of degree n - 2s - 1, so that the
+  // first times D_1(x_j) is the second times D_0(x_j): linear equations for D, which give w_j, and most of these are
+  // those of the honest. In the second case y_j is p(x_j) or q(x_j), a root of y^2 - S(x_j) y + P(x_j) with S = p + q
+  // and P = p q, of twice the degree: linear equations as well (Sudan 1997), and 2 y_j - S(x_j) is D = p - q with a
+  // sign as w_j. Returns as subspace() does.
+  DRACO_TEAM_CALL int rival_codeword() {
+    const int dimension = n_ - k2_, present = n_ - erased_count_;
+    if (dimension > kMostRivalDimension || 3 * dimension > present || most_ <= kFewMembers || active_count_ < 2)
+      return 0;
+    const RivalScratch scratch(arena_, n_, in_.adversaries, nullptr);
+    Complex* const value = scratch.value;
+    for (int elsewhere = 0; elsewhere <= 1; ++elsewhere) {
+      for (int a = 0; a < 2; ++a) {
+        Complex* own = value + int64_t{a} * n_;
+        double size = 0;
+        for (int j = 0; j < n_; ++j) size += norm2(at_.active_p[int64_t{j} * stride_ + a]) / n_;
+        const double scale = size > 0 ? 1 / sqrt(size) : 0;
+        for (int j = team_.thread; j < n_; j += team_.threads) own[j] = scale * at_.active_p[int64_t{j} * stride_ + a];
+        team_.sync();
+        if (!elsewhere) continue;
+        const Complex* quadratic = null_of(scratch, 3 * dimension, [&](int j, int l) {
+          if (l == 3 * dimension - 1) return own[j] * own[j];
+          return l < dimension ? own[j] * at_.node[int64_t{l} * j % n_] : at_.node[int64_t{l - dimension} * j % n_];
+        });
+        for (int j = team_.thread; j < n_; j += team_.threads)
+          own[j] = 2.0 * own[j] * quadratic[3 * dimension - 1] + evaluate(quadratic, dimension - 1, at_.node[j]);
+        team_.sync();
+      }
+      const Complex* common = null_of(scratch, 2 * dimension, [&](int j, int l) {
+        return l < dimension ? value[j] * at_.node[int64_t{l} * j % n_]
+                             : -1.0 * value[n_ + j] * at_.node[int64_t{l - dimension} * j % n_];
+      });
+      for (int j = team_.thread; j < n_; j += team_.threads)
+        scratch.ratio[j] = divide(value[j], evaluate(common + dimension, dimension - 1, at_.node[j]));
+      team_.sync();
+      const auto alike = [&](int64_t i, int64_t j) {
+        return norm2(scratch.ratio[i] - scratch.ratio[j]) <= kAlike * kAlike * norm2(scratch.ratio[j]);
+      };
+      const int64_t honest = team_.argmin(n_, [&](int64_t j) {
+        if (is_erased(j)) return kNever;
+        double count = 0;
+        for (int i = 0; i < n_; ++i) count -= !is_erased(i) && alike(i, j);
+        return count;
+      });
+      int nu = 0;
+      for (int j = 0; j < n_ && honest >= 0; ++j) {
+        if (is_erased(j) || alike(j, honest)) continue;
+        if (team_.thread == 0 && nu < most_) at_.set[nu] = j;
+        ++nu;
+      }
+      team_.sync();
+      work_ = 0;
+      if (nu > 0 && nu <= most_ && exchange(nu)) return nu;
+    }
+    return 0;
+  }
+
+  // The coefficients that come nearest to solving the equations sum over l of entry(j, l) c_l = 0, one of each worker
+  // that is not erased.
+  template <typename Entry>
+  DRACO_TEAM const Complex* null_of(const RivalScratch& scratch, int unknowns, Entry&& entry) {
+    for (int64_t i = team_.thread; i < int64_t{n_} * unknowns; i += team_.threads) {
+      const int j = static_cast<int>(i % n_);
+      scratch.system[i] = is_erased(j) ? Complex{0, 0} : entry(j, static_cast<int>(i / n_));
+    }
+    team_.sync();
+    factor(team_, scratch.system, n_, unknowns, scratch.diagonal);
+    for (int i = team_.thread; i < unknowns * unknowns; i += team_.threads) {
+      const int l = i / unknowns, m = i % unknowns;
+      scratch.triangle[i] = m < l ? scratch.system[int64_t{l} * n_ + m] : m == l ? scratch.diagonal[l] : Complex{0, 0};
+    }
+    team_.sync();
+    return scratch.vectors +
+           null_vector(team_, scratch.triangle, unknowns, unknowns, scratch.vectors).column * unknowns;
   }
 
   // Takes the members of `set` that explain no more than noise out of it, and returns how many are left, or 0 where
