@@ -245,6 +245,8 @@ OWN_ERRORS = {
     },
     "scaled by 2": lambda z, old, g: 2 * z,
     "flipped sign": lambda z, old, g: -z,
+    "zero": lambda z, old, g: torch.zeros_like(z),
+    "scaled, each otherwise": lambda z, old, g: z * (1 + torch.randn(len(z), 1, generator=g).to(z)),
     "one element": lambda z, old, g: one_element_wrong(z, g),
     "bfloat16": lambda z, old, g: z.bfloat16().to(z),
     "stale": lambda z, old, g: old,
@@ -252,7 +254,7 @@ OWN_ERRORS = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "s"), [(48, 20), (64, 16), (128, 32), (255, 30), (255, 64), (255, 127)])
+@pytest.mark.parametrize(("n", "s"), [(48, 20), (64, 16), (127, 58), (128, 32), (255, 30), (255, 64), (255, 127)])
 def test_any_number_of_bad_workers_that_do_not_collude(n, s, dtype, device, simt, generator):
     """All s, and some number below, wrong in the natural ways: they are found, and nobody else is named."""
     if simt and n > 48:

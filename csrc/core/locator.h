@@ -51,7 +51,7 @@ constexpr int kFewMembers = 8;           // up to which every number of bad work
 constexpr int kSnapshots = 3;            // windows of the syndromes per member that the subspace is taken from
 constexpr int kMostDimension = 8;        // of a code whose workers are asked for a consensus
 constexpr double kAlike = 1e-3;          // relative
-constexpr int kMostRivalDimension = 40;  // of a code where a second codeword is looked for
+constexpr int kMostRivalDimension = 56;  // of a code where a second codeword is looked for
 constexpr int kConsensusTrials = 1024, kConsensusColumns = 8;
 constexpr int kConsensusDomain = 6;       // of Philox, beside those of core/random.h
 constexpr int kMostSubsets = 20000;       // size of step 7
