@@ -406,6 +406,71 @@ def test_large_codes_over_magnitudes(n, s, place, kind, device, simt, generator)
     assert found_any
 
 
+def messages_of(code, d, dtype, generator):
+    """Honest messages of random gradients, elements of size 1, and the gradients' mean, without n^2 encodings."""
+    gradients = torch.randn(code.parts, d // 2, dtype=torch.complex128, generator=generator)
+    weights = torch.from_numpy(code.weights.copy())
+    gradients /= weights.abs().square().sum(1).max().sqrt()
+    return torch.view_as_real(weights @ gradients).flatten(1).to(dtype), torch.view_as_real(gradients.mean(0)).flatten()
+
+
+def one_element_wrong(messages, generator):
+    sent = messages.clone()
+    sent[range(len(sent)), torch.randint(sent.size(1), sent.shape[:1], generator=generator)] += 30
+    return sent
+
+
+# f(honest messages of the bad, other honest messages of theirs, generator) -> what they send instead
+OWN_ERRORS = {
+    **{
+        f"all elements, {size:g}": lambda z, old, g, size=size: z + size * torch.randn(z.shape, generator=g).to(z)
+        for size in (1, 0.1, 1e-3, 1e-4)
+    },
+    "scaled by 2": lambda z, old, g: 2 * z,
+    "flipped sign": lambda z, old, g: -z,
+    "zero": lambda z, old, g: torch.zeros_like(z),
+    "scaled, each otherwise": lambda z, old, g: z * (1 + torch.randn(len(z), 1, generator=g).to(z)),
+    "one element": lambda z, old, g: one_element_wrong(z, g),
+    "bfloat16": lambda z, old, g: z.bfloat16().to(z),
+    "stale": lambda z, old, g: old,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "s"), [(48, 20), (64, 16), (127, 58), (128, 32), (255, 30), (255, 64), (255, 127)])
+def test_any_number_of_bad_workers_that_do_not_collude(n, s, dtype, device, simt, generator):
+    """All s, and some number below, wrong in the natural ways: they are found, and nobody else is named."""
+    if simt and n > 48:
+        pytest.skip("left to the faster devices")
+    code, d, rng = CyclicCode(n, s), 500, np.random.default_rng(generator.initial_seed())
+    messages, mean = messages_of(code, d, dtype, generator)
+    before = messages_of(code, d, dtype, generator)[0]
+    for count in (s,) if simt else (s, int(rng.integers(s // 2, s))):
+        for kind, error in OWN_ERRORS.items():
+            bad = rng.choice(n, count, replace=False).tolist()
+            sent = messages.clone()
+            sent[bad] = error(messages[bad], before[bad], generator)
+            out = on(device, draco_ext.decode, sent, code)
+            assert not out.failed, f"{kind} {count}"
+            assert named(out.suspects) <= set(bad), f"{kind} {count}"
+            wrong = relative_error(out.gradient, mean)
+            assert wrong <= 30 * BOUND[dtype], f"{kind} {count}: {wrong}"
+
+
+def test_each_bad_worker_is_wrong_in_a_tile_of_its_own(device, simt, generator):
+    """As many columns have to be looked at as there are bad workers."""
+    n, s, d = (12, 3, 3 * ops.TILE) if simt else (48, 20, 20 * ops.TILE)
+    code, rng = CyclicCode(n, s), np.random.default_rng(generator.initial_seed())
+    messages, mean = messages_of(code, d, torch.float32, generator)
+    bad = rng.choice(n, s, replace=False).tolist()
+    for i, j in enumerate(bad):
+        messages[j, i * ops.TILE : (i + 1) * ops.TILE] += 0.1 * torch.randn(ops.TILE, generator=generator)
+    out = on(device, draco_ext.decode, messages, code)
+    assert not out.failed
+    assert named(out.suspects) <= set(bad)
+    assert relative_error(out.gradient, mean) <= 30 * BOUND[torch.float32]
+
+
 def test_clean_runs_accuse_nobody(device, simt, generator):
     codes = [(3, 1), (7, 2), (8, 3), (15, 3), (16, 3), (45, 5), (41, 20)]
     cases = itertools.product(codes, DTYPES, (1e-30, 1e-6, 1.0, 1e20), (1, 2, 7, 130, 3000))

@@ -15,15 +15,17 @@
 //      span what the bad nodes' windows span. Far better conditioned than 2., the more the errors differ from column
 //      to column: it finds hundreds of bad workers that do not collude.
 //   5. Consensus of workers taken at random, where the code has few dimensions.
-//   6. All subsets of neighbours on the circle, whose errors can nearly cancel in the syndromes.
-//   7. Best-first search over exchanges, and all subsets of a pool of likely workers.
+//   6. A second codeword or multiples of the first, sent by half of the workers, where the code has some dimensions
+//   more.
+//   7. All subsets of neighbours on the circle, whose errors can nearly cancel in the syndromes.
+//   8. Best-first search over exchanges, and all subsets of a pool of likely workers.
 //
-// What 2. to 5. give is improved by exchanging one member at a time while the unexplained energy falls. Whatever the
+// What 2. to 6. give is improved by exchanging one member at a time while the unexplained energy falls. Whatever the
 // search does, a set is only accepted when it explains every projection; otherwise decoding has failed. A member of the
-// set is named only if no other worker could be it: errors little above the noise may be explained by several sets, all
-// of which give the same gradient up to noise, and the honest must not be accused.
-// All arithmetic is double. Scratch comes from the caller: nothing is allocated here. Every method is a collective of
-// its team (core/team.h): all threads make the same decisions from the same values.
+// set is named only if no set without it explains them as well: errors little above the noise may be explained by
+// several sets, all of which give the same gradient up to noise, and the honest must not be accused. All arithmetic is
+// double. Scratch comes from the caller: nothing is allocated here. Every method is a collective of its team
+// (core/team.h): all threads make the same decisions from the same values.
 #pragma once
 
 #include <cmath>
@@ -42,21 +44,25 @@ constexpr double kQuiet = 0.1;      // of the tolerated energy: what honest nois
 // What the search takes for explained: less than 1, as all columns are looked at again by other code, rounded
 // otherwise.
 constexpr double kExplained = 0.9;
-constexpr int kActiveStep = 8;     // projections that join the search at a time, the least explained first
-constexpr int kPronyColumns = 32;  // of them, the last, are in Prony's system
-constexpr int kMoreMembers = 3;    // that a set which explained others before may lack
-constexpr int kFewMembers = 8;     // up to which every number of bad workers is tried
-constexpr int kSnapshots = 3;      // windows of the syndromes per member that the subspace is taken from
-constexpr int kMostDimension = 8;  // of a code whose workers are asked for a consensus
+constexpr int kActiveStep = 8;           // projections that join the search at a time, the least explained first
+constexpr int kPronyColumns = 32;        // of them, the last, are in Prony's system
+constexpr int kMoreMembers = 3;          // that a set which explained others before may lack
+constexpr int kFewMembers = 8;           // up to which every number of bad workers is tried
+constexpr int kSnapshots = 3;            // windows of the syndromes per member that the subspace is taken from
+constexpr int kMostDimension = 8;        // of a code whose workers are asked for a consensus
+constexpr double kAlike = 1e-3;          // relative
+constexpr int kMostRivalDimension = 56;  // of a code where a second codeword is looked for
 constexpr int kConsensusTrials = 1024, kConsensusColumns = 8;
-constexpr int kConsensusDomain = 6;  // of Philox, beside those of core/random.h
-constexpr int kMostSubsets = 20000;  // size of step 6
-constexpr int kMostSubsetSize = 12;  // and step 6 is left out for larger sets
-constexpr int kWindow = 5;           // so many more workers than sought are in a window of neighbours
-constexpr int kBeam = 32;            // sets that the best-first search keeps
-constexpr int kChildren = 12;        // exchanges of one member that it considers
-constexpr int kTogether = 4;         // active projections that one thread multiplies at a time
-constexpr int kMostDoublings = 10;   // of the tolerated amplitude, below which nobody is named
+constexpr int kConsensusDomain = 6;       // of Philox, beside those of core/random.h
+constexpr int kMostSubsets = 20000;       // size of step 7
+constexpr int kMostSubsetSize = 12;       // and step 7 is left out for larger sets
+constexpr int kWindow = 5;                // so many more workers than sought are in a window of neighbours
+constexpr int kBeam = 32;                 // sets that the best-first search keeps
+constexpr int kChildren = 12;             // exchanges of one member that it considers
+constexpr int kTogether = 4;              // active projections that one thread multiplies at a time
+constexpr double kNear = 2, kFar = 1024;  // times the tolerated amplitude, within which nobody is named: see name()
+constexpr int kMoreRivals = 1;            // than members in a set that speaks against naming one
+constexpr double kMostNamingWork = 1.5e7;
 constexpr double kRounding = 1e-12;  // of singular values, relative to the largest, with room
 constexpr double kNever = NAN;       // what argmin passes over
 constexpr double kMostWork = 6e7;    // complex multiplications of one search: bounds what an attacker can make it cost
@@ -157,6 +163,21 @@ struct SubspaceScratch {
   }
 };
 
+struct RivalScratch {
+  Complex *value, *system, *diagonal, *triangle, *vectors, *ratio;
+
+  DRACO_MEMBER RivalScratch(Arena arena, int64_t n, int64_t s, int64_t* used) {
+    const int64_t dimension = n - 2 * s, unknowns = dimension <= kMostRivalDimension ? 3 * dimension : 0;
+    value = arena.take<Complex>(2 * n);
+    system = arena.take<Complex>(n * unknowns + 1);
+    diagonal = arena.take<Complex>(unknowns + 1);
+    triangle = arena.take<Complex>(unknowns * unknowns + 1);
+    vectors = arena.take<Complex>(unknowns * unknowns + 1);
+    ratio = arena.take<Complex>(n);
+    if (used != nullptr && arena.used > *used) *used = arena.used;
+  }
+};
+
 struct SubsetScratch {
   Complex* level;
 
@@ -189,6 +210,7 @@ class Locator {
     int64_t most = arena.used;
     PronyScratch(arena, workers, adversaries, &most);
     SubspaceScratch(arena, workers, adversaries, &most);
+    RivalScratch(arena, workers, adversaries, &most);
     if (adversaries > 0) SubsetScratch(arena, workers, adversaries, &most);
     BeamScratch(arena, adversaries, &most);
     return most;
@@ -245,17 +267,9 @@ class Locator {
       if (found < 0) return false;
     }
     found = prune(found, energy, per_column);
-    if (found > 0) {
-      make_checks(at_.set, found);
-      residuals(k2_ - erased_count_ - found);
-      reach_out(at_.set, found);
-    }
-    for (int i = 0; i < found; ++i) {
-      const bool named = certain(found, i);
-      if (team_.thread == 0) left_out[at_.set[i]] = 1;
-      if (team_.thread == 0 && named) suspects[at_.set[i]] = 1;
-    }
+    for (int i = team_.thread; i < found; i += team_.threads) left_out[at_.set[i]] = 1;
     team_.sync();
+    name(found, suspects);
     return true;
   }
 
@@ -464,6 +478,7 @@ class Locator {
     }
     team_.sync();
     for (int i = team_.thread; i < erased_count_ + count; i += team_.threads) at_.gain[worker(members, i)] = -1;
+    if (barred_ >= 0 && team_.thread == 0) at_.gain[barred_] = -1;
     team_.sync();
   }
 
@@ -520,7 +535,7 @@ class Locator {
 
   // Whether worker j can take a member's place, and the squared norm of what h_j adds to the others' columns then.
   DRACO_TEAM double place(const int* members, int count, int i, int64_t j) const {
-    bool out = is_erased(j);
+    bool out = is_erased(j) || j == barred_;
     for (int l = 0; l < count; ++l) out |= members[l] == j;
     const double size = at_.size[j] + norm2(at_.along[int64_t{i} * n_ + j]);
     return out || !(size > 1e-24) ? 0 : size;
@@ -552,11 +567,8 @@ class Locator {
     // With many workers one analysis of a set is so much work itself.
     const double analysis = static_cast<double>(n_) * k2_ * (2 * most_ + active_count_);
     budget_ = kMostWork > 12 * analysis ? kMostWork : 12 * analysis;
-    for (int nu = found; found > 0 && nu < most_ && nu < found + kMoreMembers; ++nu) {
-      gains(at_.set, nu);
-      put(at_.set + nu, best_gain());
-      if (exchange(nu + 1)) return nu + 1;
-    }
+    const int larger = found > 0 ? grow(found, kMoreMembers) : 0;
+    if (larger > 0) return larger;
     const int few = most_ < kFewMembers ? most_ : kFewMembers;
     for (int nu = found > 1 ? found : 1; nu <= few; ++nu) {
       if (!prony(nu)) {
@@ -572,6 +584,8 @@ class Locator {
     if (size > 0) return size;
     const int others = consensus();
     if (others > 0) return others;
+    const int rivals = rival_codeword();
+    if (rivals > 0) return rivals;
     work_ = 0;
     for (int nu = 2 * kFewMembers; nu < 2 * most_ && most_ > kFewMembers; nu *= 2) {
       const int tried = nu < most_ ? nu : most_;
@@ -594,6 +608,17 @@ class Locator {
     team_.sync();
     if (likeliest()) return most_;
     return -1;
+  }
+
+  // Adds the worker that explains most to the first `count` of `set`, and exchanges, until they explain the active
+  // projections, at most `more` times. How many they are then, or 0.
+  DRACO_TEAM_CALL int grow(int count, int more) {
+    for (int nu = count; nu < most_ && nu < count + more && work_ < budget_; ++nu) {
+      gains(at_.set, nu);
+      put(at_.set + nu, best_gain());
+      if (exchange(nu + 1)) return nu + 1;
+    }
+    return 0;
   }
 
   // Best-first search: of the kBeam sets that leave least unexplained, starting with `set`, one member at a time is
@@ -668,20 +693,22 @@ class Locator {
   // Exchanges one member at a time for the worker that lowers the unexplained energy most, until the set explains the
   // active projections as well as honest noise would. A set that only just explains them is exchanged further: of
   // several that do, the true one leaves the least.
-  DRACO_TEAM_CALL bool exchange(int nu) {
+  DRACO_TEAM_CALL bool exchange(int nu) { return settle(nu, kQuiet) <= kExplained; }
+
+  // The same, or until excess() is no more than `enough`; what that is in the end.
+  DRACO_TEAM_CALL double settle(int nu, double enough) {
     double reached = HUGE_VAL;
     for (;;) {
       const double now = excess(at_.set, nu);
-      if (now <= kQuiet) return true;
-      if (work_ > budget_) return now <= kExplained;
+      if (now <= enough || work_ > budget_) return now;
       reach_out(at_.set, nu);
       const auto left = [&](int64_t i) { return left_after(at_.set, nu, static_cast<int>(i / n_), i % n_); };
       const int64_t best = team_.argmin(int64_t{nu} * n_, left);
       work_ += static_cast<double>(nu) * n_ * active_count_;
-      if (best < 0) return now <= kExplained;
+      if (best < 0) return now;
       const double least = left(best);
       team_.sync();
-      if (!(least < reached * (1 - 1e-9))) return now <= kExplained;
+      if (!(least < reached * (1 - 1e-9))) return now;
       reached = least;
       put(at_.set + best / n_, static_cast<int>(best % n_));
     }
@@ -717,23 +744,61 @@ class Locator {
     return found;
   }
 
-  // Whether member i is taken for certainly bad: no other worker in its place comes near to explaining the projections.
-  // Near is within 2 to the power of most_ times the tolerated amplitude, 1000 at most: the bad may differ from the set
-  // in other members as well, and so nearly explain them without i. Where only one may be bad there are no others. How
-  // often that misleads: docs/guarantee.md. After reach_out().
-  DRACO_TEAM_CALL bool certain(int found, int i) {
+  // A member is named where no other set without it comes near to explaining the projections, as far as a search can
+  // tell that starts from the set with the member exchanged for the best other. It may be larger by kMoreRivals
+  // members, not more: s that collude and surround an honest worker can imitate any error of it, and taking that for
+  // what happened, not the one worker, would leave a single fault unnamed in large codes. Near is within kNear times
+  // the tolerated amplitude, as the search is not exhaustive. Where sets are so large that it takes too long only the
+  // exchange is made, and near is within kFar. How often that misleads: docs/guarantee.md.
+  DRACO_TEAM_CALL void name(int found, uint8_t* suspects) {
+    if (found == 0) return;
+    make_checks(at_.set, found);
+    residuals(k2_ - erased_count_ - found);
+    reach_out(at_.set, found);
+    copy(at_.pool, at_.set, found);
+    for (int i = 0; i < found; ++i) exchanged(found, i);
+    work_ = 0;
+    budget_ = kMostNamingWork;
+    for (int i = 0; i < found; ++i) {
+      double apart = at_.rank[i];
+      if (most_ > 1 && apart > kNear * kNear && work_ < budget_) {
+        copy_without(at_.set, at_.pool, found, i);
+        put(at_.set + found - 1, at_.best[i]);
+        barred_ = at_.pool[i];
+        const double less = without(found);
+        if (less < apart) apart = less;
+        barred_ = -1;
+      }
+      const double near = most_ == 1 ? 1 : work_ < budget_ ? kNear : kFar;
+      if (team_.thread == 0 && apart > near * near) suspects[at_.pool[i]] = 1;
+    }
+    team_.sync();
+  }
+
+  // Member i's best exchange: who joins, to `best`, and the excess() of what it leaves, to `rank`. After reach_out().
+  DRACO_TEAM_CALL void exchanged(int found, int i) {
     const int64_t other = team_.argmin(n_, [&](int64_t j) { return left_after(at_.set, found, i, j); });
-    if (other < 0) return true;
-    const double size = place(at_.set, found, i, other);
-    double worst = 0;
-    for (int a = 0; a < active_count_; ++a) {
+    double worst = other < 0 ? HUGE_VAL : 0;
+    const double size = other < 0 ? 0 : place(at_.set, found, i, other);
+    for (int a = 0; a < active_count_ && other >= 0; ++a) {
       const double energy = at_.energy[a] + change(i, other, size, a);
       if (!(energy <= worst)) worst = energy;
     }
     team_.sync();
-    const int checks = k2_ - erased_count_ - found;
-    const double near = most_ == 1 ? 1 : ldexp(1.0, 2 * (most_ < kMostDoublings ? most_ : kMostDoublings));
-    return checks > 0 && worst > near * checks * kTolerance * kTolerance;
+    put(at_.best + i, static_cast<int>(other));
+    put(at_.rank + i, worst / ((k2_ - erased_count_ - found) * kTolerance * kTolerance));
+  }
+
+  // The least excess() that exchanges reach from the first `count` of `set` on, and with up to kMoreRivals more.
+  DRACO_TEAM_CALL double without(int count) {
+    double least = HUGE_VAL;
+    for (int nu = count;; ++nu) {
+      const double left = settle(nu, kNear * kNear);
+      if (left < least) least = left;
+      if (nu == most_ || nu == count + kMoreRivals || least <= kNear * kNear || work_ > budget_) return least;
+      gains(at_.set, nu);
+      put(at_.set + nu, best_gain());
+    }
   }
 
   // The syndromes (syndromes, active) that the erased workers do not enter: their nodes are roots of the polynomial
@@ -859,6 +924,8 @@ class Locator {
         least = total_;
         size = nu;
         copy(at_.pool, at_.set, nu);
+        const int larger = grow(nu, kMoreMembers);  // of the smallest errors some are below the noise in windows
+        if (larger > 0) return larger;
       }
       // The nearest are right, as a rule, and one that is not costs a check only. So the nearest half, and three
       // quarters, are taken for bad, and the others looked for in what is left: a problem of half the size.
@@ -869,16 +936,12 @@ class Locator {
         const int all = drop_innocent(given + signal_nodes(scratch, given, syndromes, width, used, largest));
         if (all > 0 && exchange(all)) return all;
       }
-      if (nu > 0 && nu < most_ && work_ < budget_) {  // of the smallest errors some may be below the noise in windows
-        copy(at_.set, at_.pool, size);
-        for (nu = size; nu < most_ && work_ < budget_; ++nu) {
-          gains(at_.set, nu);
-          put(at_.set + nu, best_gain());
-          if (exchange(nu + 1)) return nu + 1;
-        }
-      }
     }
     if (size == 0 || most_ <= kMostSubsetSize) return 0;
+    work_ = 0;
+    copy(at_.set, at_.pool, size);
+    const int larger = grow(size, most_);
+    if (larger > 0) return larger;
     work_ = 0;
     copy(at_.set, at_.pool, size);
     return best_first(size) ? size : 0;
@@ -937,6 +1000,84 @@ class Locator {
       if (nu > 0 && nu <= most_ && exchange(nu)) return nu;
     }
     return 0;
+  }
+
+  // Errors that are alike in half of the workers, in a code of few dimensions, where 4. sees too little: the bad send
+  // multiples of what is right, or all a word of the code that is right elsewhere (of the step before, or 0). Two
+  // projections of worker j are then w_j D_0(x_j) and w_j D_1(x_j) with polynomials D of degree n - 2s - 1, so that the
+  // first times D_1(x_j) is the second times D_0(x_j): linear equations for D, which give w_j, and most of these are
+  // those of the honest. In the second case y_j is p(x_j) or q(x_j), a root of y^2 - S(x_j) y + P(x_j) with S = p + q
+  // and P = p q, of twice the degree: linear equations as well (Sudan 1997), and 2 y_j - S(x_j) is D = p - q with a
+  // sign as w_j. Returns as subspace() does.
+  DRACO_TEAM_CALL int rival_codeword() {
+    const int dimension = n_ - k2_, present = n_ - erased_count_;
+    if (dimension > kMostRivalDimension || 3 * dimension > present || most_ <= kFewMembers || active_count_ < 2)
+      return 0;
+    const RivalScratch scratch(arena_, n_, in_.adversaries, nullptr);
+    Complex* const value = scratch.value;
+    for (int elsewhere = 0; elsewhere <= 1; ++elsewhere) {
+      for (int a = 0; a < 2; ++a) {
+        Complex* own = value + int64_t{a} * n_;
+        double size = 0;
+        for (int j = 0; j < n_; ++j) size += norm2(at_.active_p[int64_t{j} * stride_ + a]) / n_;
+        const double scale = size > 0 ? 1 / sqrt(size) : 0;
+        for (int j = team_.thread; j < n_; j += team_.threads) own[j] = scale * at_.active_p[int64_t{j} * stride_ + a];
+        team_.sync();
+        if (!elsewhere) continue;
+        const Complex* quadratic = null_of(scratch, 3 * dimension, [&](int j, int l) {
+          if (l == 3 * dimension - 1) return own[j] * own[j];
+          return l < dimension ? own[j] * at_.node[int64_t{l} * j % n_] : at_.node[int64_t{l - dimension} * j % n_];
+        });
+        for (int j = team_.thread; j < n_; j += team_.threads)
+          own[j] = 2.0 * own[j] * quadratic[3 * dimension - 1] + evaluate(quadratic, dimension - 1, at_.node[j]);
+        team_.sync();
+      }
+      const Complex* common = null_of(scratch, 2 * dimension, [&](int j, int l) {
+        return l < dimension ? value[j] * at_.node[int64_t{l} * j % n_]
+                             : -1.0 * value[n_ + j] * at_.node[int64_t{l - dimension} * j % n_];
+      });
+      for (int j = team_.thread; j < n_; j += team_.threads)
+        scratch.ratio[j] = divide(value[j], evaluate(common + dimension, dimension - 1, at_.node[j]));
+      team_.sync();
+      const auto alike = [&](int64_t i, int64_t j) {
+        return norm2(scratch.ratio[i] - scratch.ratio[j]) <= kAlike * kAlike * norm2(scratch.ratio[j]);
+      };
+      const int64_t honest = team_.argmin(n_, [&](int64_t j) {
+        if (is_erased(j)) return kNever;
+        double count = 0;
+        for (int i = 0; i < n_; ++i) count -= !is_erased(i) && alike(i, j);
+        return count;
+      });
+      int nu = 0;
+      for (int j = 0; j < n_ && honest >= 0; ++j) {
+        if (is_erased(j) || alike(j, honest)) continue;
+        if (team_.thread == 0 && nu < most_) at_.set[nu] = j;
+        ++nu;
+      }
+      team_.sync();
+      work_ = 0;
+      if (nu > 0 && nu <= most_ && exchange(nu)) return nu;
+    }
+    return 0;
+  }
+
+  // The coefficients that come nearest to solving the equations sum over l of entry(j, l) c_l = 0, one of each worker
+  // that is not erased.
+  template <typename Entry>
+  DRACO_TEAM const Complex* null_of(const RivalScratch& scratch, int unknowns, Entry&& entry) {
+    for (int64_t i = team_.thread; i < int64_t{n_} * unknowns; i += team_.threads) {
+      const int j = static_cast<int>(i % n_);
+      scratch.system[i] = is_erased(j) ? Complex{0, 0} : entry(j, static_cast<int>(i / n_));
+    }
+    team_.sync();
+    factor(team_, scratch.system, n_, unknowns, scratch.diagonal);
+    for (int i = team_.thread; i < unknowns * unknowns; i += team_.threads) {
+      const int l = i / unknowns, m = i % unknowns;
+      scratch.triangle[i] = m < l ? scratch.system[int64_t{l} * n_ + m] : m == l ? scratch.diagonal[l] : Complex{0, 0};
+    }
+    team_.sync();
+    return scratch.vectors +
+           null_vector(team_, scratch.triangle, unknowns, unknowns, scratch.vectors).column * unknowns;
   }
 
   // Takes the members of `set` that explain no more than noise out of it, and returns how many are left, or 0 where
@@ -1173,6 +1314,7 @@ class Locator {
   Arena arena_;
   LocatorScratch at_;
   int n_ = 0, k2_ = 0, most_ = 0, erased_count_ = 0, active_count_ = 0, stride_ = 0;
+  int barred_ = -1;                                   // a worker that no set may take in
   double work_ = 0, budget_ = kMostWork, total_ = 0;  // total_: what residuals() found unexplained in all
 };
 
