@@ -437,16 +437,20 @@ OWN_ERRORS = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "s"), [(48, 20), (64, 16), (127, 58), (128, 32), (255, 30), (255, 64), (255, 127)])
+@pytest.mark.parametrize(
+    ("n", "s"), [(48, 20), (63, 26), (64, 16), (127, 58), (128, 32), (255, 30), (255, 64), (255, 127)]
+)
 def test_any_number_of_bad_workers_that_do_not_collude(n, s, dtype, device, simt, generator):
     """All s, and some number below, wrong in the natural ways: they are found, and nobody else is named."""
-    if simt and n > 48:
+    if simt and (n > 63 or dtype == torch.float64):
         pytest.skip("left to the faster devices")
     code, d, rng = CyclicCode(n, s), 500, np.random.default_rng(generator.initial_seed())
     messages, mean = messages_of(code, d, dtype, generator)
     before = messages_of(code, d, dtype, generator)[0]
     for count in (s,) if simt else (s, int(rng.integers(s // 2, s))):
         for kind, error in OWN_ERRORS.items():
+            if simt and kind not in ("all elements, 0.1", "flipped sign", "stale"):
+                continue
             bad = rng.choice(n, count, replace=False).tolist()
             sent = messages.clone()
             sent[bad] = error(messages[bad], before[bad], generator)
