@@ -1,6 +1,6 @@
 """The tables of docs/guarantee.md about naming: which faults the cyclic code leaves out, and whom it names.
 
-``python bench/naming.py`` prints them, with machine and date, in one to three minutes; ``--write`` puts them there.
+``python bench/naming.py`` prints them, with machine and date, in less than a minute; ``--write`` puts them there.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def cell(counts: Counts) -> str:
 
 def percent(count: int, of: int) -> str:
     """Never rounded to 0 or 100."""
-    return f"{min(max(round(100 * count / of), count > 0), 100 - (count < of))}"
+    return f"{min(max(round(100 * count / of), int(count > 0)), 100 - (count < of))}"
 
 
 def table(rows: Iterator[list[str]]) -> str:
