@@ -53,15 +53,15 @@ constexpr int kMostDimension = 8;        // of a code whose workers are asked fo
 constexpr double kAlike = 1e-3;          // relative
 constexpr int kMostRivalDimension = 56;  // of a code where a second codeword is looked for
 constexpr int kConsensusTrials = 1024, kConsensusColumns = 8;
-constexpr int kConsensusDomain = 6;       // of Philox, beside those of core/random.h
-constexpr int kMostSubsets = 20000;       // size of step 7
-constexpr int kMostSubsetSize = 12;       // and step 7 is left out for larger sets
-constexpr int kWindow = 5;                // so many more workers than sought are in a window of neighbours
-constexpr int kBeam = 32;                 // sets that the best-first search keeps
-constexpr int kChildren = 12;             // exchanges of one member that it considers
-constexpr int kTogether = 4;              // active projections that one thread multiplies at a time
-constexpr double kNear = 2, kFar = 1024;  // times the tolerated amplitude, within which nobody is named: see name()
-constexpr int kMoreRivals = 1;            // than members in a set that speaks against naming one
+constexpr int kConsensusDomain = 6;  // of Philox, beside those of core/random.h
+constexpr int kMostSubsets = 20000;  // size of step 7
+constexpr int kMostSubsetSize = 12;  // and step 7 is left out for larger sets
+constexpr int kWindow = 5;           // so many more workers than sought are in a window of neighbours
+constexpr int kBeam = 32;            // sets that the best-first search keeps
+constexpr int kChildren = 12;        // exchanges of one member that it considers
+constexpr int kTogether = 4;         // active projections that one thread multiplies at a time
+constexpr double kFar = 1024;        // times the tolerated amplitude, within which nobody is named: see name()
+constexpr int kMoreRivals = 1;       // than members in a set that speaks against naming one
 constexpr double kMostNamingWork = 1.5e7;
 constexpr double kRounding = 1e-12;  // of singular values, relative to the largest, with room
 constexpr double kNever = NAN;       // what argmin passes over
@@ -747,9 +747,10 @@ class Locator {
   // A member is named where no other set without it comes near to explaining the projections, as far as a search can
   // tell that starts from the set with the member exchanged for the best other. It may be larger by kMoreRivals
   // members, not more: s that collude and surround an honest worker can imitate any error of it, and taking that for
-  // what happened, not the one worker, would leave a single fault unnamed in large codes. Near is within kNear times
+  // what happened, not the one worker, would leave a single fault unnamed in large codes. Near is within near() times
   // the tolerated amplitude, as the search is not exhaustive. Where sets are so large that it takes too long only the
   // exchange is made, and near is within kFar. How often that misleads: docs/guarantee.md.
+  DRACO_TEAM double near(int more) const { return most_ == 1 ? 1 : more > 0 ? 2 : most_ == 2 ? 4 : 8; }
   DRACO_TEAM_CALL void name(int found, uint8_t* suspects) {
     if (found == 0) return;
     make_checks(at_.set, found);
@@ -760,17 +761,17 @@ class Locator {
     work_ = 0;
     budget_ = kMostNamingWork;
     for (int i = 0; i < found; ++i) {
-      double apart = at_.rank[i];
-      if (most_ > 1 && apart > kNear * kNear && work_ < budget_) {
+      const double square = near(0) * near(0);
+      bool named = at_.rank[i] > square;
+      if (most_ > 1 && named && work_ < budget_) {
         copy_without(at_.set, at_.pool, found, i);
         put(at_.set + found - 1, at_.best[i]);
         barred_ = at_.pool[i];
-        const double less = without(found);
-        if (less < apart) apart = less;
+        named = !comes_near(found);
         barred_ = -1;
       }
-      const double near = most_ == 1 ? 1 : work_ < budget_ ? kNear : kFar;
-      if (team_.thread == 0 && apart > near * near) suspects[at_.pool[i]] = 1;
+      if (most_ > 1 && work_ >= budget_) named &= at_.rank[i] > kFar * kFar;
+      if (team_.thread == 0 && named) suspects[at_.pool[i]] = 1;
     }
     team_.sync();
   }
@@ -789,15 +790,15 @@ class Locator {
     put(at_.rank + i, worst / ((k2_ - erased_count_ - found) * kTolerance * kTolerance));
   }
 
-  // The least excess() that exchanges reach from the first `count` of `set` on, and with up to kMoreRivals more.
-  DRACO_TEAM_CALL double without(int count) {
-    double least = HUGE_VAL;
-    for (int nu = count;; ++nu) {
-      const double left = settle(nu, kNear * kNear);
-      if (left < least) least = left;
-      if (nu == most_ || nu == count + kMoreRivals || least <= kNear * kNear || work_ > budget_) return least;
-      gains(at_.set, nu);
-      put(at_.set + nu, best_gain());
+  // Whether exchanges from the first `count` of `set` on, or with up to kMoreRivals more, lead to a set that comes
+  // near.
+  DRACO_TEAM_CALL bool comes_near(int count) {
+    for (int more = 0;; ++more) {
+      const double square = near(more) * near(more);
+      if (settle(count + more, square) <= square) return true;
+      if (count + more == most_ || more == kMoreRivals || work_ > budget_) return false;
+      gains(at_.set, count + more);
+      put(at_.set + count + more, best_gain());
     }
   }
 
