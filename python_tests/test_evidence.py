@@ -109,7 +109,7 @@ def _near_the_noise(rank, report):
         def adversary(step, message):
             altered = message.clone()
             if rank == 2:
-                altered[step % len(message)] += 4e-6 * message.norm()
+                altered[step % len(message)] += 1.8e-6 * message.norm()
             return altered
 
         rows, guard, outcomes = train(rank, CyclicCode(5, 2), transport, batch_size=85, steps=14, custom=adversary)
