@@ -215,7 +215,7 @@ def test_adaptive_adversary(n, s, d, dtype, generator):
     if s <= 5:
         assert search.worst <= (1e-4 if dtype == torch.float32 else 1e-12), told
         assert search.failures <= 0.02 * search.decodes, told
-    assert search.framed <= 0.001 * search.decodes, told
+    assert search.framed <= 0.01 * search.decodes, told
     assert search.worst > search.unit, "no attack did anything"
 
 
