@@ -106,7 +106,7 @@ def test_doctor_where_there_is_only_ipv6():
             "--workers",
             "2",
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "gradients are bit-reproducible" in done.stdout
 
