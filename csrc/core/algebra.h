@@ -24,7 +24,7 @@ struct Arena {
   }
 };
 
-DRACO_HD Complex divide(Complex a, Complex b) {
+DRACO_HD Complex quotient(Complex a, Complex b) {
   const double size = norm2(b);
   return size > 0 ? (1 / size) * (a * conj(b)) : Complex{0, 0};
 }

@@ -297,7 +297,7 @@ class Locator {
         Complex y{0, 0};
         for (int l = team_.lane; l < i; l += team_.lanes) y = y + at_.factor[int64_t{i} * k2_ + l] * conj(q[l]);
         y = Complex{1, 0} - team_.sum(y);
-        if (team_.lane == 0) q[i] = conj(divide(y, at_.diagonal[i]));
+        if (team_.lane == 0) q[i] = conj(quotient(y, at_.diagonal[i]));
         team_.sync_warp();
       }
       for (int l = count - 1; l >= 0; --l) reflect(team_, at_.factor + int64_t{l} * k2_ + l, q + l, k2_ - l);
@@ -501,7 +501,7 @@ class Locator {
       for (int l = 0; l < all; ++l) {
         Complex sum = l == own ? Complex{1, 0} : Complex{0, 0};
         for (int m = own; m < l; ++m) sum = sum - conj(at_.factor[int64_t{l} * k2_ + m]) * y[m];
-        y[l] = l < own ? Complex{0, 0} : divide(sum, conj(at_.diagonal[l]));
+        y[l] = l < own ? Complex{0, 0} : quotient(sum, conj(at_.diagonal[l]));
         total += norm2(y[l]);
       }
       const double scale = total > 0 ? 1 / sqrt(total) : 0;
@@ -978,7 +978,7 @@ class Locator {
           weight[i] = {1, 0};
           for (int l = 0; l < dimension; ++l)
             if (l != i)
-              weight[i] = weight[i] * divide(at_.node[j] - at_.node[own[l]], at_.node[own[i]] - at_.node[own[l]]);
+              weight[i] = weight[i] * quotient(at_.node[j] - at_.node[own[l]], at_.node[own[i]] - at_.node[own[l]]);
           noise += norm2(weight[i]);
         }
         bool wrong = false;
@@ -1038,7 +1038,7 @@ class Locator {
                              : -1.0 * value[n_ + j] * at_.node[int64_t{l - dimension} * j % n_];
       });
       for (int j = team_.thread; j < n_; j += team_.threads)
-        scratch.ratio[j] = divide(value[j], evaluate(common + dimension, dimension - 1, at_.node[j]));
+        scratch.ratio[j] = quotient(value[j], evaluate(common + dimension, dimension - 1, at_.node[j]));
       team_.sync();
       const auto alike = [&](int64_t i, int64_t j) {
         return norm2(scratch.ratio[i] - scratch.ratio[j]) <= kAlike * kAlike * norm2(scratch.ratio[j]);
