@@ -10,7 +10,15 @@ import sys
 from pathlib import Path
 
 # Kernel -> how many instantiations of it every architecture has.
-HOT = {"vote_kernel": 8, "vote_finish": 4, "sweep_kernel": 8, "gather_kernel": 1, "digest_kernel": 1, "weighted_sum": 4}
+HOT = {
+    "vote_kernel": 8,
+    "vote_finish": 4,
+    "sweep_kernel": 8,
+    "gather_kernel": 1,
+    "digest_kernel": 1,
+    "weighted_sum": 2,
+    "encode_kernel": 2,
+}
 
 
 def main(log: Path) -> str | None:
