@@ -113,6 +113,7 @@ def test_finds_a_missing_barrier(build):
     assert right + "\n" not in wrong
 
 
+@pytest.mark.timeout(1800)
 def test_kernels(build):
     """All tests that run on any device, and the kernels' own in other orders: as many at once as there are cores."""
     tests = ROOT / "python_tests"
