@@ -184,5 +184,20 @@ DRACO_TEAM_CALL NullVector null_vector(const Team& team, Complex* system, int64_
   return found;
 }
 
+// The same, of a matrix that may have many more rows than columns: the triangle of its QR factorisation has the same
+// null vector. Uses the matrix up; `triangle` and `diagonal` are scratch. Collective.
+template <typename Team>
+DRACO_TEAM_CALL NullVector null_vector(const Team& team, Complex* matrix, int64_t rows, int columns, Complex* triangle,
+                                       Complex* diagonal, Complex* vectors) {
+  if (rows <= columns) return null_vector(team, matrix, rows, columns, vectors);
+  factor(team, matrix, rows, columns, diagonal);
+  for (int i = team.thread; i < columns * columns; i += team.threads) {
+    const int l = i / columns, m = i % columns;
+    triangle[i] = m < l ? matrix[l * rows + m] : m == l ? diagonal[l] : Complex{0, 0};
+  }
+  team.sync();
+  return null_vector(team, triangle, columns, columns, vectors);
+}
+
 }  // namespace
 }  // namespace draco

@@ -482,9 +482,12 @@ class Locator {
     team_.sync();
   }
 
-  DRACO_TEAM int best_gain() {
+  // Adds to the first `count` of `set` the worker that explains most of what the messages without those leave, however
+  // large they are.
+  DRACO_TEAM_CALL void add_best(int count) {
+    gains(at_.set, count);
     const int64_t best = team_.argmin(n_, [&](int64_t j) { return -at_.gain[j]; });
-    return best < 0 ? 0 : static_cast<int>(best);
+    put(at_.set + count, best < 0 ? 0 : static_cast<int>(best));
   }
 
   // What exchanges of one member need, after residuals(). For member i let u_i be the unit vector that the checks
@@ -531,6 +534,12 @@ class Locator {
     }
     team_.sync();
     work_ += static_cast<double>(count) * all * (all + n_);
+  }
+
+  // All that is asked of the first `count` of `set`.
+  DRACO_TEAM void look_at(int count) {
+    residuals(make_checks(at_.set, count));
+    reach_out(at_.set, count);
   }
 
   // Whether worker j can take a member's place, and the squared norm of what h_j adds to the others' columns then.
@@ -614,8 +623,7 @@ class Locator {
   // projections, at most `more` times. How many they are then, or 0.
   DRACO_TEAM_CALL int grow(int count, int more) {
     for (int nu = count; nu < most_ && nu < count + more && work_ < budget_; ++nu) {
-      gains(at_.set, nu);
-      put(at_.set + nu, best_gain());
+      add_best(nu);
       if (exchange(nu + 1)) return nu + 1;
     }
     return 0;
@@ -683,11 +691,8 @@ class Locator {
     return last + 1;
   }
 
-  DRACO_TEAM_CALL void pursue(int nu) {
-    for (int i = 0; i < nu; ++i) {
-      gains(at_.set, i);  // of the messages without those chosen already, however large they are
-      put(at_.set + i, best_gain());
-    }
+  DRACO_TEAM void pursue(int nu) {
+    for (int i = 0; i < nu; ++i) add_best(i);
   }
 
   // Exchanges one member at a time for the worker that lowers the unexplained energy most, until the set explains the
@@ -719,9 +724,7 @@ class Locator {
   template <typename Energy>
   DRACO_TEAM_CALL int prune(int found, Energy&& energy, double* per_column) {
     for (int i = 0; found > 1 && i < found;) {
-      make_checks(at_.set, found);
-      residuals(k2_ - erased_count_ - found);
-      reach_out(at_.set, found);
+      look_at(found);
       const int checks = k2_ - erased_count_ - (found - 1);
       const auto explained = [&](int member) {
         bool all = true;
@@ -744,18 +747,18 @@ class Locator {
     return found;
   }
 
+  // Times the tolerated amplitude: within that a set of so many more members than another comes near to explaining.
+  DRACO_TEAM double near(int more) const { return most_ == 1 ? 1 : more > 0 ? 2 : most_ == 2 ? 4 : 8; }
+
   // A member is named where no other set without it comes near to explaining the projections, as far as a search can
   // tell that starts from the set with the member exchanged for the best other. It may be larger by kMoreRivals
   // members, not more: s that collude and surround an honest worker can imitate any error of it, and taking that for
   // what happened, not the one worker, would leave a single fault unnamed in large codes. Near is within near() times
   // the tolerated amplitude, as the search is not exhaustive. Where sets are so large that it takes too long only the
   // exchange is made, and near is within kFar. How often that misleads: docs/guarantee.md.
-  DRACO_TEAM double near(int more) const { return most_ == 1 ? 1 : more > 0 ? 2 : most_ == 2 ? 4 : 8; }
   DRACO_TEAM_CALL void name(int found, uint8_t* suspects) {
     if (found == 0) return;
-    make_checks(at_.set, found);
-    residuals(k2_ - erased_count_ - found);
-    reach_out(at_.set, found);
+    look_at(found);
     copy(at_.pool, at_.set, found);
     for (int i = 0; i < found; ++i) exchanged(found, i);
     work_ = 0;
@@ -797,8 +800,7 @@ class Locator {
       const double square = near(more) * near(more);
       if (settle(count + more, square) <= square) return true;
       if (count + more == most_ || more == kMoreRivals || work_ > budget_) return false;
-      gains(at_.set, count + more);
-      put(at_.set + count + more, best_gain());
+      add_best(count + more);
     }
   }
 
@@ -829,25 +831,14 @@ class Locator {
     const int64_t equations = int64_t{hankel} * columns;
     const double largest = filter_syndromes(syndromes, scratch.filter, scratch.syndrome);
     // Columns of the stacked Hankel system, one after the other.
-    Complex* system = scratch.system;
-    int64_t rows = equations;
     for (int64_t i = team_.thread; i < equations * unknowns; i += team_.threads) {
       const int64_t l = i / equations, row = i % equations;
-      system[i] = scratch.syndrome[(row / columns + l) * stride_ + first + row % columns];
+      scratch.system[i] = scratch.syndrome[(row / columns + l) * stride_ + first + row % columns];
     }
     team_.sync();
-    if (equations > unknowns) {  // the triangle of its QR factorisation has the same null vector
-      factor(team_, system, equations, unknowns, at_.diagonal);
-      for (int i = team_.thread; i < unknowns * unknowns; i += team_.threads) {
-        const int l = i / unknowns, m = i % unknowns;
-        scratch.triangle[i] = m < l ? system[l * equations + m] : m == l ? at_.diagonal[l] : Complex{0, 0};
-      }
-      team_.sync();
-      system = scratch.triangle;
-      rows = unknowns;
-    }
     work_ += static_cast<double>(equations) * unknowns * unknowns;
-    const NullVector found = null_vector(team_, system, rows, unknowns, scratch.vectors);
+    const NullVector found =
+        null_vector(team_, scratch.system, equations, unknowns, scratch.triangle, at_.diagonal, scratch.vectors);
     const double tolerated = kTolerance * kTolerance * hankel * static_cast<double>(equations) * largest;
     if (found.least > tolerated + kRounding * kRounding * found.total) return false;
     Complex* polynomial = scratch.vectors + found.column * unknowns;
@@ -948,6 +939,20 @@ class Locator {
     return best_first(size) ? size : 0;
   }
 
+  // Tries the workers that are said to be wrong, and exchanges from there. Returns as subspace() does.
+  template <typename Wrong>
+  DRACO_TEAM int without(Wrong&& wrong) {
+    int nu = 0;
+    for (int j = 0; j < n_ && nu <= most_; ++j) {
+      if (!wrong(j)) continue;
+      if (team_.thread == 0 && nu < most_) at_.set[nu] = j;
+      ++nu;
+    }
+    team_.sync();
+    work_ = 0;
+    return nu > 0 && nu <= most_ && exchange(nu) ? nu : 0;
+  }
+
   // Where the code has few dimensions (n - 2s), so many workers that are honest determine what all honest ones sent,
   // and are often met by chance: takes them at random, one from each part of the circle, until at most most_ workers
   // contradict them (information set decoding, Prange 1962). Finds what 4. cannot: half of the workers wrong in the
@@ -990,15 +995,7 @@ class Locator {
         at_.gain[j] = wrong;
       }
       team_.sync();
-      int nu = 0;
-      for (int j = 0; j < n_ && nu <= most_; ++j) {
-        if (at_.gain[j] == 0) continue;
-        if (team_.thread == 0 && nu < most_) at_.set[nu] = j;
-        ++nu;
-      }
-      team_.sync();
-      work_ = 0;
-      if (nu > 0 && nu <= most_ && exchange(nu)) return nu;
+      if (const int nu = without([&](int j) { return at_.gain[j] != 0; })) return nu;
     }
     return 0;
   }
@@ -1049,15 +1046,8 @@ class Locator {
         for (int i = 0; i < n_; ++i) count -= !is_erased(i) && alike(i, j);
         return count;
       });
-      int nu = 0;
-      for (int j = 0; j < n_ && honest >= 0; ++j) {
-        if (is_erased(j) || alike(j, honest)) continue;
-        if (team_.thread == 0 && nu < most_) at_.set[nu] = j;
-        ++nu;
-      }
-      team_.sync();
-      work_ = 0;
-      if (nu > 0 && nu <= most_ && exchange(nu)) return nu;
+      if (honest < 0) continue;
+      if (const int nu = without([&](int j) { return !is_erased(j) && !alike(j, honest); })) return nu;
     }
     return 0;
   }
@@ -1071,22 +1061,15 @@ class Locator {
       scratch.system[i] = is_erased(j) ? Complex{0, 0} : entry(j, static_cast<int>(i / n_));
     }
     team_.sync();
-    factor(team_, scratch.system, n_, unknowns, scratch.diagonal);
-    for (int i = team_.thread; i < unknowns * unknowns; i += team_.threads) {
-      const int l = i / unknowns, m = i % unknowns;
-      scratch.triangle[i] = m < l ? scratch.system[int64_t{l} * n_ + m] : m == l ? scratch.diagonal[l] : Complex{0, 0};
-    }
-    team_.sync();
-    return scratch.vectors +
-           null_vector(team_, scratch.triangle, unknowns, unknowns, scratch.vectors).column * unknowns;
+    const NullVector found =
+        null_vector(team_, scratch.system, n_, unknowns, scratch.triangle, scratch.diagonal, scratch.vectors);
+    return scratch.vectors + found.column * unknowns;
   }
 
   // Takes the members of `set` that explain no more than noise out of it, and returns how many are left, or 0 where
   // those are more than may be bad.
   DRACO_TEAM_CALL int drop_innocent(int count) {
-    make_checks(at_.set, count);
-    residuals(k2_ - erased_count_ - count);
-    reach_out(at_.set, count);
+    look_at(count);
     int kept = 0;
     for (int i = 0; i < count; ++i) {
       if (at_.reach_size[i] <= kTolerance * kTolerance * active_count_) continue;
