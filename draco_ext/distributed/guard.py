@@ -26,7 +26,7 @@ from draco_ext.distributed.groups import Rendezvous, gather, gather_json, member
 from draco_ext.distributed.inputs import UNKNOWN, compare_inputs
 from draco_ext.distributed.ledger import Finding, Ledger
 from draco_ext.distributed.placement import place_ranks
-from draco_ext.distributed.record import Claims, StepRecord, majority
+from draco_ext.distributed.record import Claims, StepRecord, digests_in, majority
 from draco_ext.distributed.reproducibility import SelfTest, fingerprint, self_test
 from draco_ext.distributed.seeding import BATCH, LOADER, seed_generators
 from draco_ext.distributed.server_transport import ServerTransport
@@ -192,7 +192,7 @@ class Guard:
             "transport": transport,
             "on_failure": on_failure,
             "ranks_per_host": ranks_per_host,
-            "the placement of ranks (its digest)": hashlib.sha256(json.dumps(self._workers).encode()).hexdigest(),
+            "the placement of ranks (its digest)": _sha256(self._workers),
             "atol": atol,
             "rtol": rtol,
             "seed": seed,
@@ -743,11 +743,9 @@ class Guard:
                 f"check_state and state_dict must be called on all ranks, but rank {absent[0]} has not called it "
                 f"within {timeout:g} s; state_dict(check=False) may be called on one rank alone"
             )
-        record = self._digest_state().flatten()
-        rows, missing = gather_alone(self._transport, record)
+        rows, missing = gather_alone(self._transport, self._digest_state().flatten())
         present = [j for j in range(self.code.workers) if j not in missing]
-        pairs = {j: tuple(map(tuple, rows[j].view(-1, 2).tolist())) for j in present}
-        verdict = judge(pairs, self._alike)
+        verdict = judge({j: digests_in(rows[j]) for j in present}, self._alike)
         problem = self._mend(verdict)
         self._deliver()
         if problem:
@@ -854,7 +852,11 @@ def _digest_of_sizes(model: DistributedDataParallel) -> str:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     # torch.compile puts a name of its own into all of them.
     sizes = [(name.replace("_orig_mod.", ""), list(p.shape), str(p.dtype)) for name, p in named]
-    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    return _sha256(sizes)
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _meet(mine: dict[str, Any], group: dist.ProcessGroup, device: torch.device) -> list[str]:

@@ -145,9 +145,9 @@ class StepRecord:
             pairs, state_pairs, row = rows[j, 2:].split_with_sizes(
                 [2 * self._parts, 2 * len(SECTIONS), rows.shape[1] - 2 - 2 * self._parts - 2 * len(SECTIONS)]
             )
-            inputs[j] = _pairs(pairs)
+            inputs[j] = digests_in(pairs)
             if with_state:
-                state[j] = _pairs(state_pairs)
+                state[j] = digests_in(state_pairs)
             if self._parameters:
                 bits = _unpack(row, self._parts * self._parameters)
                 used[j] = [bits[i : i + self._parameters] for i in range(0, len(bits), self._parameters)]
@@ -164,7 +164,8 @@ def _join(digests: list[Tensor], device: torch.device) -> Tensor:
     return digests[0] if len(digests) == 1 else ops.digest(torch.cat(digests).view(torch.uint8), 0)
 
 
-def _pairs(numbers: Tensor) -> tuple[Digest, ...]:
+def digests_in(numbers: Tensor) -> tuple[Digest, ...]:
+    """Return the digests that stand behind each other in a vector."""
     return tuple((first, second) for first, second in numbers.view(-1, 2).tolist())
 
 

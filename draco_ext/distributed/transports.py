@@ -302,7 +302,6 @@ class Transport(abc.ABC):
         left_out = workers_in(decoded.left_out)
         return decoded.gradient, Outcome(differences(rows, decoded, missing), bool(decoded.failed), left_out=left_out)
 
-    @abc.abstractmethod
     def gather_record(self, record: Tensor) -> RecordExchange:
         """Gives every rank everybody's record: a few numbers about a step. Not decoded, what a bad rank sends included.
 
@@ -313,6 +312,8 @@ class Transport(abc.ABC):
             (workers, len) int64 on the CPU, row j from worker j, and the workers whose record did not come or was cut
             off; their rows are 0. The same on all ranks, where each sends the same to all.
         """
+        rows = yield self.peers.gather(record)
+        return rows.cpu(), ()
 
 
 def gather_alone(transport: Transport, record: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -517,11 +518,6 @@ class AllReduceRepetition(Transport):
         yield from self._add_up(message)
         return Outcome(found, False)
 
-    def gather_record(self, record: Tensor) -> RecordExchange:
-        """By an all-gather; see `Transport.gather_record`."""
-        rows = yield self.peers.gather(record)
-        return rows.cpu(), ()
-
     def _gather_digests(self, values: Tensor, number: int) -> Generator[Pending | None, Tensor, list[tuple[int, int]]]:
         """Of all workers' messages, under a key that nobody knows before this rank's message is final.
 
@@ -626,11 +622,6 @@ class AllReduceCyclic(Transport):
                 message.put(values)
             yield peers.sum(message.bucket)
         return Outcome(dict.fromkeys(found), bool(failed), left_out=left_out)
-
-    def gather_record(self, record: Tensor) -> RecordExchange:
-        """By an all-gather; see `Transport.gather_record`."""
-        rows = yield self.peers.gather(record)
-        return rows.cpu(), ()
 
 
 def workers_in(mask: Tensor) -> tuple[int, ...]:
