@@ -447,7 +447,8 @@ class AllGather(Transport):
         self._under_way -= piece.size
         self._rooms.append(rows.view(-1).view(torch.uint8))
         piece.rows = piece.messages = None
-        return replace(outcome, suspects=outcome.suspects | dict.fromkeys(liars))
+        left_out = tuple(sorted({*outcome.left_out, *liars}))
+        return replace(outcome, suspects=outcome.suspects | dict.fromkeys(liars), left_out=left_out)
 
     def gather_record(self, record: Tensor) -> RecordExchange:
         """Straight from each rank; see `Transport.gather_record`."""
