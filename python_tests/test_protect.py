@@ -636,8 +636,9 @@ def test_examples(name):
     """The script as it stands, under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "6", EXAMPLES / f"{name}.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    options = {"cwd": "/", "env": environment, "capture_output": True, "text": True, "timeout": 300}
     for _ in range(2):
-        run = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=300, check=False)
+        run = subprocess.run(command, **options, check=False)
         # Torch leaves gloo's threads running into the interpreter's end, where one that lets go of a tensor late ends
         # the process (pytorch/pytorch#179291): rare, and in the script without draco_ext as well.
         if "terminate called without an active exception" not in run.stderr:
