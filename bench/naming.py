@@ -22,7 +22,7 @@ from torch import Tensor
 import draco_ext
 from draco_ext import CyclicCode
 from draco_ext.cli.report import processor
-from draco_ext.distributed.evidence import LEAST_DECODES, Evidence
+from draco_ext.reporting.evidence import LEAST_DECODES, Evidence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
 

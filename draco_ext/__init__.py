@@ -8,10 +8,10 @@ from draco_ext.codes import (
     RepetitionCode,
     decode,
 )
-from draco_ext.distributed.batches import RedundantBatchSampler
-from draco_ext.distributed.guard import Guard, protect
-from draco_ext.distributed.ledger import iter_ledger, read_ledger
 from draco_ext.ops import build_info
+from draco_ext.reporting.ledger import iter_ledger, read_ledger
+from draco_ext.training.guard import Guard, protect
+from draco_ext.training.sampler import RedundantBatchSampler
 
 __all__ = [
     "Code",

@@ -40,13 +40,13 @@ TESTS = {
     "draco_ext/codes/": "test_arguments.py test_repetition.py test_cyclic.py test_guarantee.py test_properties.py",
     "draco_ext/codes/repetition.py": "test_arguments.py test_repetition.py test_guarantee.py test_properties.py",
     "draco_ext/ops.py": "test_arguments.py test_ops.py test_kernels.py test_cyclic.py test_fuzz.py",
-    "draco_ext/distributed/encoder.py": "test_protect.py::test_messages_grow_with_the_gradients "
+    "draco_ext/protocol/encoder.py": "test_protect.py::test_messages_grow_with_the_gradients "
     + PROTECT
     + " test_protect.py::test_without_adversaries_it_is_plain_ddp test_protect.py::test_bytes_on_the_wire",
-    "draco_ext/distributed/transports.py": PROTECT
+    "draco_ext/protocol/transports/base.py": PROTECT
     + " test_protect.py::test_bytes_on_the_wire test_protect.py::test_too_many_bad_ranks_stop_all"
     + " test_protect.py::test_bad_ranks_change_nothing",
-    "draco_ext/distributed/batches.py": "test_batches.py",
+    "draco_ext/training/sampler.py": "test_batches.py",
     "csrc/core/": CYCLIC,
     "csrc/core/half.h": VOTE,
     "csrc/core/majority.h": VOTE,
@@ -68,12 +68,12 @@ SOURCES = (
 # equivalent: (file, the changed line) -> why no test can notice.
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
-        "draco_ext/distributed/encoder.py",
+        "draco_ext/protocol/encoder.py",
         "PORTION = 3**17  # elements; even",
     ): "only the time; no test has 1e8 elements",
-    ("draco_ext/distributed/encoder.py", "PORTION = 2**18  # elements; even"): "only the time",
+    ("draco_ext/protocol/encoder.py", "PORTION = 2**18  # elements; even"): "only the time",
     (
-        "draco_ext/distributed/transports.py",
+        "draco_ext/protocol/transports/base.py",
         "if key not in self._rooms or self._rooms[key].numel() <= size:",
     ): "makes a room of the same size again: only the time",
     (

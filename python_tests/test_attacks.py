@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from draco_ext.attacks import ATTACKS, LittleIsEnough, make_attack
+from draco_ext.testing.attacks import ATTACKS, LittleIsEnough, make_attack
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import draco_ext
 from draco_ext import CyclicCode, RedundantBatchSampler, RepetitionCode
-from draco_ext.distributed.batches import GlobalBatches, announce_guard, step_taken
-from draco_ext.distributed.local import run_local
-from draco_ext.distributed.placement import announce_host, arrange, pair_prices, place_ranks, read_names
+from draco_ext.testing.local import run_local
+from draco_ext.training.placement import announce_host, arrange, pair_prices, place_ranks, read_names
+from draco_ext.training.sampler import GlobalBatches, announce_guard, step_taken
 
 CODES = [RepetitionCode(6, 1), RepetitionCode(8, 1), RepetitionCode(3, 0), CyclicCode(7, 2), CyclicCode(4, 0)]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from draco_ext import CyclicCode, aggregators, decode
+from draco_ext import CyclicCode, baselines, decode
 from draco_ext.cli.bench import peers, report, suites, timing, workloads
 from draco_ext.cli.commands import draco
 
@@ -45,7 +45,7 @@ def test_decode_suite(tmp_path):
     run = CliRunner().invoke(draco, arguments, catch_exceptions=False)
     assert run.exit_code == 0, run.output
     rows = {row["rule"]: row for row in json.loads((tmp_path / "decode.json").read_text())["rows"]}
-    assert set(aggregators.AGGREGATORS) < set(rows)
+    assert set(baselines.AGGREGATORS) < set(rows)
     for name in ("vote s=1", "vote s=1, 3 reversed", "cyclic s=1, 1 reversed", "cyclic s=1, 1 reversed, expected"):
         assert rows[name]["own"]
         assert rows[name]["error"] < 1e-6
@@ -68,11 +68,11 @@ def fails(messages, adversaries):
     [
         ("no-such-library", fails, "no-such-library is not installed"),
         ("torch", fails, "failed: "),
-        ("torch", lambda messages, s: aggregators.mean(messages) * math.nan, ""),
+        ("torch", lambda messages, s: baselines.mean(messages) * math.nan, ""),
     ],
 )
 def test_a_peer_that_cannot_run_is_reported(monkeypatch, tmp_path, library, call, note):
-    peer = peers.Peer("peer", library, call, lambda messages, s: aggregators.mean(messages))
+    peer = peers.Peer("peer", library, call, lambda messages, s: baselines.mean(messages))
     monkeypatch.setattr(peers, "PEERS", (peer,))
     rows = [row for job in suites.decode("cpu", 5, 1000, True) if job.label == "peer" for row in job.run()]
     assert len(rows) == 1

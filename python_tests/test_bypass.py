@@ -14,7 +14,7 @@ from torch.nn.parallel.distributed import _MixedPrecision
 
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode
-from draco_ext.distributed.local import run_local
+from draco_ext.testing.local import run_local
 
 RANKS = 3
 CODE = RepetitionCode(RANKS, 1)

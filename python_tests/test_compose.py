@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import draco_ext
 from draco_ext import CyclicCode, DecodingError, RedundantBatchSampler, RepetitionCode
-from draco_ext.distributed.batches import GlobalBatches
-from draco_ext.distributed.local import run_local
+from draco_ext.testing.local import run_local
+from draco_ext.training.sampler import GlobalBatches
 
 STEPS = 5
 BATCH = 84

@@ -10,7 +10,7 @@ from conftest import ATTACKS, attacked, erasure_cases, honest_messages, named, o
 
 import draco_ext
 from draco_ext import CyclicCode, ops, reference
-from draco_ext.distributed.encoder import GradientEncoder
+from draco_ext.protocol.encoder import GradientEncoder
 
 DTYPES = [torch.float32, torch.float64]
 CODES = [(n, s) for n in range(1, 11) for s in range((n - 1) // 2 + 1)]

@@ -10,8 +10,8 @@ from test_protect import TRANSPORTS, same_everywhere, train
 
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode
-from draco_ext.distributed.evidence import LEAST_DECODES, MOST_DECODES, Evidence, wilson
-from draco_ext.distributed.local import run_local
+from draco_ext.reporting.evidence import LEAST_DECODES, MOST_DECODES, Evidence, wilson
+from draco_ext.testing.local import run_local
 
 CODES = [CyclicCode(7, 2), CyclicCode(15, 3), CyclicCode(64, 3), CyclicCode(64, 5), CyclicCode(255, 1)]
 

@@ -18,9 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode, ops
-from draco_ext.distributed import groups, guard, server_transport, transports
-from draco_ext.distributed.groups import gather, gather_json
-from draco_ext.distributed.local import run_local
+from draco_ext.protocol import groups
+from draco_ext.protocol.groups import gather, gather_json
+from draco_ext.protocol.transports import base as transports
+from draco_ext.protocol.transports import server as server_transport
+from draco_ext.testing.local import run_local
+from draco_ext.training import guard
 
 TIMEOUT, DEADLINE = 3.0, 1.0
 SLACK = 6.0  # seconds that a busy machine may add

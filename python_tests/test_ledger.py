@@ -15,8 +15,8 @@ from test_protect import Injector, same_everywhere, train
 
 import draco_ext
 from draco_ext import RepetitionCode
-from draco_ext.distributed.ledger import Finding, Ledger
-from draco_ext.distributed.local import run_local
+from draco_ext.reporting.ledger import Finding, Ledger
+from draco_ext.testing.local import run_local
 
 CODE = RepetitionCode(3, 1)
 

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import draco_ext
 from draco_ext import CyclicCode, DecodingError, RedundantBatchSampler, RepetitionCode, ops
-from draco_ext.distributed.encoder import PORTION, GradientEncoder
-from draco_ext.distributed.groups import divide, gather_json, timeout_of
-from draco_ext.distributed.local import run_local
+from draco_ext.protocol.encoder import PORTION, GradientEncoder
+from draco_ext.protocol.groups import divide, gather_json, timeout_of
+from draco_ext.testing.local import run_local
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 STEPS = 20

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode
 from draco_ext.cli import commands, doctor
-from draco_ext.distributed import inputs
-from draco_ext.distributed.local import run_local
-from draco_ext.distributed.reproducibility import SelfTest, fingerprint
+from draco_ext.testing.local import run_local
+from draco_ext.training import inputs
+from draco_ext.training.reproducibility import SelfTest, fingerprint
 
 
 class Net(nn.Module):

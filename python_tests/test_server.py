@@ -11,7 +11,7 @@ import torch.multiprocessing
 from test_protect import train
 
 from draco_ext import RepetitionCode
-from draco_ext.distributed import server_transport
+from draco_ext.protocol.transports import server as server_transport
 
 CODE = RepetitionCode(6, 1)  # ranks 3, 4, 5 share a part: any one of them suffices
 STEPS, STOP, DIE = 20, 4, 6  # less than an epoch

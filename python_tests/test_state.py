@@ -10,9 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import draco_ext
 from draco_ext import CyclicCode, DecodingError, RepetitionCode
-from draco_ext.distributed.local import run_local
-from draco_ext.distributed.record import Claims, StepRecord, _pack, _unpack, majority
-from draco_ext.distributed.state import SECTIONS, ReplicatedState, judge
+from draco_ext.testing.local import run_local
+from draco_ext.training.record import Claims, StepRecord, _pack, _unpack, majority
+from draco_ext.training.state import SECTIONS, ReplicatedState, judge
 
 STEPS, FAULT = 5, 2
 TRANSPORTS = ("allreduce", "allgather", "server")

@@ -13,7 +13,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from draco_ext.cli.training import Config, run
 from draco_ext.cli.verdict import judge
-from draco_ext.distributed.local import run_local
+from draco_ext.testing.local import run_local
 
 
 def test_the_command_with_every_rule_side_by_side(tmp_path):
@@ -106,7 +106,7 @@ def test_codes_under_attack(transport, attack, bad, workers, adversaries):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_port_that_is_taken_is_one_line(tmp_path, rank):
     """MASTER_PORT, by another program, and rank 0 cannot have it; and a rank 1 that finds nobody there."""
-    command = "import datetime; from draco_ext.distributed import local; local.SILENCE = datetime.timedelta(seconds=2);"
+    command = "import datetime; from draco_ext.testing import local; local.SILENCE = datetime.timedelta(seconds=2);"
     command += "from draco_ext import cli; cli.main()"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

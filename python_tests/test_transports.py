@@ -12,10 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode
-from draco_ext.distributed import transports
-from draco_ext.distributed.guard import TRANSPORTS, _make_transport
-from draco_ext.distributed.local import run_local
-from draco_ext.distributed.transports import Difference, Message, Peers
+from draco_ext.protocol.transports import base as transports
+from draco_ext.protocol.transports.base import Difference, Message, Peers
+from draco_ext.testing.local import run_local
+from draco_ext.training.guard import TRANSPORTS, _make_transport
 
 
 def transport_of(name, code, rank, deadline=60.0, group=None, **tolerance):

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from draco_ext.aggregators import AGGREGATORS
-from draco_ext.distributed.transports import Seconds
+from draco_ext.baselines import AGGREGATORS
+from draco_ext.protocol.transports.base import Seconds
 
 
 class Averaging:

@@ -15,8 +15,7 @@ import torch.multiprocessing
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from draco_ext.aggregators import AGGREGATORS
-from draco_ext.attacks import ATTACKS
+from draco_ext.baselines import AGGREGATORS
 from draco_ext.cli import doctor as doctors
 from draco_ext.cli import planning, report
 from draco_ext.cli.bench import report as bench_report
@@ -26,9 +25,10 @@ from draco_ext.cli.digits import TRAIN_SAMPLES
 from draco_ext.cli.faults import BAD_CHOICES
 from draco_ext.cli.training import CODES, LEARNING, Config, Outcome, Training, code_for, list_trainings, run
 from draco_ext.cli.verdict import judge
-from draco_ext.distributed.guard import TRANSPORTS
-from draco_ext.distributed.local import under_torchrun
 from draco_ext.ops import build_info
+from draco_ext.testing.attacks import ATTACKS
+from draco_ext.testing.local import under_torchrun
+from draco_ext.training.guard import TRANSPORTS
 
 DEFAULT_RULES = ("mean", "geometric-median-gram", "krum", "repetition", "cyclic")
 # Rules that need more than the 2s+1 workers of a code: 2s+3.

@@ -16,10 +16,10 @@ from torch.nn.functional import cross_entropy
 
 from draco_ext.cli.digits import Digits, make_net
 from draco_ext.cli.report import processor
-from draco_ext.distributed.groups import gather_json
-from draco_ext.distributed.local import own_device, run_ranks
-from draco_ext.distributed.reproducibility import SelfTest, self_test
 from draco_ext.ops import build_info
+from draco_ext.protocol.groups import gather_json
+from draco_ext.testing.local import own_device, run_ranks
+from draco_ext.training.reproducibility import SelfTest, self_test
 
 
 @dataclass(frozen=True)

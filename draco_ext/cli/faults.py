@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from draco_ext import attacks
+from draco_ext.testing import attacks
 
 # How the bad workers are chosen, and what that means.
 BAD_CHOICES = {

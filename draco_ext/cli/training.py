@@ -23,11 +23,11 @@ from draco_ext.cli.averages import Averaging
 from draco_ext.cli.digits import TRAIN_SAMPLES, Digits, make_net
 from draco_ext.cli.faults import Corruption, bad_workers
 from draco_ext.codes import Code, CyclicCode, RepetitionCode
-from draco_ext.distributed.batches import RedundantBatchSampler
-from draco_ext.distributed.groups import gather
-from draco_ext.distributed.guard import Finding, Guard, protect
-from draco_ext.distributed.local import own_device, run_ranks
-from draco_ext.distributed.transports import Seconds
+from draco_ext.protocol.groups import gather
+from draco_ext.protocol.transports.base import Seconds
+from draco_ext.testing.local import own_device, run_ranks
+from draco_ext.training.guard import Finding, Guard, protect
+from draco_ext.training.sampler import RedundantBatchSampler
 
 CODES = {"repetition": RepetitionCode, "cyclic": CyclicCode}
 LABELS = {

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
-from draco_ext import aggregators
+from draco_ext import baselines
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,14 @@ PEERS = (
         "byzfl GeometricMedian",
         "byzfl",
         lambda messages, s: _byzfl().GeometricMedian()(messages),
-        lambda messages, s: aggregators.geometric_median(messages, iterations=10**4, tolerance=1e-12),
+        lambda messages, s: baselines.geometric_median(messages, iterations=10**4, tolerance=1e-12),
         iterates=True,
     ),
     Peer(
         "geom-median",
         "geom-median",
         _geom_median,
-        lambda messages, s: aggregators.geometric_median(messages, iterations=10**4, tolerance=1e-12),
+        lambda messages, s: baselines.geometric_median(messages, iterations=10**4, tolerance=1e-12),
         iterates=True,
     ),
 )

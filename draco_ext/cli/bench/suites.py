@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 import draco_ext
-from draco_ext import aggregators, ops
-from draco_ext.attacks import ATTACKS
+from draco_ext import baselines, ops
 from draco_ext.cli.bench.report import Row
 from draco_ext.cli.bench.timing import Clock, available_memory, compare, memory_limit, repeat
 from draco_ext.cli.bench.workloads import (
@@ -30,6 +29,7 @@ from draco_ext.cli.bench.workloads import (
 )
 from draco_ext.cli.report import step_seconds
 from draco_ext.cli.training import LEARNING, Config, Outcome, run
+from draco_ext.testing.attacks import ATTACKS
 
 
 @dataclass(frozen=True)
@@ -308,9 +308,9 @@ def _paper_calls(device: str, attack: str, s: int, d: int) -> Iterator[tuple[str
     yield "cyclic encode", functools.partial(code.encode, 0, gradients[: code.redundancy])
     for j in range(s):
         gradients[j] = corrupt(gradients[j])
-    yield "mean", functools.partial(aggregators.mean, gradients)
-    yield "median", functools.partial(aggregators.geometric_median, gradients)
-    yield "Gram", functools.partial(aggregators.geometric_median_gram, gradients)
+    yield "mean", functools.partial(baselines.mean, gradients)
+    yield "median", functools.partial(baselines.geometric_median, gradients)
+    yield "Gram", functools.partial(baselines.geometric_median_gram, gradients)
     messages = gradients
     messages[:] = gradients[n - 1].clone()  # honest messages of both codes, see same_messages
     for j in range(s):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import draco_ext
-from draco_ext import aggregators, ops
-from draco_ext.attacks import ATTACKS
+from draco_ext import baselines, ops
 from draco_ext.cli.bench import peers
+from draco_ext.testing.attacks import ATTACKS
 
 ERROR_D = 10**5
 EXACT = 1e-6  # the largest relative error of a decoded float32 gradient
@@ -164,8 +164,8 @@ def encode(messages: Tensor, code: draco_ext.Code) -> Tensor:
 
 
 def baseline(name: str) -> Apply:
-    """One of `aggregators.AGGREGATORS`, told that one worker is bad."""
-    return lambda messages, code: aggregators.AGGREGATORS[name](messages, 1)
+    """One of `baselines.AGGREGATORS`, told that one worker is bad."""
+    return lambda messages, code: baselines.AGGREGATORS[name](messages, 1)
 
 
 REPETITION, CYCLIC = draco_ext.RepetitionCode, draco_ext.CyclicCode
@@ -174,7 +174,7 @@ ONE_READ = Rule("one read", lambda messages, code: messages.sum(), decodes=False
 
 def vote_torch(messages: Tensor, code: draco_ext.Code) -> Tensor:
     """The majority vote in plain torch."""
-    return aggregators.vote_torch(messages, code.redundancy)[0]
+    return baselines.vote_torch(messages, code.redundancy)[0]
 
 
 def others(n: int, with_peers: bool) -> list[Rule]:
@@ -182,8 +182,7 @@ def others(n: int, with_peers: bool) -> list[Rule]:
     sorting = ("coordinate-median", "trimmed-mean")
     medians = ("geometric-median", "geometric-median-gram")
     rules = [
-        Rule(name, baseline(name), slow=name in sorting or name == "geometric-median")
-        for name in aggregators.AGGREGATORS
+        Rule(name, baseline(name), slow=name in sorting or name == "geometric-median") for name in baselines.AGGREGATORS
     ]
     # The number of iterations depends on the messages.
     rules += [Rule(f"{name}, 1 reversed", baseline(name), reversed=(0,), slow=True) for name in medians]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from draco_ext.codes import Code
-from draco_ext.distributed.reproducibility import odd_ones_out
+from draco_ext.training.reproducibility import odd_ones_out
 
 # What is known of a mini-batch of which only the model's inputs were seen.
 UNKNOWN = torch.zeros(2, dtype=torch.int64)

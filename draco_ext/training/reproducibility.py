@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from draco_ext import ops
-from draco_ext.distributed.groups import gather
-from draco_ext.distributed.seeding import kept_generators, seed_generators
+from draco_ext.protocol.groups import gather
+from draco_ext.training.seeding import kept_generators, seed_generators
 
 SAME_RANK = (
     "switch on torch.use_deterministic_algorithms(True), torch.backends.cudnn.benchmark = False and "

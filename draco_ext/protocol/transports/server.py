@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from draco_ext.distributed.groups import divide, timeout_of
-from draco_ext.distributed.transports import (
+from draco_ext.protocol.groups import divide, timeout_of
+from draco_ext.protocol.transports.base import (
     Difference,
     Exchange,
     Message,

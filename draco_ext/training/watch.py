@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from draco_ext.distributed.compatibility import reduced_parameters, unreduced
+from draco_ext.training.compatibility import reduced_parameters, unreduced
 
 # How many collectives on a process group, by its name, are DistributedDataParallel's or a guard's own.
 _own_collectives: Counter[str] = Counter()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from draco_ext import ops
 from draco_ext.codes import Code
-from draco_ext.distributed.reproducibility import fingerprint
+from draco_ext.training.reproducibility import fingerprint
 
 T = TypeVar("T", bound=Hashable)
 Digest = tuple[int, int]

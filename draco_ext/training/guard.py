@@ -18,20 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode, DecodingError, RepetitionCode
-from draco_ext.distributed.batches import announce_guard, check_workers_of_samplers, step_taken
-from draco_ext.distributed.compatibility import check_model, reduced_parameters
-from draco_ext.distributed.encoder import GradientEncoder
-from draco_ext.distributed.evidence import Evidence
-from draco_ext.distributed.groups import Rendezvous, gather, gather_json, membership
-from draco_ext.distributed.inputs import UNKNOWN, compare_inputs
-from draco_ext.distributed.ledger import Finding, Ledger
-from draco_ext.distributed.placement import place_ranks
-from draco_ext.distributed.record import Claims, StepRecord, digests_in, majority
-from draco_ext.distributed.reproducibility import SelfTest, fingerprint, self_test
-from draco_ext.distributed.seeding import BATCH, LOADER, seed_generators
-from draco_ext.distributed.server_transport import ServerTransport
-from draco_ext.distributed.state import PeerRepair, ReplicatedState, ServerRepair, StateVerdict, judge
-from draco_ext.distributed.transports import (
+from draco_ext.protocol.encoder import GradientEncoder
+from draco_ext.protocol.groups import Rendezvous, gather, gather_json, membership
+from draco_ext.protocol.transports.base import (
     AllGather,
     AllReduceCyclic,
     AllReduceRepetition,
@@ -44,7 +33,18 @@ from draco_ext.distributed.transports import (
     Transport,
     gather_alone,
 )
-from draco_ext.distributed.watch import Watch
+from draco_ext.protocol.transports.server import ServerTransport
+from draco_ext.reporting.evidence import Evidence
+from draco_ext.reporting.ledger import Finding, Ledger
+from draco_ext.training.compatibility import check_model, reduced_parameters
+from draco_ext.training.inputs import UNKNOWN, compare_inputs
+from draco_ext.training.placement import place_ranks
+from draco_ext.training.record import Claims, StepRecord, digests_in, majority
+from draco_ext.training.reproducibility import SelfTest, fingerprint, self_test
+from draco_ext.training.sampler import announce_guard, check_workers_of_samplers, step_taken
+from draco_ext.training.seeding import BATCH, LOADER, seed_generators
+from draco_ext.training.state import PeerRepair, ReplicatedState, ServerRepair, StateVerdict, judge
+from draco_ext.training.watch import Watch
 
 logger = logging.getLogger("draco_ext")
 

@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 
 from draco_ext import ops
 from draco_ext.codes import Code
-from draco_ext.distributed.placement import announce_host, place_ranks
+from draco_ext.training.placement import announce_host, place_ranks
 
 
 class GlobalBatches:

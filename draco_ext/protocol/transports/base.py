@@ -22,7 +22,7 @@ from torch import Tensor
 
 from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode, Decoded, RepetitionCode
-from draco_ext.distributed.groups import divide
+from draco_ext.protocol.groups import divide
 
 KEY_BITS = 55  # of a rank's share: the sum of 255 fits into an int64
 SHARE_BYTES = 32  # of a rank's share in a seed that is drawn by commit and reveal

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from draco_ext import aggregators
-from draco_ext.aggregators import AGGREGATORS
+from draco_ext import baselines
+from draco_ext.baselines import AGGREGATORS
 
 DTYPES = [torch.float32, torch.float64]
 ROBUST = [name for name in AGGREGATORS if name != "mean"]
-GEOMETRIC = [aggregators.geometric_median, aggregators.geometric_median_gram]
+GEOMETRIC = [baselines.geometric_median, baselines.geometric_median_gram]
 
 
 def normal(n, d, seed=0, dtype=torch.float64):
@@ -72,7 +72,7 @@ def test_bounds_the_damage_but_is_not_exact(name, n):
     messages, honest = gradients(n, 3000, bad=3)
     error = (AGGREGATORS[name](messages, 3) - honest).norm() / honest.norm()
     assert 1e-4 < error < 1
-    assert (aggregators.mean(messages) - honest).norm() > 5 * honest.norm()
+    assert (baselines.mean(messages) - honest).norm() > 5 * honest.norm()
 
 
 @pytest.mark.parametrize("name", ["krum", "multi-krum", "geometric-median", "geometric-median-gram"])
@@ -97,26 +97,26 @@ def test_coordinate_median_and_trimmed_mean_against_sorting(n):
     messages[n // 2, 20:30] = math.inf
     ordered = messages.sort(dim=0).values
     expected = np.median(messages.numpy(), axis=0)
-    np.testing.assert_allclose(aggregators.coordinate_median(messages).numpy(), expected)
+    np.testing.assert_allclose(baselines.coordinate_median(messages).numpy(), expected)
     for adversaries in range((n - 1) // 2 + 1):
         torch.testing.assert_close(
-            aggregators.trimmed_mean(messages, adversaries),
+            baselines.trimmed_mean(messages, adversaries),
             ordered[adversaries : n - adversaries].mean(0),
         )
 
 
 def test_coordinate_rules_work_across_tiles(monkeypatch):
-    monkeypatch.setattr(aggregators, "_TILE", 16)
+    monkeypatch.setattr(baselines, "_TILE", 16)
     messages = normal(7, 50)
-    torch.testing.assert_close(aggregators.coordinate_median(messages), messages.median(0).values)
+    torch.testing.assert_close(baselines.coordinate_median(messages), messages.median(0).values)
 
 
 def test_nan_spreads_in_its_coordinate_only():
     messages = normal(5, 4)
     messages[3, 2] = math.nan
     for result in (
-        aggregators.coordinate_median(messages),
-        aggregators.trimmed_mean(messages, 1),
+        baselines.coordinate_median(messages),
+        baselines.trimmed_mean(messages, 1),
     ):
         assert result.isnan().tolist() == [False, False, True, False]
 
@@ -136,13 +136,13 @@ def test_krum_against_a_literal_loop(n, adversaries, dtype):
     for seed in range(5):
         messages, _ = gradients(n, 30, bad=adversaries, seed=seed, dtype=dtype)
         order = np.argsort(literal_krum_scores(messages.double(), adversaries), kind="stable")
-        assert torch.equal(aggregators.krum(messages, adversaries), messages[order[0]])
+        assert torch.equal(baselines.krum(messages, adversaries), messages[order[0]])
         for selected in (1, 2, n - adversaries):
             torch.testing.assert_close(
-                aggregators.multi_krum(messages, adversaries, selected=selected),
+                baselines.multi_krum(messages, adversaries, selected=selected),
                 messages[order[:selected].copy()].mean(0),
             )
-        default = aggregators.multi_krum(messages, adversaries)
+        default = baselines.multi_krum(messages, adversaries)
         best = order[: n - adversaries - 2].copy()
         torch.testing.assert_close(default, messages[best].mean(0))
 
@@ -203,7 +203,7 @@ def test_vote_names_who_differs(dtype, group_size):
         wrong = [1 + group_size + i for i in range(bad)]
         sent = messages.clone()
         sent[wrong, 3] = math.nan if bad == 1 else -0.5
-        gradient, suspects = aggregators.vote_torch(sent, group_size)
+        gradient, suspects = baselines.vote_torch(sent, group_size)
         assert torch.equal(gradient, expected)
         assert suspects.nonzero().flatten().tolist() == wrong
 
@@ -211,16 +211,16 @@ def test_vote_names_who_differs(dtype, group_size):
 def test_vote_compares_bits():
     messages = torch.zeros(3, 4)
     messages[1] = -0.0
-    assert aggregators.vote_torch(messages, 3)[1].tolist() == [False, True, False]
+    assert baselines.vote_torch(messages, 3)[1].tolist() == [False, True, False]
     messages = torch.full((3, 4), math.nan)
-    assert not aggregators.vote_torch(messages, 3)[1].any()
+    assert not baselines.vote_torch(messages, 3)[1].any()
 
 
 def test_vote_needs_a_majority():
     messages = torch.zeros(6, 2)
     messages[3:] = torch.arange(3.0)[:, None]
     with pytest.raises(ValueError, match=r"majority in group \[3, 4, 5\]"):
-        aggregators.vote_torch(messages, 3)
+        baselines.vote_torch(messages, 3)
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
@@ -243,24 +243,24 @@ def test_bad_messages(name, messages, error, words):
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda m: aggregators.trimmed_mean(m, 3), ValueError, "at least .* = 7 rows"),
-        (lambda m: aggregators.trimmed_mean(m, -1), ValueError, "adversaries must be at least 0"),
-        (lambda m: aggregators.krum(m, 2), ValueError, "at least .* = 7 rows"),
-        (lambda m: aggregators.krum(m, 1.0), TypeError, "adversaries must be an int, got float"),
-        (lambda m: aggregators.multi_krum(m, 1, 6), ValueError, "selected must be from 1 to 5"),
-        (lambda m: aggregators.geometric_median(m, iterations=0), ValueError, "iterations must be"),
+        (lambda m: baselines.trimmed_mean(m, 3), ValueError, "at least .* = 7 rows"),
+        (lambda m: baselines.trimmed_mean(m, -1), ValueError, "adversaries must be at least 0"),
+        (lambda m: baselines.krum(m, 2), ValueError, "at least .* = 7 rows"),
+        (lambda m: baselines.krum(m, 1.0), TypeError, "adversaries must be an int, got float"),
+        (lambda m: baselines.multi_krum(m, 1, 6), ValueError, "selected must be from 1 to 5"),
+        (lambda m: baselines.geometric_median(m, iterations=0), ValueError, "iterations must be"),
         (
-            lambda m: aggregators.geometric_median_gram(m, tolerance=-1.0),
+            lambda m: baselines.geometric_median_gram(m, tolerance=-1.0),
             ValueError,
             "tolerance must be finite and at least 0",
         ),
         (
-            lambda m: aggregators.geometric_median(m, smoothing=math.nan),
+            lambda m: baselines.geometric_median(m, smoothing=math.nan),
             ValueError,
             "smoothing must be finite and at least 0",
         ),
-        (lambda m: aggregators.vote_torch(m, 4), ValueError, "group_size must divide the 6"),
-        (lambda m: aggregators.vote_torch(m, 0), ValueError, "group_size must be at least 1"),
+        (lambda m: baselines.vote_torch(m, 4), ValueError, "group_size must divide the 6"),
+        (lambda m: baselines.vote_torch(m, 0), ValueError, "group_size must be at least 1"),
     ],
 )
 def test_bad_arguments(call, error, words):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from draco_ext import ops
 from draco_ext.codes import Code, CyclicCode
-from draco_ext.distributed.transports import Message
+from draco_ext.protocol.transports.base import Message
 
 PORTION = 2**17  # elements; even
 

@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from draco_ext import ops
-from draco_ext.distributed.record import SECTIONS, Digest, majority
-from draco_ext.distributed.server_transport import SERVER, ServerTransport
-from draco_ext.distributed.transports import Peers, Transport, gather_alone
+from draco_ext.protocol.transports.base import Peers, Transport, gather_alone
+from draco_ext.protocol.transports.server import SERVER, ServerTransport
+from draco_ext.training.record import SECTIONS, Digest, majority
 
 CHUNK = 2**20  # bytes; smaller tensors are digested and sent together
 

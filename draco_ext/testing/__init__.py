@@ -1,0 +1,1 @@
+"""What tests of users need, too: ranks as processes of this machine, and attacks."""
