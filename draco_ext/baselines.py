@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from draco_ext import ops
+from draco_ext import _checks, ops
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -26,8 +26,8 @@ _TILE = 65536
 
 def _check(messages: object, adversaries: object = 0, spare: int = 1) -> None:
     """Raises unless messages is a matrix with at least 2 * adversaries + spare rows."""
-    ops.check_messages(messages, _DTYPES)
-    ops.check_int("adversaries", adversaries, 0)
+    _checks.check_messages(messages, _DTYPES)
+    _checks.check_int("adversaries", adversaries, 0)
     needed = 2 * adversaries + spare
     if messages.size(0) < needed:
         raise ValueError(
@@ -170,7 +170,7 @@ def multi_krum(messages: Tensor, adversaries: int, selected: int | None = None) 
     _check(messages, adversaries, spare=3)
     honest = messages.size(0) - adversaries
     selected = honest - 2 if selected is None else selected
-    ops.check_int("selected", selected, 1, honest)
+    _checks.check_int("selected", selected, 1, honest)
     scores = _krum_scores(messages, adversaries)
     weights = torch.zeros_like(scores)
     weights[scores.topk(selected, largest=False).indices] = 1 / selected
@@ -196,9 +196,9 @@ def _inverse_distances(distances: Tensor, usable: Tensor, floor: float) -> Tenso
 
 def _check_weiszfeld(messages: Tensor, iterations: int, tolerance: float, smoothing: float) -> None:
     _check(messages)
-    ops.check_int("iterations", iterations, 1)
-    ops.check_tolerance("tolerance", tolerance)
-    ops.check_tolerance("smoothing", smoothing)
+    _checks.check_int("iterations", iterations, 1)
+    _checks.check_tolerance("tolerance", tolerance)
+    _checks.check_tolerance("smoothing", smoothing)
 
 
 # A floor under distances, whose inverse can still be summed.
@@ -315,8 +315,8 @@ def vote_torch(messages: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: in some group no message has a majority, or an argument is wrong.
     """
-    ops.check_messages(messages, ops.VOTE_DTYPES)
-    ops.check_int("group_size", group_size, 1)
+    _checks.check_messages(messages, ops.VOTE_DTYPES)
+    _checks.check_int("group_size", group_size, 1)
     n = messages.size(0)
     if n % group_size:
         raise ValueError(f"group_size must divide the {n} messages, got {group_size}")

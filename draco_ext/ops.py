@@ -13,22 +13,13 @@ in `torch.func.grad` and `jvp`; `torch.ops.draco_ext`, where these functions are
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-try:
-    from draco_ext import _C
-except ImportError as error:  # say what to do instead of a bare symbol name
-    raise ImportError(
-        f"draco_ext's compiled module could not be loaded from {Path(__file__).parent} ({error}). In a source tree, "
-        "install with 'pip install -e .' or run from another folder; otherwise reinstall draco_ext with the torch in "
-        f"use, {torch.__version__}"
-    ) from error
+from draco_ext import _checks
+from draco_ext._extension import _C
 
 TILE: int = _C.TILE
 """Columns of a tile, the unit that has a noise floor of its own."""
@@ -36,14 +27,13 @@ TILE: int = _C.TILE
 
 def projections_shape(length: int) -> tuple[int, int]:
     """Tiles of a message and random projections of each: four up to four tiles, two beyond."""
-    check_int("length", length, 0)
+    _checks.check_int("length", length, 0)
     return (length + TILE - 1) // TILE, 4 if length <= 4 * TILE else 2
 
 
 VOTE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 CYCLIC_DTYPES = (torch.float32, torch.float64)
 DIGEST_DTYPES = (*VOTE_DTYPES, torch.uint8)
-MOST_WORKERS = 32767
 MOST_GROUP_MEMBERS = 511
 
 
@@ -55,106 +45,6 @@ def build_info() -> dict[str, str | bool]:
         `DRACO_ISA` forces one), `cuda` (bool), `cuda_architectures` and `torch` (the version it was built against).
     """
     return _C.build_info()
-
-
-# ------------------------------------------------------------------------------------------------- checks
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raises unless value is an int (not a bool) from low to high, both included."""
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < low or (high is not None and value > high):
-        expected = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {expected}, got {value}")
-
-
-def check_workers(workers: object, adversaries: object, name: str = "workers") -> None:
-    """Raises unless 2 * adversaries + 1 <= workers; `name` says where their number comes from."""
-    check_int(name, workers, 1, MOST_WORKERS)
-    check_int("adversaries", adversaries, 0)
-    if workers < 2 * adversaries + 1:
-        raise ValueError(f"{name} must be at least 2 * adversaries + 1 = {2 * adversaries + 1}, got {workers}")
-
-
-def check_tolerance(name: str, value: object) -> None:
-    """Raises unless value is a finite number >= 0."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value <= sys.float_info.max:  # ints may be larger than any float
-        raise ValueError(f"{name} must be finite and at least 0, got {value}")
-
-
-def check_dtype(name: str, dtype: object, dtypes: Sequence[torch.dtype]) -> None:
-    """Raises unless it is one of these dtypes."""
-    if not isinstance(dtype, torch.dtype) or dtype not in dtypes:
-        got = dtype if isinstance(dtype, torch.dtype) else type(dtype).__name__
-        raise TypeError(f"{name} must be {_names(dtypes)}, got {got}")
-
-
-def check_bool(name: str, value: object) -> None:
-    """Raises unless value is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-
-
-def check_tensor(
-    name: str, tensor: object, dim: int, dtypes: Sequence[torch.dtype], like: Tensor | None = None
-) -> None:
-    """Raises unless tensor is a plain real tensor of this dimension, of one of the dtypes, on like's device."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must have dtype {_names(dtypes)}, got {_names([tensor.dtype])}")
-    if tensor.layout != torch.strided or tensor.is_nested:
-        got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-        raise ValueError(f"{name} must be a dense tensor, got {got}")
-    if tensor.dim() != dim:
-        raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
-    if tensor.requires_grad:
-        raise ValueError(f"{name} must not require grad (decoding has no gradient): detach it first")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:  # within jvp
-        raise ValueError(f"{name} must not have a forward-mode tangent (decoding has no gradient): detach it first")
-    if like is not None and tensor.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
-    if like is None and not tensor.is_cpu:  # quicker than to ask for the device
-        if not tensor.is_cuda:
-            raise ValueError(f"{name} must be on the CPU or a CUDA device, got {tensor.device}")
-        if not _C.build_info()["cuda"]:
-            raise ValueError(
-                f"{name} is on {tensor.device}, but this draco_ext was built without CUDA: "
-                "reinstall it with DRACO_CUDA=on and nvcc on PATH"
-            )
-
-
-def check_rows(name: str, matrix: Tensor) -> None:
-    """Raises unless each row of the matrix is contiguous."""
-    if matrix.stride(1) != 1 and matrix.size(1) > 1:
-        raise ValueError(
-            f"{name} must have contiguous rows (stride 1 along dimension 1), got strides "
-            f"{tuple(matrix.stride())}: call .contiguous()"
-        )
-
-
-def check_messages(messages: object, dtypes: Sequence[torch.dtype]) -> None:
-    """Raises unless messages is a matrix with a row for each worker."""
-    check_tensor("messages", messages, 2, dtypes)
-    check_rows("messages", messages)
-    if messages.size(0) == 0:
-        raise ValueError(f"messages must have at least one row, got shape {tuple(messages.shape)}")
-
-
-def check_mask(name: str, mask: object, messages: Tensor) -> None:
-    """Raises unless mask is None or a bool vector with an entry for each message."""
-    if mask is None:
-        return
-    check_tensor(name, mask, 1, (torch.bool,), like=messages)
-    if mask.size(0) != messages.size(0):
-        raise ValueError(f"{name} must have {messages.size(0)} entries, got {mask.size(0)}")
 
 
 def _check_pairs(messages: Tensor) -> None:
@@ -171,7 +61,7 @@ def _overlap(x: Tensor, y: Tensor) -> bool:
 
 
 def _check_length(length: object, messages: Tensor) -> None:
-    check_int("length", length, max(0, messages.size(1) - 1), messages.size(1))
+    _checks.check_int("length", length, max(0, messages.size(1) - 1), messages.size(1))
 
 
 # -------------------------------------------------------------------------------------------- repetition code
@@ -211,20 +101,20 @@ def majority_vote(
         gradient (d,), NaN everywhere if failed; suspects (n,) bool, the present members that differ from their group's
         winner; failed () bool, whether too few members of some group agree for the guarantee to hold.
     """
-    check_messages(messages, VOTE_DTYPES)
-    check_int("adversaries", adversaries, 0)
+    _checks.check_messages(messages, VOTE_DTYPES)
+    _checks.check_int("adversaries", adversaries, 0)
     if not isinstance(group_sizes, (tuple, list)):
         raise TypeError(f"group_sizes must be a tuple or list of ints, got {type(group_sizes).__name__}")
     least = 2 * adversaries + 1
     for size in group_sizes:
         if type(size) is not int or not least <= size <= MOST_GROUP_MEMBERS:  # calls cost as much as a vote
-            check_int("group_sizes", size, least, MOST_GROUP_MEMBERS)
+            _checks.check_int("group_sizes", size, least, MOST_GROUP_MEMBERS)
     if sum(group_sizes) != messages.size(0):
         raise ValueError(f"group_sizes must add up to the {messages.size(0)} messages, got {sum(group_sizes)}")
-    check_mask("missing", missing, messages)
-    check_tolerance("atol", atol)
-    check_tolerance("rtol", rtol)
-    check_bool("mean", mean)
+    _checks.check_mask("missing", missing, messages)
+    _checks.check_tolerance("atol", atol)
+    _checks.check_tolerance("rtol", rtol)
+    _checks.check_bool("mean", mean)
     return torch.ops.draco_ext.majority_vote(
         messages, missing, list(group_sizes), adversaries, float(atol), float(rtol), mean
     )
@@ -265,10 +155,10 @@ def digest(values: Tensor, seed: int) -> Tensor:
     Returns:
         (2,) int64.
     """
-    check_tensor("values", values, 1, DIGEST_DTYPES)
+    _checks.check_tensor("values", values, 1, DIGEST_DTYPES)
     if not values.is_contiguous():
         raise ValueError(f"values must be contiguous, got stride {values.stride(0)}: call .contiguous()")
-    check_int("seed", seed, -(2**63), 2**63 - 1)
+    _checks.check_int("seed", seed, -(2**63), 2**63 - 1)
     return torch.ops.draco_ext.digest(values, seed)
 
 
@@ -296,10 +186,10 @@ def cyclic_encode(gradients: Tensor, workers: int, adversaries: int, worker: int
     Returns:
         (d + d % 2,), the gradients' dtype; an odd last element is paired with 0.
     """
-    check_tensor("gradients", gradients, 2, CYCLIC_DTYPES)
-    check_rows("gradients", gradients)
-    check_workers(workers, adversaries)
-    check_int("worker", worker, 0, workers - 1)
+    _checks.check_tensor("gradients", gradients, 2, CYCLIC_DTYPES)
+    _checks.check_rows("gradients", gradients)
+    _checks.check_workers(workers, adversaries)
+    _checks.check_int("worker", worker, 0, workers - 1)
     if gradients.size(0) != 2 * adversaries + 1:
         raise ValueError(
             f"gradients must have 2 * adversaries + 1 = {2 * adversaries + 1} rows, got {gradients.size(0)}"
@@ -344,12 +234,12 @@ def cyclic_encode_add_(
     Returns:
         message.
     """
-    check_tensor("message", message, 1, CYCLIC_DTYPES)
-    check_tensor("carry", carry, 1, (message.dtype,), like=message)
-    check_tensor("gradient", gradient, 1, (message.dtype,), like=message)
-    check_workers(workers, adversaries)
-    check_int("worker", worker, 0, workers - 1)
-    check_int("part", part, 0, workers - 1)
+    _checks.check_tensor("message", message, 1, CYCLIC_DTYPES)
+    _checks.check_tensor("carry", carry, 1, (message.dtype,), like=message)
+    _checks.check_tensor("gradient", gradient, 1, (message.dtype,), like=message)
+    _checks.check_workers(workers, adversaries)
+    _checks.check_int("worker", worker, 0, workers - 1)
+    _checks.check_int("part", part, 0, workers - 1)
     for name, vector in (("message", message), ("carry", carry)):
         if vector.is_neg():  # torch cannot write to a view that stands for the negative of its memory
             raise ValueError(f"{name} must not be a negated view (such as z.conj().imag): call .resolve_neg()")
@@ -369,7 +259,7 @@ def cyclic_encode_add_(
     r = 2 * adversaries + 1
     if all((part + (2 * t * workers + r) // (2 * r)) % workers != worker for t in range(r)):
         raise ValueError(f"part must be one that worker {worker} computes, got {part}")
-    check_bool("first", first)
+    _checks.check_bool("first", first)
     torch.ops.draco_ext.cyclic_encode_add_(message, carry, gradient, workers, adversaries, worker, part, first)
     return message
 
@@ -395,10 +285,10 @@ def cyclic_project(messages: Tensor, seed: int, *, missing: Tensor | None = None
         projections (n, tiles, k) complex128, in units in which those of no finite message overflow; norms (n, tiles)
         float64, of each worker's tiles, in the same units.
     """
-    check_messages(messages, CYCLIC_DTYPES)
+    _checks.check_messages(messages, CYCLIC_DTYPES)
     _check_pairs(messages)
-    check_mask("missing", missing, messages)
-    check_int("seed", seed, -(2**63), 2**63 - 1)
+    _checks.check_mask("missing", missing, messages)
+    _checks.check_int("seed", seed, -(2**63), 2**63 - 1)
     return torch.ops.draco_ext.cyclic_project(messages, missing, seed)
 
 
@@ -448,23 +338,23 @@ def cyclic_locate(
         than could be put right (2 * nonfinite + missing > 2 * s) give NaN weights, no suspects and no failure: then the
         gradient itself is not finite.
     """
-    check_tensor("projections", projections, 3, (torch.complex128,))
-    check_workers(projections.size(0), adversaries, "projections' rows")
-    check_int("length", length, 0)
+    _checks.check_tensor("projections", projections, 3, (torch.complex128,))
+    _checks.check_workers(projections.size(0), adversaries, "projections' rows")
+    _checks.check_int("length", length, 0)
     shape = projections_shape(length)
     if projections.shape[1:] != shape or not projections.is_contiguous():
         raise ValueError(
             f"projections must be contiguous, of shape (n, {shape[0]}, {shape[1]}) for length {length}, got "
             f"{tuple(projections.shape)}"
         )
-    check_tensor("norms", norms, 2, (torch.float64,), like=projections)
+    _checks.check_tensor("norms", norms, 2, (torch.float64,), like=projections)
     if norms.shape != projections.shape[:2] or not norms.is_contiguous():
         raise ValueError(f"norms must be contiguous, of shape {tuple(projections.shape[:2])}, got {tuple(norms.shape)}")
-    check_mask("missing", missing, projections)
-    check_dtype("dtype", dtype, CYCLIC_DTYPES)
-    check_tolerance("atol", atol)
-    check_tolerance("rtol", rtol)
-    check_bool("mean", mean)
+    _checks.check_mask("missing", missing, projections)
+    _checks.check_dtype("dtype", dtype, CYCLIC_DTYPES)
+    _checks.check_tolerance("atol", atol)
+    _checks.check_tolerance("rtol", rtol)
+    _checks.check_bool("mean", mean)
     return torch.ops.draco_ext.cyclic_locate(
         projections, norms, missing, adversaries, length, dtype == torch.float64, float(atol), float(rtol), mean
     )
@@ -493,9 +383,9 @@ def cyclic_combine(messages: Tensor, weights: Tensor, *, length: int | None = No
     Returns:
         (length,), the messages' dtype.
     """
-    check_messages(messages, CYCLIC_DTYPES)
+    _checks.check_messages(messages, CYCLIC_DTYPES)
     _check_pairs(messages)
-    check_tensor("weights", weights, 1, (torch.complex128,), like=messages)
+    _checks.check_tensor("weights", weights, 1, (torch.complex128,), like=messages)
     if weights.size(0) != messages.size(0) or not weights.is_contiguous():
         raise ValueError(f"weights must be contiguous with {messages.size(0)} entries, got {weights.size(0)}")
     length = messages.size(1) if length is None else length
@@ -542,18 +432,18 @@ def cyclic_decode(
         () bool; left_out (n,) bool, all whose messages the gradient does not contain: the suspects, and those who may
         be bad as well as others. Not the missing ones; nobody where the gradient is NaN.
     """
-    check_messages(messages, CYCLIC_DTYPES)
+    _checks.check_messages(messages, CYCLIC_DTYPES)
     _check_pairs(messages)
-    check_workers(messages.size(0), adversaries, "messages' rows")
-    check_mask("missing", missing, messages)
-    check_mask("expected", expected, messages)
+    _checks.check_workers(messages.size(0), adversaries, "messages' rows")
+    _checks.check_mask("missing", missing, messages)
+    _checks.check_mask("expected", expected, messages)
     length = messages.size(1) if length is None else length
     _check_length(length, messages)
-    check_tolerance("atol", atol)
-    check_tolerance("rtol", rtol)
-    check_bool("mean", mean)
+    _checks.check_tolerance("atol", atol)
+    _checks.check_tolerance("rtol", rtol)
+    _checks.check_bool("mean", mean)
     if seed is not None:
-        check_int("seed", seed, -(2**63), 2**63 - 1)
+        _checks.check_int("seed", seed, -(2**63), 2**63 - 1)
     return torch.ops.draco_ext.cyclic_decode(
         messages, missing, expected, adversaries, length, float(atol), float(rtol), mean, seed
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draco_ext import ops
+from draco_ext import _checks
 
 
 class DecodingError(RuntimeError):
@@ -65,7 +65,7 @@ class Code(abc.ABC):
     adversaries: int
 
     def __post_init__(self) -> None:
-        ops.check_workers(self.workers, self.adversaries)
+        _checks.check_workers(self.workers, self.adversaries)
 
     @property
     def redundancy(self) -> int:
@@ -140,16 +140,16 @@ class Code(abc.ABC):
         """
 
     def _check_bound(self, dtype: object, dtypes: Sequence[torch.dtype], length: object, probability: object) -> None:
-        ops.check_dtype("dtype", dtype, dtypes)
+        _checks.check_dtype("dtype", dtype, dtypes)
         if length is not None:
-            ops.check_int("length", length, 0)
+            _checks.check_int("length", length, 0)
         if isinstance(probability, bool) or not isinstance(probability, (int, float)):
             raise TypeError(f"probability must be a float, got {type(probability).__name__}")
         if not 0 < probability <= 1:
             raise ValueError(f"probability must be above 0 and at most 1, got {probability}")
 
     def _check_worker(self, worker: int) -> None:
-        ops.check_int("worker", worker, 0, self.workers - 1)
+        _checks.check_int("worker", worker, 0, self.workers - 1)
 
 
 def decode(

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draco_ext import _C, ops
+from draco_ext import _checks, ops
+from draco_ext._extension import _C
 from draco_ext.codes.base import Code
 
 
@@ -52,7 +53,7 @@ class CyclicCode(Code):
 
     def message_length(self, d: int) -> int:
         """D, made even."""
-        ops.check_int("d", d, 0)
+        _checks.check_int("d", d, 0)
         return d + d % 2
 
     def encode(self, worker: int, gradients: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from draco_ext import ops
+from draco_ext import _checks, ops
 from draco_ext.codes.base import Code
 
 
@@ -49,14 +49,14 @@ class RepetitionCode(Code):
 
     def message_length(self, d: int) -> int:
         """A message is the gradient itself."""
-        ops.check_int("d", d, 0)
+        _checks.check_int("d", d, 0)
         return d
 
     def encode(self, worker: int, gradients: Tensor) -> Tensor:
         """The worker's one gradient, unchanged and not copied; see `Code.encode`."""
         self._check_worker(worker)
-        ops.check_tensor("gradients", gradients, 2, ops.VOTE_DTYPES)
-        ops.check_rows("gradients", gradients)
+        _checks.check_tensor("gradients", gradients, 2, ops.VOTE_DTYPES)
+        _checks.check_rows("gradients", gradients)
         if gradients.size(0) != 1:
             raise ValueError(
                 f"gradients must have 1 row, for part {self.assignment(worker)[0]}, got {gradients.size(0)}"
@@ -73,10 +73,10 @@ class RepetitionCode(Code):
 
     def _decode(self, messages, *, missing, expected, mean, atol, rtol, length, seed=None):
         if expected is not None or length is not None:  # the vote has no use for them
-            ops.check_messages(messages, ops.VOTE_DTYPES)
-            ops.check_mask("expected", expected, messages)
+            _checks.check_messages(messages, ops.VOTE_DTYPES)
+            _checks.check_mask("expected", expected, messages)
         if length is not None:
-            ops.check_int("length", length, messages.size(1), messages.size(1))
+            _checks.check_int("length", length, messages.size(1), messages.size(1))
         gradient, suspects, failed = ops.majority_vote(
             messages,
             self.group_sizes,

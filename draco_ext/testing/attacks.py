@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from draco_ext import ops
+from draco_ext import _checks, ops
 
 # The integer type through which the bits of a float are reached.
 _BITS = {
@@ -56,11 +56,11 @@ class Attack(abc.ABC):
             TypeError: an argument has the wrong type or dtype.
             ValueError: an argument has the wrong shape or device.
         """
-        ops.check_tensor("message", message, 1, ops.VOTE_DTYPES)
+        _checks.check_tensor("message", message, 1, ops.VOTE_DTYPES)
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         if honest is not None:
-            ops.check_tensor("honest", honest, 2, ops.VOTE_DTYPES, like=message)
+            _checks.check_tensor("honest", honest, 2, ops.VOTE_DTYPES, like=message)
             if honest.size(0) == 0 or honest.size(1) != message.size(0):
                 raise ValueError(
                     f"honest must be of shape (m, {message.size(0)}) with m >= 1, got {tuple(honest.shape)}"
@@ -171,8 +171,8 @@ class LittleIsEnough(Attack):
                 f"workers={self.workers}, adversaries={self.adversaries}"
             )
         if self.workers is not None:
-            ops.check_workers(self.workers, self.adversaries)
-            ops.check_int("adversaries", self.adversaries, 1)
+            _checks.check_workers(self.workers, self.adversaries)
+            _checks.check_int("adversaries", self.adversaries, 1)
 
     def largest_shift(self) -> float:
         """The z in use."""
@@ -232,7 +232,7 @@ class BitFlip(Attack):
     def _corrupt(self, message, generator, honest):
         width = 8 * message.element_size()
         bit = width - 2 if self.bit is None else self.bit
-        ops.check_int("bit", bit, 0, width - 1)
+        _checks.check_int("bit", bit, 0, width - 1)
         (element,) = _draw(message.size(0), 1, generator)
         _flip_bits(message[element : element + 1], [bit])
         return message
@@ -254,8 +254,8 @@ class ZeroedRun(Attack):
     length: int = 256
 
     def __post_init__(self) -> None:
-        ops.check_int("runs", self.runs, 1)
-        ops.check_int("length", self.length, 1)
+        _checks.check_int("runs", self.runs, 1)
+        _checks.check_int("length", self.length, 1)
 
     def _corrupt(self, message, generator, honest):
         places = max(1, message.size(0) - self.length + 1)
@@ -280,8 +280,8 @@ class MultiBitFlip(Attack):
     period: int = 32
 
     def __post_init__(self) -> None:
-        ops.check_int("bits", self.bits, 1, 16)
-        ops.check_int("period", self.period, 1)
+        _checks.check_int("bits", self.bits, 1, 16)
+        _checks.check_int("period", self.period, 1)
 
     def _corrupt(self, message, generator, honest):
         width = 8 * message.element_size()

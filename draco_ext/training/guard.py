@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from draco_ext import ops
+from draco_ext import _checks, ops
 from draco_ext.codes import Code, CyclicCode, DecodingError, RepetitionCode
 from draco_ext.protocol.encoder import GradientEncoder
 from draco_ext.protocol.groups import Rendezvous, gather, gather_json, membership
@@ -732,7 +732,7 @@ class Guard:
             DecodingError: no majority of the ranks has the same.
             RuntimeError: another rank does not call it.
         """
-        ops.check_tolerance("timeout", timeout)
+        _checks.check_tolerance("timeout", timeout)
         with self._watch.own():
             return self._check_state(timeout)
 
@@ -776,7 +776,7 @@ class Guard:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state_dict` stood; the same on all ranks."""
-        ops.check_int("state['step']", state["step"], 0)
+        _checks.check_int("state['step']", state["step"], 0)
         self.step = state["step"]
         self._suspects = {rank: Suspect(**suspect) for rank, suspect in state["suspects"].items()}
         self._failed_steps = list(state["failed_steps"])
@@ -1005,12 +1005,12 @@ def protect(
         raise ValueError(f"on_failure must be 'raise' or 'skip', got {on_failure!r}")
     if transport not in TRANSPORTS:
         raise ValueError(f"transport must be {' or '.join(map(repr, TRANSPORTS))}, got {transport!r}")
-    ops.check_tolerance("atol", atol)
-    ops.check_tolerance("rtol", rtol)
-    ops.check_tolerance("deadline", deadline)
-    ops.check_int("seed", seed, 0, 2**63 - 1)
+    _checks.check_tolerance("atol", atol)
+    _checks.check_tolerance("rtol", rtol)
+    _checks.check_tolerance("deadline", deadline)
+    _checks.check_int("seed", seed, 0, 2**63 - 1)
     check_state_every = 0 if check_state_every is None else check_state_every
-    ops.check_int("check_state_every", check_state_every, 0)
+    _checks.check_int("check_state_every", check_state_every, 0)
     if isinstance(code, RepetitionCode) and transport == "allreduce" and (atol > 0 or rtol > 0):
         raise ValueError("atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'allgather'")
     check_model(model, code)

@@ -11,7 +11,7 @@ from datetime import timedelta
 import numpy as np
 import torch.distributed as dist
 
-from draco_ext import ops
+from draco_ext import _checks
 from draco_ext.codes import Code, RepetitionCode
 
 TIMEOUT = timedelta(minutes=5)  # for the name of another rank's host
@@ -42,12 +42,12 @@ def _hosts_by_size(code: Code, ranks_per_host: int | Sequence[int]) -> tuple[str
     n = code.workers
     if isinstance(ranks_per_host, (list, tuple)):
         for size in ranks_per_host:
-            ops.check_int("ranks_per_host", size, 1, n)
+            _checks.check_int("ranks_per_host", size, 1, n)
         if sum(ranks_per_host) != n:
             raise ValueError(f"ranks_per_host must add up to the {n} workers, got {list(ranks_per_host)}")
         sizes = ranks_per_host
     else:
-        ops.check_int("ranks_per_host", ranks_per_host, 1, n)
+        _checks.check_int("ranks_per_host", ranks_per_host, 1, n)
         if n % ranks_per_host:
             raise ValueError(f"ranks_per_host must divide the {n} workers, got {ranks_per_host}; or be a list")
         sizes = [ranks_per_host] * (n // ranks_per_host)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from draco_ext import ops
+from draco_ext import _checks
 from draco_ext.codes import Code
 from draco_ext.training.placement import announce_host, place_ranks
 
@@ -30,9 +30,9 @@ class GlobalBatches:
     """
 
     def __init__(self, samples: int, batch_size: int, seed: int) -> None:
-        ops.check_int("samples", samples, 1)
-        ops.check_int("batch_size", batch_size, 1, samples)
-        ops.check_int("seed", seed, 0)
+        _checks.check_int("samples", samples, 1)
+        _checks.check_int("batch_size", batch_size, 1, samples)
+        _checks.check_int("seed", seed, 0)
         self.batch_size = batch_size
         self.per_epoch = samples // batch_size  # steps
         self._samples = samples
@@ -108,7 +108,7 @@ class RedundantBatchSampler(Sampler[list[int]]):
         self._batches = GlobalBatches(samples, batch_size, seed)
         if batch_size % code.parts:
             raise ValueError(f"batch_size must be a multiple of the code's {code.parts} parts, got {batch_size}")
-        ops.check_int("rank", rank, 0, code.workers - 1)
+        _checks.check_int("rank", rank, 0, code.workers - 1)
         self._code = code
         self._rank = rank
         self._ranks_per_host = ranks_per_host
@@ -154,7 +154,7 @@ class RedundantBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the beginning of an epoch; needed only to go back or to leave some out."""
-        ops.check_int("epoch", epoch, 0)
+        _checks.check_int("epoch", epoch, 0)
         self._move_to(epoch * self.steps_per_epoch)
 
     def state_dict(self) -> SamplerState:
@@ -170,7 +170,7 @@ class RedundantBatchSampler(Sampler[list[int]]):
         for name, value in self._identity.items():
             if state[name] != value:
                 raise ValueError(f"state must be of a sampler with {name}={value}, got {name}={state[name]}")
-        ops.check_int("state['step']", state["step"], 0)
+        _checks.check_int("state['step']", state["step"], 0)
         self._move_to(state["step"])
 
     def _move_to(self, step: int) -> None:

@@ -1,0 +1,111 @@
+"""Checks of arguments: TypeError or ValueError that names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from draco_ext._extension import _C
+
+MOST_WORKERS = 32767
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raises unless value is an int (not a bool) from low to high, both included."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        expected = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def check_workers(workers: object, adversaries: object, name: str = "workers") -> None:
+    """Raises unless 2 * adversaries + 1 <= workers; `name` says where their number comes from."""
+    check_int(name, workers, 1, MOST_WORKERS)
+    check_int("adversaries", adversaries, 0)
+    if workers < 2 * adversaries + 1:
+        raise ValueError(f"{name} must be at least 2 * adversaries + 1 = {2 * adversaries + 1}, got {workers}")
+
+
+def check_tolerance(name: str, value: object) -> None:
+    """Raises unless value is a finite number >= 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= value <= sys.float_info.max:  # ints may be larger than any float
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+
+def check_dtype(name: str, dtype: object, dtypes: Sequence[torch.dtype]) -> None:
+    """Raises unless it is one of these dtypes."""
+    if not isinstance(dtype, torch.dtype) or dtype not in dtypes:
+        got = dtype if isinstance(dtype, torch.dtype) else type(dtype).__name__
+        raise TypeError(f"{name} must be {_names(dtypes)}, got {got}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raises unless value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def check_tensor(
+    name: str, tensor: object, dim: int, dtypes: Sequence[torch.dtype], like: Tensor | None = None
+) -> None:
+    """Raises unless tensor is a plain real tensor of this dimension, of one of the dtypes, on like's device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must have dtype {_names(dtypes)}, got {_names([tensor.dtype])}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        got = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise ValueError(f"{name} must be a dense tensor, got {got}")
+    if tensor.dim() != dim:
+        raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
+    if tensor.requires_grad:
+        raise ValueError(f"{name} must not require grad (decoding has no gradient): detach it first")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:  # within jvp
+        raise ValueError(f"{name} must not have a forward-mode tangent (decoding has no gradient): detach it first")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
+    if like is None and not tensor.is_cpu:  # quicker than to ask for the device
+        if not tensor.is_cuda:
+            raise ValueError(f"{name} must be on the CPU or a CUDA device, got {tensor.device}")
+        if not _C.build_info()["cuda"]:
+            raise ValueError(
+                f"{name} is on {tensor.device}, but this draco_ext was built without CUDA: "
+                "reinstall it with DRACO_CUDA=on and nvcc on PATH"
+            )
+
+
+def check_rows(name: str, matrix: Tensor) -> None:
+    """Raises unless each row of the matrix is contiguous."""
+    if matrix.stride(1) != 1 and matrix.size(1) > 1:
+        raise ValueError(
+            f"{name} must have contiguous rows (stride 1 along dimension 1), got strides "
+            f"{tuple(matrix.stride())}: call .contiguous()"
+        )
+
+
+def check_messages(messages: object, dtypes: Sequence[torch.dtype]) -> None:
+    """Raises unless messages is a matrix with a row for each worker."""
+    check_tensor("messages", messages, 2, dtypes)
+    check_rows("messages", messages)
+    if messages.size(0) == 0:
+        raise ValueError(f"messages must have at least one row, got shape {tuple(messages.shape)}")
+
+
+def check_mask(name: str, mask: object, messages: Tensor) -> None:
+    """Raises unless mask is None or a bool vector with an entry for each message."""
+    if mask is None:
+        return
+    check_tensor(name, mask, 1, (torch.bool,), like=messages)
+    if mask.size(0) != messages.size(0):
+        raise ValueError(f"{name} must have {messages.size(0)} entries, got {mask.size(0)}")
