@@ -10,7 +10,8 @@ from draco_ext.codes import (
 )
 from draco_ext.ops import build_info
 from draco_ext.reporting.ledger import iter_ledger, read_ledger
-from draco_ext.training.guard import Guard, protect
+from draco_ext.training.api import protect
+from draco_ext.training.guard import Guard
 from draco_ext.training.sampler import RedundantBatchSampler
 
 __all__ = [

@@ -134,7 +134,7 @@ def arrange(code: Code, hosts: tuple[str, ...]) -> tuple[int, ...]:
         ranks_on.setdefault(host, []).append(rank)
     by_size = sorted(ranks_on.values(), key=len, reverse=True)
     order = [rank for ranks in by_size for rank in ranks]
-    if isinstance(code, RepetitionCode):
+    if code.message_is_gradient:
         # The i-th rank in order goes to group i mod parts, which has i // parts before it.
         first = np.cumsum((0, *code.group_sizes))
         places = [int(first[i % code.parts]) + i // code.parts for i in range(n)]
