@@ -298,7 +298,7 @@ class Transport(abc.ABC):
         mask[list(missing)] = True
         spoil_short(rows, mask)
         given = {"missing": mask if missing else None, "seed": seed, **self.tolerance}
-        decoded = Decoded(*self.code._decode(rows, expected=None, mean=True, length=None, **given), self.code)
+        decoded = self.code.decode(rows, **given)
         left_out = workers_in(decoded.left_out)
         return decoded.gradient, Outcome(differences(rows, decoded, missing), bool(decoded.failed), left_out=left_out)
 
