@@ -223,7 +223,12 @@ class ProcessGroupCommunicator(Communicator):
         return ProcessGroupCommunicator(group, ranks, timeout=timeout, names=names, seconds=self.seconds)
 
     def _pending(
-        self, operations: list[_Operation], result: Tensor, kept: tuple[Tensor, ...], *, resume_on_next_bucket: bool = True
+        self,
+        operations: list[_Operation],
+        result: Tensor,
+        kept: tuple[Tensor, ...],
+        *,
+        resume_on_next_bucket: bool = True,
     ) -> Pending:
         def wait() -> Tensor:
             self._keepalive.append(kept)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from draco_ext.codes import Decoded
 
 # Elements of a message that are compared at a time: what is made of them stays in the cache.
 CHUNK = 2**16

@@ -80,10 +80,7 @@ def _joined(keys: Sequence[Hashable], sums: dict[Hashable, Tensor]) -> Tensor | 
     first = vectors[0]
     end = first.storage_offset()
     for vector in vectors:
-        if (
-            vector.storage_offset() != end
-            or vector.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-        ):
+        if vector.storage_offset() != end or vector.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
             return None
         end += vector.numel()
     return first.as_strided((end - first.storage_offset(),), (1,))

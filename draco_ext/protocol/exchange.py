@@ -61,9 +61,7 @@ class ExchangeScheduler:
         self._seconds = seconds
         self._in_flight: list[InFlightExchange] = []
 
-    def start(
-        self, steps: Steps[T], *, name: str, complete: Callable[[T], None], background: bool = False
-    ) -> None:
+    def start(self, steps: Steps[T], *, name: str, complete: Callable[[T], None], background: bool = False) -> None:
         """Start an exchange, and let those started before go on, as far as they want to.
 
         Args:

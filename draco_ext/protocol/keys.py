@@ -64,9 +64,7 @@ class SharedSeed:
     def _all_gather(self, text: bytes, device: torch.device) -> Pending:
         # What is cut off on its way ends with zeros on all ranks.
         rows = torch.zeros(self._communicator.workers, len(text), dtype=torch.uint8, device=device)
-        return self._communicator.all_gather_p2p(
-            torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device), rows
-        )
+        return self._communicator.all_gather_p2p(torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device), rows)
 
 
 def _commitment(worker: int, share: bytes) -> bytes:

@@ -80,6 +80,11 @@ class ExchangeOutcome:
     missing: tuple[int, ...] = ()
     left_out: tuple[int, ...] = ()
 
+    @property
+    def is_clean(self) -> bool:
+        """Whether every worker's message is in the gradient."""
+        return not (self.failed or self.suspects or self.missing or self.left_out)
+
 
 def slice_length(dtype: torch.dtype) -> int:
     """Return how many elements of a message are gathered and decoded at once."""

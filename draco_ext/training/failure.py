@@ -65,9 +65,8 @@ class FailurePolicy:
             "missing": missing,
         }
         named = {reason: sorted({self._ranks[j] for j in workers}) for reason, workers in reasons.items()}
-        return (
-            f"no gradient in step {step}, bucket {bucket}: more ranks are bad than {self._code!r} can correct; "
-            + (", ".join(f"{reason}: {ranks}" for reason, ranks in named.items() if ranks) or "nobody can be named")
+        return f"no gradient in step {step}, bucket {bucket}: more ranks are bad than {self._code!r} can correct; " + (
+            ", ".join(f"{reason}: {ranks}" for reason, ranks in named.items() if ranks) or "nobody can be named"
         )
 
     def explain_state(self, step: int, other_parameters: Collection[int]) -> str | None:

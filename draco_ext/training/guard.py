@@ -237,7 +237,9 @@ class Guard:
 
         exchange = self._transport.exchange(message, self._exchanges)
         self._exchanges += 1
-        self._scheduler.start(exchange, name=f"no gradient in step {self.step}, {bucket.buffer.name}", complete=complete)
+        self._scheduler.start(
+            exchange, name=f"no gradient in step {self.step}, {bucket.buffer.name}", complete=complete
+        )
         if bucket.is_last:
             self._scheduler.complete_all()
             self._adapter.call_after_backward(self._finish)
@@ -325,7 +327,7 @@ class Guard:
         failure: str | None,
     ) -> str | None:
         """Record what the exchanges of a step have found; return the step's failure, with theirs."""
-        if not any(outcome.left_out or outcome.suspects or outcome.missing or outcome.failed for outcome, _ in outcomes):
+        if all(outcome.is_clean for outcome, _ in outcomes):
             return failure
         other_data = claims.with_other_data()
         for outcome, bucket in outcomes:

@@ -113,7 +113,9 @@ class PeerRepair(Repair):
             if what == _SEND:
                 self._state.send(section, self._communicator, worker)
             else:
-                self._communicator.send(torch.cat([self._state.digest(section, key), self._state.layout(section)]), worker)
+                self._communicator.send(
+                    torch.cat([self._state.digest(section, key), self._state.layout(section)]), worker
+                )
         return False
 
 

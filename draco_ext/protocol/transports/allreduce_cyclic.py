@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from draco_ext.protocol.exchange import Exchange
 from draco_ext.protocol.keys import draw_key

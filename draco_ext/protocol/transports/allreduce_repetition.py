@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Generator
 
@@ -17,9 +16,7 @@ from draco_ext.protocol.keys import DigestRounds
 from draco_ext.protocol.messages import ExchangeOutcome, Message, slice_length, slices
 from draco_ext.protocol.transports.base import Transport
 
-HONEST_COMMUNICATION = (
-    "allreduce: up to s ranks may compute anything wrong; what ranks send is not altered on the way."
-)
+HONEST_COMMUNICATION = "allreduce: up to s ranks may compute anything wrong; what ranks send is not altered on the way."
 
 
 class AllReduceRepetition(Transport):

@@ -84,9 +84,7 @@ class Transport(abc.ABC):
         reject_truncated(rows, mask)
         decoded = self.code.decode(rows, missing=mask if missing else None, seed=seed, **self.tolerance)
         suspects = _differences(rows, decoded, missing)
-        return decoded.gradient, ExchangeOutcome(
-            suspects, bool(decoded.failed), left_out=workers_in(decoded.left_out)
-        )
+        return decoded.gradient, ExchangeOutcome(suspects, bool(decoded.failed), left_out=workers_in(decoded.left_out))
 
 
 def _differences(rows: Tensor, decoded: Decoded, missing: Collection[int] = ()) -> dict[int, Difference | None]:
