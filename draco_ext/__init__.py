@@ -9,8 +9,9 @@ from draco_ext.codes import (
     decode,
 )
 from draco_ext.ops import build_info
-from draco_ext.reporting.ledger import iter_ledger, read_ledger
-from draco_ext.training.guard import Guard, protect
+from draco_ext.reporting.ledger import Finding, iter_ledger, read_ledger
+from draco_ext.training.guard import Guard, Report, Suspect, protect
+from draco_ext.training.reproducibility import SelfTest
 from draco_ext.training.sampler import RedundantBatchSampler
 
 __all__ = [
@@ -18,9 +19,13 @@ __all__ = [
     "CyclicCode",
     "Decoded",
     "DecodingError",
+    "Finding",
     "Guard",
     "RedundantBatchSampler",
     "RepetitionCode",
+    "Report",
+    "SelfTest",
+    "Suspect",
     "build_info",
     "decode",
     "iter_ledger",
