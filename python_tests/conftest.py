@@ -16,6 +16,13 @@ import torch
 
 SEED = int(os.environ.get("DRACO_SEED", "20180327"))
 
+# The folders of tests, and the marker of all tests in them.
+LAYERS = {
+    "unit": "no ranks and no sizes that take time: seconds",
+    "ranks": "several processes that talk to each other",
+    "kernels": "ops and codes against the reference, enumerations, CUDA kernels run on the host",
+}
+
 # ci draws the same examples every time, long many others; both print how to see a failing one again.
 hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile(
@@ -33,6 +40,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    for layer, meaning in LAYERS.items():
+        config.addinivalue_line("markers", f"{layer}: {meaning}")
     config.addinivalue_line("markers", "gpu: runs on a GPU; set by itself for every test that uses one")
     config.addinivalue_line("markers", "sanitizer: every kernel once, small: for runs under compute-sanitizer")
     config.addinivalue_line("markers", "slow: takes tens of seconds, or tens of GB")
@@ -65,6 +74,9 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_itemcollected(item):
+    layer = item.path.parent.name
+    if layer in LAYERS:
+        item.add_marker(layer)
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if "cuda" in item.fixturenames or "cuda" in (parameters.get("device"), parameters.get("real_device")):
         item.add_marker(pytest.mark.gpu)

@@ -12,7 +12,7 @@ import numpy as np
 import torch.distributed as dist
 
 from draco_ext import _checks
-from draco_ext.codes import Code, RepetitionCode
+from draco_ext.codes import Code
 
 TIMEOUT = timedelta(minutes=5)  # for the name of another rank's host
 LONGEST_NAME = 255
@@ -134,10 +134,9 @@ def arrange(code: Code, hosts: tuple[str, ...]) -> tuple[int, ...]:
         ranks_on.setdefault(host, []).append(rank)
     by_size = sorted(ranks_on.values(), key=len, reverse=True)
     order = [rank for ranks in by_size for rank in ranks]
-    if isinstance(code, RepetitionCode):
+    if code.message_is_gradient:
         # The i-th rank in order goes to group i mod parts, which has i // parts before it.
-        first = np.cumsum((0, *code.group_sizes))
-        places = [int(first[i % code.parts]) + i // code.parts for i in range(n)]
+        places = [code.replica_groups[i % code.parts][i // code.parts] for i in range(n)]
     else:
         places = _places_on_circle(code, [len(ranks) for ranks in by_size])
     workers = dict(zip(order, places, strict=True))

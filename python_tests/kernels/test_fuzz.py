@@ -1,4 +1,4 @@
-"""Short runs of fuzz.py, and that it notices what it is there to notice."""
+"""Short runs of tools/fuzz.py, and that it notices what it is there to notice."""
 
 import os
 import re
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-FUZZ = Path(__file__).resolve().parent / "fuzz.py"
+FUZZ = Path(__file__).resolve().parents[2] / "tools" / "fuzz.py"
 
 
 def fuzz(*arguments):

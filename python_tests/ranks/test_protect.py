@@ -26,9 +26,10 @@ import draco_ext
 from draco_ext import CyclicCode, DecodingError, RedundantBatchSampler, RepetitionCode, ops
 from draco_ext.protocol.encoder import PORTION, GradientEncoder
 from draco_ext.protocol.groups import divide, gather_json, timeout_of
+from draco_ext.reporting.evidence import Evidence
 from draco_ext.testing.local import run_local
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 STEPS = 20
 BATCH = 84  # a multiple of every code's parts
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
@@ -656,3 +657,31 @@ def test_protection_takes_three_lines():
         "guard = draco_ext.protect",
         "batches = draco_ext.RedundantBatchSampler",
     ]
+
+
+def _near_the_noise(rank, report):
+    for transport in TRANSPORTS:
+
+        def adversary(step, message):
+            altered = message.clone()
+            if rank == 2:
+                altered[step % len(message)] += 1.8e-6 * message.norm()
+            return altered
+
+        rows, guard, outcomes = train(rank, CyclicCode(5, 2), transport, batch_size=85, steps=14, custom=adversary)
+        everybody = [None] * 5
+        dist.all_gather_object(everybody, guard.report().probable)
+        state = guard.state_dict()
+        guard._evidence = Evidence()
+        assert guard.report().probable == {}
+        guard.load_state_dict(state)
+        report((same_everywhere(rows), set(outcomes), guard.report().probable, everybody))
+
+
+def test_all_ranks_name_it():
+    for transport, (same, outcomes, probable, everybody) in zip(TRANSPORTS, run_local(_near_the_noise, 5), strict=True):
+        assert same, transport
+        assert outcomes == {None}, transport
+        assert probable.keys() == {2}, transport
+        assert probable[2] > 0.5
+        assert [told.keys() for told in everybody] == [{2}] * 5, transport

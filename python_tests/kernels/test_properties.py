@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode, ops, reference
 
-HERE = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parent.parent
 BOTH = pytest.mark.parametrize("kind", [RepetitionCode, CyclicCode], ids=["repetition", "cyclic"])
 
 
@@ -241,7 +241,7 @@ def test_a_failure_prints_a_reproducer(tmp_path):
     )
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", tmp_path],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
         cwd=tmp_path,
         capture_output=True,
         text=True,

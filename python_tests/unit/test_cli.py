@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from draco_ext import cli
 from draco_ext.cli import commands
 from draco_ext.cli.faults import BAD_CHOICES, bad_workers
-from draco_ext.cli.planning import cost, noise_amplification
+from draco_ext.cli.planning import cost
 from draco_ext.cli.training import Config, Outcome, Training, list_trainings
 from draco_ext.cli.verdict import judge
 from draco_ext.codes import CyclicCode, RepetitionCode
@@ -195,13 +195,13 @@ def test_noise_amplification_against_its_definition(n, s):
         assert abs(b[left_out]).max() < 1e-9
         worst = max(worst, np.linalg.norm(b))
     worst *= max(np.linalg.norm(row) for row in code.weights) / math.sqrt(n)
-    assert noise_amplification(code) == pytest.approx(worst)
+    assert code.noise_amplification() == pytest.approx(worst)
     assert worst < 2
 
 
 def test_noise_of_a_code_that_corrects_nothing_is_that_of_the_average():
-    assert noise_amplification(CyclicCode(6, 0)) == pytest.approx(1)
-    assert noise_amplification(RepetitionCode(6, 0)) == 1
+    assert CyclicCode(6, 0).noise_amplification() == pytest.approx(1)
+    assert RepetitionCode(6, 0).noise_amplification() == 1
 
 
 def test_plan_prints_it():

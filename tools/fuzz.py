@@ -1,4 +1,4 @@
-"""Calls everything that takes arguments with wrong ones: `python python_tests/fuzz.py --calls 1000000`.
+"""Calls everything that takes arguments with wrong ones: `python tools/fuzz.py --calls 1000000`.
 
 A call is drawn from the seed and its number alone: a valid one, of which none, some or all arguments are then spoilt.
 Allowed are a result, or a TypeError or ValueError whose message begins with the argument's name; calls straight to

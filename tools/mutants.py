@@ -1,4 +1,4 @@
-"""Plants mistakes and looks whether the tests notice: `python python_tests/mutants.py --count 40 --only csrc`.
+"""Plants mistakes and looks whether the tests notice: `python tools/mutants.py --count 40 --only csrc`.
 
 A mutant is the code with one comparison, sign, connective, `not` or whole number changed. All is done in a copy of the
 tree in a temporary folder, with a CMake build of its own. A mutant that no test notices survives: a test is missing, or
@@ -218,7 +218,10 @@ class Scratch:
     def tests(self, names: str, patience: float | None) -> tuple[bool, str]:
         """Whether they pass in so many seconds, and what was seen."""
         command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-m", "not gpu"]
-        command += [f"python_tests/{name}" for name in names.split()]
+        for name in names.split():
+            module, *rest = name.partition("::")
+            (path,) = self.tree.glob(f"python_tests/*/{module}")
+            command.append("".join([str(path), *rest]))
         process = subprocess.Popen(
             command,
             cwd=self.tree,

@@ -146,7 +146,7 @@ class _Dishonest(transports.SharedSeed):
         return super().reveal(share[::-1] if self.how == "wrong" else share, commitments)
 
 
-def _noting_seeds(seeds, decode=CyclicCode._decode):
+def _noting_seeds(seeds, decode=CyclicCode.decode):
     def note_and_decode(code, rows, *, seed, **options):
         seeds.append(seed)
         return decode(code, rows, seed=seed, **options)
@@ -167,7 +167,7 @@ def _dishonest(rank, report):
                 patch.setattr(transports, "SharedSeed", _Dishonest)
             if rank == 0:
                 patch.setattr(transports.secrets, "token_bytes", bytes)
-            patch.setattr(CyclicCode, "_decode", _noting_seeds(seeds))
+            patch.setattr(CyclicCode, "decode", _noting_seeds(seeds))
             transport = transport_of("allgather", code, rank, group=group)
             own, bucket, error, outcome = message.clone(), torch.empty(length), None, None
             try:

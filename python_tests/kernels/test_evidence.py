@@ -3,15 +3,12 @@
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import honest_messages, named
 from test_guarantee import misplace, random_gradients, sets_of_bad, weak_direction
-from test_protect import TRANSPORTS, same_everywhere, train
 
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode
 from draco_ext.reporting.evidence import LEAST_DECODES, MOST_DECODES, Evidence, wilson
-from draco_ext.testing.local import run_local
 
 CODES = [CyclicCode(7, 2), CyclicCode(15, 3), CyclicCode(64, 3), CyclicCode(64, 5), CyclicCode(255, 1)]
 
@@ -101,31 +98,3 @@ def test_erasures_are_not_left_out(generator):
     out = draco_ext.decode(messages, code)
     assert out.failed
     assert not out.left_out.any()
-
-
-def _near_the_noise(rank, report):
-    for transport in TRANSPORTS:
-
-        def adversary(step, message):
-            altered = message.clone()
-            if rank == 2:
-                altered[step % len(message)] += 1.8e-6 * message.norm()
-            return altered
-
-        rows, guard, outcomes = train(rank, CyclicCode(5, 2), transport, batch_size=85, steps=14, custom=adversary)
-        everybody = [None] * 5
-        dist.all_gather_object(everybody, guard.report().probable)
-        state = guard.state_dict()
-        guard._evidence = Evidence()
-        assert guard.report().probable == {}
-        guard.load_state_dict(state)
-        report((same_everywhere(rows), set(outcomes), guard.report().probable, everybody))
-
-
-def test_all_ranks_name_it():
-    for transport, (same, outcomes, probable, everybody) in zip(TRANSPORTS, run_local(_near_the_noise, 5), strict=True):
-        assert same, transport
-        assert outcomes == {None}, transport
-        assert probable.keys() == {2}, transport
-        assert probable[2] > 0.5
-        assert [told.keys() for told in everybody] == [{2}] * 5, transport

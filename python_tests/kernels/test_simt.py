@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 
 pytestmark = pytest.mark.slow
@@ -118,7 +118,8 @@ def test_kernels(build):
     """All tests that run on any device, and the kernels' own in other orders: as many at once as there are cores."""
     tests = ROOT / "python_tests"
     # The first one started is the first waited for: a short one.
-    waiting = [("reverse", tests / "test_kernels.py"), ("forward", tests), ("7", tests / "test_kernels.py")]
+    kernels = tests / "kernels" / "test_kernels.py"
+    waiting = [("reverse", kernels), ("forward", tests), ("7", kernels)]
     running, failed = [], []
     while waiting or running:
         while waiting and len(running) < (os.cpu_count() or 1):
