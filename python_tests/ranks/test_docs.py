@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from draco_ext.testing.local import run_local
 
@@ -132,6 +133,7 @@ def run_page(page, first):
 
 def run_pages_on_rank(rank, report, folder):
     """Run the pages of `RANKS` one after the other, and report each that is done, or what went wrong."""
+    torch.set_num_threads(1)  # of every rank: they share the machine
     for page, first in RANKS.items():
         place = Path(folder, page.replace("/", "-"))
         place.mkdir(exist_ok=True)
