@@ -1,6 +1,6 @@
 """The adapter for DistributedDataParallel: from its hooks to a guard and back."""
 
-from __future__ import annotations
+# Without "from __future__ import annotations": DDP looks at the types in its hook's annotations.
 
 import contextlib
 import weakref
