@@ -1,5 +1,6 @@
 """Exact gradients from workers of which some lie or miscompute (DRACO, arXiv 1803.09877)."""
 
+from draco_ext._version import __version__
 from draco_ext.codes import (
     Code,
     CyclicCode,
@@ -28,6 +29,7 @@ __all__ = [
     "Report",
     "SelfTest",
     "Suspect",
+    "__version__",
     "build_info",
     "decode",
     "iter_ledger",

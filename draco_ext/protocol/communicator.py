@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -170,7 +170,8 @@ class ProcessGroupCommunicator(Communicator):
         """See `Communicator.all_gather_p2p`."""
         own, n = self.worker, self.workers
         rows[own] = values
-        operations, others = [], []
+        operations: list[dist.P2POp] = []
+        others: list[int | None] = []
         for distance in range(1, n):
             to, source = (own + distance) % n, (own - distance) % n
             for op, tensor, other in (dist.isend, values, to), (dist.irecv, rows[source], source):
@@ -195,12 +196,12 @@ class ProcessGroupCommunicator(Communicator):
 
     def send(self, values: Tensor, worker: int) -> None:
         """See `Communicator.send`."""
-        work = dist.isend(values, group=self.group, group_dst=self.ranks[worker], tag=tag_of(values))
+        work: Any = dist.isend(values, group=self.group, group_dst=self.ranks[worker], tag=tag_of(values))
         self._pending([_Operation(work, worker)], values, (values,)).wait()
 
     def receive(self, values: Tensor, worker: int) -> None:
         """See `Communicator.receive`."""
-        work = dist.irecv(values, group=self.group, group_src=self.ranks[worker], tag=tag_of(values))
+        work: Any = dist.irecv(values, group=self.group, group_src=self.ranks[worker], tag=tag_of(values))
         self._pending([_Operation(work, worker)], values, (values,)).wait()
 
     def connect(self, worker: int) -> Connection:

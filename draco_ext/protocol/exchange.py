@@ -23,7 +23,7 @@ class Turn(enum.Enum):
 
 
 # An exchange yields the collective whose result it needs next, and is sent that; or a turn, and is sent None.
-Steps = Generator[Pending | Turn, Tensor | None, T]
+Steps = Generator[Pending | Turn, Any, T]
 Exchange = Steps[ExchangeOutcome]
 # Everybody's rows, and the workers whose row is missing.
 RecordExchange = Steps[tuple[Tensor, tuple[int, ...]]]
@@ -110,5 +110,6 @@ def run_alone(steps: Steps[T]) -> T:
         try:
             waits_for = steps.send(value)
         except StopIteration as stop:
-            return stop.value
+            result: T = stop.value
+            return result
         value = waits_for.wait() if isinstance(waits_for, Pending) else None

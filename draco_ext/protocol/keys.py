@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import secrets
-from collections.abc import Generator
 
 import torch
 from torch import Tensor
 
 from draco_ext import ops
 from draco_ext.protocol.communicator import Communicator, Pending
-from draco_ext.protocol.exchange import Turn
+from draco_ext.protocol.exchange import Steps, Turn
 
 KEY_BITS = 55  # of a rank's share: the sum of 255 fits into an int64
 SHARE_BYTES = 32  # of a rank's share in a seed that is drawn by commit and reveal
@@ -93,7 +92,7 @@ class DigestRounds:
         self._key = self._with_key = 0  # and how many messages have shares in it
         self._digests: dict[int, list[Digest]] = {}
 
-    def gather(self, values: Tensor, number: int) -> Generator[Pending | Turn, Tensor | None, list[Digest]]:
+    def gather(self, values: Tensor, number: int) -> Steps[list[Digest]]:
         """Return the digests of all workers' messages.
 
         Args:

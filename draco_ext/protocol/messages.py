@@ -93,7 +93,7 @@ def slice_length(dtype: torch.dtype) -> int:
 
 def slices(values: Tensor) -> tuple[Tensor, ...]:
     """Return views of a message's slices."""
-    return values.split(slice_length(values.dtype))
+    return torch.split(values, slice_length(values.dtype))
 
 
 def finish_slices(message: Message, outcomes: Sequence[ExchangeOutcome]) -> ExchangeOutcome:

@@ -96,7 +96,7 @@ def _is_a(value: object, module: str, name: str) -> bool:
     return kind is not None and isinstance(value, kind)
 
 
-def reduced_parameters(model: DistributedDataParallel) -> frozenset[nn.Parameter]:
+def reduced_parameters(model: DistributedDataParallel) -> frozenset[torch.Tensor]:
     """Return the parameters whose gradients DistributedDataParallel puts into its buckets."""
     # The only way to ask its reducer.
     buckets = model.reducer._get_zeros_like_grad_buckets()

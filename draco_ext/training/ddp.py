@@ -132,12 +132,14 @@ class DDPAdapter:
         engine = torch.autograd.Variable._execution_engine
         engine.queue_callback(lambda: engine.queue_callback(finish))
 
-    def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """Take a bucket from DDP."""
         try:
             self._watch.begin_bucket()
             values, parameters = bucket.buffer(), bucket.parameters()
-            future = torch.futures.Future(devices=[values.device] if values.is_cuda else None)
+            future: torch.futures.Future[Tensor] = torch.futures.Future(
+                devices=[values.device] if values.is_cuda else None
+            )
             lengths = tuple(parameter.numel() for parameter in parameters)
             buffer = GradientBuffer(values, lengths, tuple(parameters), f"bucket {bucket.index()}")
             with self._watch.own():
@@ -179,6 +181,7 @@ class UnusedParameters:
         """Note the parameters of a bucket of the last backward pass, before it is decoded."""
         gradients = buffer.values.split(list(buffer.lengths))
         for parameter, gradient in zip(buffer.keys, gradients, strict=True):
+            assert isinstance(parameter, Tensor)
             number = self._numbers[parameter]
             older = parameter.grad is not None and not self._record.is_reached(number)
             self._decoded.append(_Decoded(number, parameter, gradient.view(parameter.shape), older))

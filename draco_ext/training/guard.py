@@ -273,6 +273,7 @@ class Guard:
 
     def _end_step(self) -> None:
         claims, outcomes = self._claims, self._outcomes
+        assert claims is not None
         self._claims, self._outcomes = None, []
         self._record.begin()
         failure = self._agree_on_step(claims.steps)
@@ -344,15 +345,16 @@ class Guard:
                 )
             for worker in (*outcome.suspects, *outcome.missing):
                 differs = outcome.suspects.get(worker)
+                finite = differs is not None and differs.largest < float("inf")
                 self._recorder.add_message(
                     worker,
                     "missing" if worker in outcome.missing else "data" if worker in other_data else "gradient",
                     step=self.step,
                     bucket=bucket,
                     failed=outcome.failed,
-                    elements=differs and differs.elements,
-                    first=differs and differs.first,
-                    largest=differs.largest if differs and differs.largest < float("inf") else None,
+                    elements=None if differs is None else differs.elements,
+                    first=None if differs is None else differs.first,
+                    largest=differs.largest if differs is not None and finite else None,
                 )
         return failure
 

@@ -108,7 +108,7 @@ class PeerRepair(Repair):
             self._communicator.receive(command, worker)
             what, number, key = command.tolist()
             if what not in (_DIGEST, _SEND) or not 0 <= number < len(SECTIONS) or not 0 <= key < 2**62:
-                return what == _DONE and number == 1
+                return bool(what == _DONE and number == 1)
             section = SECTIONS[number]
             if what == _SEND:
                 self._state.send(section, self._communicator, worker)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,7 +173,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _leaves(optimizer: torch.optim.Optimizer) -> tuple[list[object], pytree.TreeSpec]:
+def _leaves(optimizer: torch.optim.Optimizer) -> tuple[list[Any], pytree.TreeSpec]:
     groups = [{name: group[name] for name in sorted(group) if name != "params"} for group in optimizer.param_groups]
     states = [optimizer.state.get(parameter, {}) for parameter in _parameters(optimizer)]
     states = [{name: state[name] for name in sorted(state)} for state in states]

@@ -66,8 +66,8 @@ class Step:
         if not self.in_loop and len(self.parts) > 1:
             raise RuntimeError(f"{self._code!r} has several parts for each rank: loop over guard.steps(loader)")
 
-    def incomplete(self) -> RuntimeError:
-        """Return the error of a step that was left before its end."""
+    def incomplete(self, number: int) -> RuntimeError:
+        """Return the error of a step, by its number, that was left before its end."""
         return RuntimeError(
-            f"step {self.number} is not complete: each of its {len(self.parts)} mini-batches needs one backward pass"
+            f"step {number} is not complete: each of its {len(self.parts)} mini-batches needs one backward pass"
         )

@@ -807,7 +807,6 @@ def farthest(a, b):
     return max((x - y).abs().max().item() for x, y in zip(a.split(2**27), b.split(2**27), strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "d", "dtype"),
     [

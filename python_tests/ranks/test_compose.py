@@ -233,7 +233,6 @@ def check(code, clean, attacked, *, overflow=False, failing=None):
         assert distance(attacked[0], clean[0]) < 1e-5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("code", "name"), CASES, ids=str)
 def test_composes(composed, code, name):
     options, tolerance = SETUPS[name]
@@ -247,7 +246,6 @@ def test_composes(composed, code, name):
         assert attacked[1].suspects[BAD].buckets > STEPS
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("code", CODES, ids=str)
 def test_resumes(composed, code):
     """With dropout, whose seed is of the guard's step."""
@@ -263,7 +261,6 @@ def test_resumes(composed, code):
     assert resumed[1][1].suspects[BAD].steps == attacked[1].suspects[BAD].steps
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["inside", "outside"])
 @pytest.mark.parametrize("code", CODES, ids=str)
 def test_compiled(composed, code, compiled):

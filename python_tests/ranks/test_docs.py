@@ -1,8 +1,8 @@
 """README and docs: every Python block runs, every command exists, every link and name leads somewhere.
 
 The Python blocks of a page run in order, in one namespace. The pages in `RANKS` run on connected ranks, all of them in
-the same processes, after the code that stands here for what the reader's script has. Of a block of ``diff`` the new side
-runs. The fence of a block may have attributes behind its language::
+the same processes, after the code that stands here for what the reader's script has. Of a block of ``diff`` the new
+side runs. The fence of a block may have attributes behind its language::
 
     ```python {.no-test}    the block is shown and not run
     ```python {.new-run}    a new script begins: the page's first code runs again, with a new model
@@ -112,9 +112,8 @@ def hunks(text):
     """Return the old and the new side of each hunk of a diff; a line with @@ parts them."""
     for hunk in re.split(r"^@@.*\n", text, flags=re.MULTILINE):
         lines = hunk.splitlines(keepends=True)
-        yield tuple(
-            textwrap.dedent("".join(line[1:] or "\n" for line in lines if line[:1] in kept)) for kept in (" -\n", " +\n")
-        )
+        sides = (" -\n", " +\n")
+        yield tuple(textwrap.dedent("".join(x[1:] or "\n" for x in lines if x[:1] in kept)) for kept in sides)
 
 
 def runnable(page):

@@ -111,7 +111,7 @@ def test_doctor_where_there_is_only_ipv6():
     assert "gradients are bit-reproducible" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_hosts(hosts, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LINK}
     names = tmp_path / "hosts"

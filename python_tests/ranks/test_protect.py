@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import re
+import runpy
+import socket
 import subprocess
 import sys
 import weakref
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -169,39 +172,50 @@ def same_everywhere(rows):
 TRANSPORTS = ("allreduce", "allgather", "server")
 
 
-def _against_clean(rank, report, code, injectors):
+def _against_clean(rank, report, code, injectors, steps):
     """For every transport and injector: whether all ranks agree, how far from the clean run, who was found."""
     for transport in TRANSPORTS:
         for injector in (HONEST, *injectors):
-            rows, guard, outcomes = train(rank, code, transport, injector=injector)
+            rows, guard, outcomes = train(rank, code, transport, injector=injector, steps=steps)
             name = f"{transport}, {injector}"
             report((name, same_everywhere(rows), rows[0].tolist(), guard.report(), set(outcomes)))
 
 
+# code, who is bad, steps
 CASES = [
+    (RepetitionCode(7, 1), [Injector("one bit", (3, 6)), Injector("nan", (2, 4))], 4),  # groups of four and three
+    (RepetitionCode(5, 2), [Injector("constant", (0, 1), moves=1)], 4),  # one group
+    (CyclicCode(6, 2), [Injector("reversed", (0, 1), moves=3), Injector("plus one", (3,), every=2)], 4),
+]
+LONG_CASES = [
     (
         RepetitionCode(9, 1),  # three groups of three
         [Injector("reversed", (2,), moves=4), Injector("one bit", (1, 3, 8)), Injector("plus one", (0, 4, 7), every=2)],
+        STEPS,
     ),
-    (RepetitionCode(7, 1), [Injector("one bit", (3, 6)), Injector("nan", (2, 4))]),  # groups of four and three
-    (RepetitionCode(6, 2), [Injector("constant", (0, 1)), Injector("one bit", (0, 5), moves=1)]),  # one group
+    (RepetitionCode(7, 1), [Injector("one bit", (3, 6)), Injector("nan", (2, 4))], STEPS),
+    (RepetitionCode(6, 2), [Injector("constant", (0, 1)), Injector("one bit", (0, 5), moves=1)], STEPS),
     (
         CyclicCode(7, 2),
         [Injector("reversed", (0, 1), moves=3), Injector("nan", (2, 5)), Injector("plus one", (3,), every=2)],
+        STEPS,
     ),
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("code", "injectors"), CASES, ids=[repr(code) for code, _ in CASES])
-def test_bad_ranks_change_nothing(code, injectors):
-    results = list(run_local(_against_clean, code.workers, code, injectors))
+@pytest.mark.parametrize(
+    ("code", "injectors", "steps"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_CASES)],
+    ids=lambda value: repr(value) if not isinstance(value, list) else f"{len(value)} attacks",
+)
+def test_bad_ranks_change_nothing(code, injectors, steps):
+    results = list(run_local(_against_clean, code.workers, code, injectors, steps))
     runs = [HONEST, *injectors] * len(TRANSPORTS)
     for i, ((name, same, parameters, report, outcomes), injector) in enumerate(zip(results, runs, strict=True)):
         clean = torch.tensor(results[i - i % (1 + len(injectors))][2])
         parameters = torch.tensor(parameters)
         assert clean.isfinite().all()
-        assert report.steps == STEPS
+        assert report.steps == steps
         assert same, name
         assert outcomes == {None}, name
         if isinstance(code, RepetitionCode):
@@ -209,8 +223,8 @@ def test_bad_ranks_change_nothing(code, injectors):
         else:
             assert (parameters - clean).norm() / clean.norm() < 1e-5, name
         found = {suspect.worker: suspect.steps for suspect in report.suspects.values()}
-        bad = {j: [step for step in range(STEPS) if injector.at(j, step, code.workers)] for j in range(code.workers)}
-        assert found == {j: steps for j, steps in bad.items() if steps}, name
+        bad = {j: [step for step in range(steps) if injector.at(j, step, code.workers)] for j in range(code.workers)}
+        assert found == {j: wrong for j, wrong in bad.items() if wrong}, name
         assert report.failed_steps == ()
         assert report.missing == {}
         assert report.trust.startswith(name.split(",")[0])
@@ -279,7 +293,6 @@ def _plain(rank, report):
             report((transport, plain[0].tolist(), coded[0].tolist(), same_everywhere(coded)))
 
 
-@pytest.mark.slow
 def test_without_adversaries_it_is_plain_ddp():
     for transport, plain, coded, same in run_local(_plain, 3):
         assert same
@@ -289,7 +302,7 @@ def test_without_adversaries_it_is_plain_ddp():
         assert (plain - coded).norm() / plain.norm() < 1e-6
 
 
-def _too_many(rank, report, code, bad):
+def _too_many(rank, report, code, bad, steps):
     """More bad ranks than can be corrected, from step 2 to step 4."""
 
     def adversary(step, message):
@@ -297,21 +310,21 @@ def _too_many(rank, report, code, bad):
 
     for transport in TRANSPORTS:
         # The same run without the steps that failed: batches are taken from the loader all the same.
-        rows, _, _ = train(rank, code, transport, optimizer="adamw", without=(2, 3, 4))
+        rows, _, _ = train(rank, code, transport, optimizer="adamw", without=(2, 3, 4), steps=steps)
         without = rows[0].tolist()
         for on_failure in ("raise", "skip"):
             rows, guard, outcomes = train(
-                rank, code, transport, custom=adversary, on_failure=on_failure, optimizer="adamw"
+                rank, code, transport, custom=adversary, on_failure=on_failure, optimizer="adamw", steps=steps
             )
             everybody = [None] * code.workers
             dist.all_gather_object(everybody, outcomes)
             report((on_failure, same_everywhere(rows), rows[0].tolist() == without, everybody, guard.report()))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("code", "bad"), [(RepetitionCode(3, 1), (1, 2)), (CyclicCode(4, 1), (0, 2, 3))], ids=repr)
-def test_too_many_bad_ranks_stop_all(code, bad):
-    results = list(run_local(_too_many, code.workers, code, bad))
+def test_too_many_bad_ranks_stop_all(code, bad, long):
+    steps = STEPS if long else 6
+    results = list(run_local(_too_many, code.workers, code, bad, steps))
     assert len(results) == 2 * len(TRANSPORTS)
     for on_failure, same, untouched, outcomes, report in results:
         assert same
@@ -322,7 +335,7 @@ def test_too_many_bad_ranks_stop_all(code, bad):
         assert all("[]" not in outcomes[0][step] for step in failed)  # no list of nobody
         assert report.failed_steps == (2, 3, 4)
         assert report.suspects == {}  # who was bad is not certain
-        assert report.steps == STEPS
+        assert report.steps == steps
         # No update: neither parameters nor the optimizer's state have seen the failed steps.
         assert untouched
 
@@ -596,11 +609,39 @@ def test_mistakes_are_named():
     ]
 
 
-@pytest.mark.slow
+def _example(rank, script, environment, output):
+    """What torchrun starts, in a process that has imported torch already."""
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    with open(output, "a") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(script, run_name="__main__")
+
+
+EXAMPLE_RANKS = 6
+
+
 @pytest.mark.parametrize("name", ["ddp_digits", "ddp_digits_protected"])
-def test_examples(name):
-    """The script as it stands, under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "6", EXAMPLES / f"{name}.py"]
+def test_examples(name, tmp_path):
+    """The script as it stands."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"WORLD_SIZE": str(EXAMPLE_RANKS), "LOCAL_WORLD_SIZE": str(EXAMPLE_RANKS)}
+    torch.multiprocessing.start_processes(
+        _example,
+        (str(EXAMPLES / f"{name}.py"), environment, str(tmp_path / "said")),
+        nprocs=EXAMPLE_RANKS,
+        start_method="forkserver",
+    )
+    assert float((tmp_path / "said").read_text().split()[-1]) > 0.95
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["ddp_digits", "ddp_digits_protected"])
+def test_examples_under_torchrun(name):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={EXAMPLE_RANKS}"]
+    command += [EXAMPLES / f"{name}.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     options = {"cwd": "/", "env": environment, "capture_output": True, "text": True, "timeout": 300}
     for _ in range(2):

@@ -370,7 +370,6 @@ def test_what_one_rank_draws_alone_accuses_nobody():
     assert len(set(of_batches)) == 12  # accumulated ones, too
 
 
-@pytest.mark.slow
 def test_doctor_under_torchrun():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "draco_ext.cli", "doctor"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

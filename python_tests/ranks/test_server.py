@@ -4,7 +4,6 @@ import os
 import signal
 import time
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -77,7 +76,6 @@ def _run(folder, accidents):
             process.kill()
 
 
-@pytest.mark.slow
 def test_a_rank_killed_and_a_rank_stopped(tmp_path):
     assert _run(tmp_path / "clean", "none") == [0] * 6
     clean = [torch.load(tmp_path / "clean" / f"{rank}.pt") for rank in range(6)]
@@ -93,7 +91,6 @@ def test_a_rank_killed_and_a_rank_stopped(tmp_path):
         assert result["missing"][STOPPED][-1] < STEPS - 1  # it has caught up
 
 
-@pytest.mark.slow
 def test_a_rank_stopped_for_too_long_is_given_up(tmp_path):
     assert _run(tmp_path / "late", "stopped for too long") == [0] * 4 + [1, 0]
     assert torch.load(tmp_path / "late" / "0.pt")["missing"] == {STOPPED: list(range(STOP, STEPS))}

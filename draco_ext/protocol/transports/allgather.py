@@ -104,9 +104,10 @@ class AllGather(Transport):
         return rows[:size].view(values.dtype).view(self.code.workers, -1)
 
     def _decode(self, each: _Slice) -> ExchangeOutcome:
+        assert each.messages is not None
         rows = each.messages.wait()
-        seed, liars = None, []
-        if self._seed is not None:
+        seed, liars = None, list[int]()
+        if self._seed is not None and each.commitments is not None:
             seed, liars = self._seed.reveal(each.share, each.commitments)
         gradient, outcome = self._decode_rows(rows, liars, seed)
         each.values.copy_(gradient)

@@ -36,7 +36,9 @@ class AllReduceCyclic(Transport):
         rows = yield communicator.all_gather(own)
         pairs, norms = (half.contiguous() for half in rows.tensor_split([2 * projections.numel()], dim=1))
         gathered = torch.view_as_complex(pairs.view(code.workers, *projections.shape[1:], 2))
-        weights, suspects, failed = code.locate(gathered, norms, values.numel(), dtype=values.dtype, **self.tolerance)
+        weights, suspects, failed = code.locate(
+            gathered, norms, values.numel(), dtype=values.dtype, atol=self.atol, rtol=self.rtol
+        )
         found, left_out = workers_in(suspects), workers_in(weights == 0)
         yield total
         if failed or weights.isnan().any():

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator
 
 import torch
 from torch import Tensor
 
 from draco_ext.codes import Code
-from draco_ext.protocol.communicator import Communicator, Pending
+from draco_ext.protocol.communicator import Communicator
 from draco_ext.protocol.differences import Difference, difference, join, validate_reported
-from draco_ext.protocol.exchange import Exchange
+from draco_ext.protocol.exchange import Exchange, Steps
 from draco_ext.protocol.keys import DigestRounds
 from draco_ext.protocol.messages import ExchangeOutcome, Message, slice_length, slices
 from draco_ext.protocol.transports.base import Transport
@@ -82,7 +81,7 @@ class AllReduceRepetition(Transport):
         yield from self._add_up(message)
         return ExchangeOutcome(found, False)
 
-    def _add_up(self, message: Message) -> Generator[Pending, Tensor | None, None]:
+    def _add_up(self, message: Message) -> Steps[None]:
         """Write the mean over the groups, of which each member has the same message, into the buffer."""
         if len(self._groups) == 1:
             message.write(message.values)
@@ -104,7 +103,8 @@ class AllReduceRepetition(Transport):
         """Give every suspect the message that it should have had, in place."""
         if not suspects:
             return {}
-        communicator, own = self.communicator, Difference(0, 0, 0.0)
+        communicator = self.communicator
+        own: Difference | None = Difference(0, 0, 0.0)
         for j in suspects:
             if communicator.worker == helpers[j]:
                 for piece in slices(values):
@@ -118,6 +118,7 @@ class AllReduceRepetition(Transport):
                     piece.copy_(right)
                 length = slice_length(values.dtype)
                 own = join([(i * length, part) for i, part in enumerate(found)])
+        assert own is not None
         reported = torch.tensor([own.elements, own.first, own.largest], dtype=torch.float64, device=values.device)
         rows = communicator.all_gather(reported).wait().tolist()
         return {j: validate_reported(*rows[j], length=values.numel()) for j in suspects}

@@ -34,7 +34,8 @@ class Transport(abc.ABC):
     def __init__(self, code: Code, communicator: Communicator, *, atol: float = 0.0, rtol: float = 0.0) -> None:
         self.code = code
         self.communicator = communicator
-        self.tolerance = {"atol": atol, "rtol": rtol}
+        self.atol = atol
+        self.rtol = rtol
 
     def exchange(self, message: Message, number: int) -> Exchange:
         """Send this rank's message and decode everybody's.
@@ -82,7 +83,7 @@ class Transport(abc.ABC):
         mask = torch.zeros(self.code.workers, dtype=torch.bool, device=rows.device)
         mask[list(missing)] = True
         reject_truncated(rows, mask)
-        decoded = self.code.decode(rows, missing=mask if missing else None, seed=seed, **self.tolerance)
+        decoded = self.code.decode(rows, missing=mask if missing else None, seed=seed, atol=self.atol, rtol=self.rtol)
         suspects = _differences(rows, decoded, missing)
         return decoded.gradient, ExchangeOutcome(suspects, bool(decoded.failed), left_out=workers_in(decoded.left_out))
 
