@@ -70,7 +70,10 @@ class FailurePolicy:
         )
 
     def explain_state(self, step: int, other_parameters: Collection[int]) -> str | None:
-        """Return the message if too many workers have wrong parameters, else None, even if the gradients agree."""
+        """Return an error message if too many workers have wrong parameters, else None.
+
+        It is an error even if the workers' gradients agree.
+        """
         for group in self._code.decoding_groups:
             wrong = sorted(self._ranks[j] for j in group if j in other_parameters)
             if len(wrong) > self._code.adversaries:
