@@ -96,7 +96,7 @@ class Watch:
         groups = {group.group_name: group for group in both}
         self._collectives = Collectives(groups.values() if collectives else ())
         self._group = model.process_group.group_name
-        # DistributedDataParallel all-reduces its map of used parameters after the last bucket, before the first, or not.
+        # DistributedDataParallel reduces its map of used parameters after the last bucket, before the first, or never.
         self._maps_unused_last = self._maps_unused_first = False
         self._refuse = refuse
         self._reduced = reduced_parameters(model)
