@@ -21,7 +21,7 @@ from torch import Tensor
 
 import draco_ext
 from draco_ext import CyclicCode
-from draco_ext.cli.report import processor
+from draco_ext.cli.train_report import processor
 from draco_ext.reporting.evidence import LEAST_DECODES, Evidence
 
 TESTS = Path(__file__).resolve().parent.parent / "python_tests"

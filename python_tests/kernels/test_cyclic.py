@@ -1,7 +1,6 @@
 import decimal
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from conftest import ATTACKS, attacked, erasure_cases, honest_messages, named, o
 import draco_ext
 from draco_ext import CyclicCode, ops, reference
 from draco_ext.protocol.encoder import GradientEncoder
+from draco_ext.protocol.messages import GradientBuffer
 
 DTYPES = [torch.float32, torch.float64]
 CODES = [(n, s) for n in range(1, 11) for s in range((n - 1) // 2 + 1)]
@@ -175,13 +175,13 @@ def streamed(code, worker, own):
 
 def encoded_by_protect(code, worker, own):
     """A message as `protect` makes it, of a bucket of one parameter."""
-    bucket, parameter = torch.empty_like(own[0]), own[0].clone()
-    encoder = GradientEncoder(code, worker, ready=True)
-    grads = SimpleNamespace(buffer=lambda: bucket, parameters=lambda: [parameter])
+    values = torch.empty_like(own[0])
+    buffer = GradientBuffer(values, (len(values),), ("parameter",), "bucket")
+    encoder = GradientEncoder(code, worker, scale_into_buffer=True)
     for index, gradient in enumerate(own):
-        bucket.copy_(gradient)
-        encoder.add(grads, index)
-    return encoder.message(grads).values
+        values.copy_(gradient)
+        encoder.add(buffer, code.assignment(worker), index)
+    return encoder.message(buffer).values
 
 
 CANCELLED = {torch.float32: 2.0**-44, torch.float64: 2.0**-95}  # of the terms: counts as 0

@@ -19,11 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode, ops
 from draco_ext.protocol import groups
+from draco_ext.protocol import keys as protocol_keys
 from draco_ext.protocol.groups import gather, gather_json
-from draco_ext.protocol.transports import base as transports
-from draco_ext.protocol.transports import server as server_transport
+from draco_ext.protocol.transports import allreduce_repetition
 from draco_ext.testing.local import run_local
-from draco_ext.training import guard
+from draco_ext.training import handshake
 
 TIMEOUT, DEADLINE = 3.0, 1.0
 HANGS = 60.0  # seconds after which a job counts as one that hangs; what it may wait for takes a tenth
@@ -101,8 +101,8 @@ def _accident(rank, folder, group, code, transport, victim, how):
         (THREE, "allgather", 1, "SIGKILL"),
         (THREE, "allgather", 1, "SIGSTOP"),
         # Any other than the server itself: test_server.py.
-        (THREE, "server", server_transport.SERVER, "SIGKILL"),
-        (THREE, "server", server_transport.SERVER, "SIGSTOP"),
+        (THREE, "server", 0, "SIGKILL"),
+        (THREE, "server", 0, "SIGSTOP"),
     ],
     ids=repr,
 )
@@ -293,7 +293,7 @@ def _other_setups(rank, report):
     for other in (3, {}, {"setup": 3, "host": "a", "ledger": None}, {"setup": {}, "host": "a\nb", "ledger": None}):
         with pytest.MonkeyPatch.context() as patch:
             if rank == 1:
-                patch.setattr(guard, "gather_json", lambda mine, *rest, other=other: gather_json(other, *rest))
+                patch.setattr(handshake, "gather_json", lambda mine, *rest, other=other: gather_json(other, *rest))
             report(protect())
     report(protect(dtype=torch.float64 if rank == 1 else torch.float32))
     report(protect(bucket_cap_mb=2 if rank == 1 else 1))
@@ -301,8 +301,8 @@ def _other_setups(rank, report):
     # A suspect that tells nonsense of what it has sent.
     findings = []
     with pytest.MonkeyPatch.context() as patch:
-        nonsense = transports.Difference(float("nan"), float("inf"), -1.0)
-        patch.setattr(transports, "difference", lambda *arguments: nonsense)
+        nonsense = allreduce_repetition.Difference(float("nan"), float("inf"), -1.0)
+        patch.setattr(allreduce_repetition, "difference", lambda *arguments: nonsense)
         model = DistributedDataParallel(nn.Linear(3, 3))
         adversary = ATTACKS["reversed"] if rank == 1 else None
         draco_ext.protect(model, THREE, adversary=adversary, callback=findings.append)
@@ -371,7 +371,7 @@ def _keys_of(rank, code):
     def now():
         return store.add("events", 1)
 
-    digest, project, draw = ops.digest, ops.cyclic_project, transports.draw_share
+    digest, project, draw = ops.digest, ops.cyclic_project, protocol_keys.draw_share
 
     def spy_digest(values, seed):
         if values.dtype == torch.float32:  # others are of inputs, and public
@@ -396,7 +396,7 @@ def _keys_of(rank, code):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "digest", spy_digest)
         patch.setattr(ops, "cyclic_project", spy_project)
-        patch.setattr(transports, "draw_share", spy_draw)
+        patch.setattr(protocol_keys, "draw_share", spy_draw)
         for _ in range(2):
             torch.manual_seed(1)
             model = DistributedDataParallel(nn.Sequential(*(nn.Linear(20, 20) for _ in range(6))), bucket_cap_mb=0.001)

@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import draco_ext
 from draco_ext import CyclicCode, DecodingError, RedundantBatchSampler, RepetitionCode, ops
-from draco_ext.protocol.encoder import PORTION, GradientEncoder
 from draco_ext.protocol.groups import divide, gather_json, timeout_of
 from draco_ext.reporting.evidence import Evidence
 from draco_ext.testing.local import run_local
@@ -229,40 +228,6 @@ def test_bad_ranks_change_nothing(code, injectors, steps):
         assert report.failed_steps == ()
         assert report.missing == {}
         assert report.trust.startswith(name.split(",")[0])
-
-
-class Bucket:
-    """What GradientEncoder asks of DDP's."""
-
-    def __init__(self, sizes):
-        self._parameters = [nn.Parameter(torch.empty(size)) for size in sizes]
-        self._buffer = torch.empty(sum(sizes))
-
-    def parameters(self):
-        return self._parameters
-
-    def buffer(self):
-        return self._buffer
-
-
-@pytest.mark.parametrize("ready", [False, True])
-def test_messages_grow_with_the_gradients(ready, generator):
-    """Also of parameters that are added in several portions."""
-    code, sizes = CyclicCode(5, 1), (3, 2 * PORTION + 5, 2, 1)
-    bucket = Bucket(sizes)
-    for worker in range(code.workers):
-        encoder = GradientEncoder(code, worker, ready=ready)
-        for _ in range(2):  # steps: the second begins anew
-            gradients = torch.randn(3, sum(sizes), generator=generator)
-            for part, gradient in enumerate(gradients):
-                bucket.buffer().copy_(gradient)
-                encoder.add(bucket, part)
-            pieces = [code.encode(worker, piece.contiguous()) for piece in gradients.split(sizes, dim=1)]
-            message = encoder.message(bucket)
-            assert message.ready == ready
-            torch.testing.assert_close(message.values, torch.cat(pieces))
-            mean = torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)]) / code.workers
-            torch.testing.assert_close(bucket.buffer(), mean if ready else gradients[-1])
 
 
 def _one_element(rank, report):
@@ -713,7 +678,7 @@ def _near_the_noise(rank, report):
         everybody = [None] * 5
         dist.all_gather_object(everybody, guard.report().probable)
         state = guard.state_dict()
-        guard._evidence = Evidence()
+        guard._recorder.evidence = Evidence()
         assert guard.report().probable == {}
         guard.load_state_dict(state)
         report((same_everywhere(rows), set(outcomes), guard.report().probable, everybody))

@@ -205,7 +205,7 @@ def _liars(rank, report):
                 corrupt(rank, "parameters", [0])(step, model, opt, guard)
                 if step != FAULT or rank != 1:
                     return
-                state = guard._state
+                state = guard._state_check.state
                 if lie == "digests":
                     state.digest = lambda section, key: torch.full((2,), key)
                     return
@@ -284,7 +284,7 @@ def _checkpoint(rank, report):
         dist.barrier()
         state = guard.state_dict()
         report((gathered(said)[1], state["repaired"], gathered(bits(model.parameters()))))
-        guard._repair = Silent()
+        guard._state_check._repair = Silent()
         with pytest.raises(RuntimeError, match=f"no comparison of parameters in step {STEPS}: rank 2 hangs"):
             guard.check_state()
 

@@ -2,16 +2,18 @@
 
 import dataclasses
 import importlib.util
+import json
 import math
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import draco_ext
 from draco_ext import cli
-from draco_ext.cli import commands
+from draco_ext.cli import commands, doctor
 from draco_ext.cli.faults import BAD_CHOICES, bad_workers
-from draco_ext.cli.planning import cost, noise_amplification
+from draco_ext.cli.planning import cost
 from draco_ext.cli.training import Config, Outcome, Training, list_trainings
 from draco_ext.cli.verdict import judge
 from draco_ext.codes import CyclicCode, RepetitionCode
@@ -62,6 +64,12 @@ def runs(monkeypatch):
         ("train --attack gossip", "'gossip' is not one of 'reversed', "),
         ("train --rule hearsay", "'hearsay' is not one of 'mean', "),
         ("train --bad everybody", "'everybody' is not one of 'fixed', 'random', 'adjacent'"),
+        ("plan --workers 9 --adversaries 1 --parameters 1.5", "'1.5' is not a valid integer"),
+        ("plan --workers 9 --adversaries 1 --parameters 15e-1", "'15e-1' is not a valid integer"),
+        ("plan --workers 9 --adversaries 1 --parameters 1e999999999", "'1e999999999' is not a valid integer"),
+        ("plan --workers 9 --adversaries 1 --parameters inf", "'inf' is not a valid integer"),
+        ("plan --workers 9 --adversaries 1 --parameters 0e9", "0 is not in the range x>=1"),
+        ("bench --parameters 1e2", "100 is not in the range x>=1000"),
         ("train --steps 0", "0 is not in the range x>=1"),
         (
             "train --batch-size 8",
@@ -97,6 +105,40 @@ def test_bad_arguments_get_one_line(runs, args, said):
     assert error.startswith("Error: ")
     assert said in error
     assert len(usage) <= 3
+
+
+@pytest.mark.parametrize(
+    ("written", "elements"), [("1e6", "1,000,000"), ("2.5e3", "2,500"), ("25E6", "25,000,000"), ("1001", "1,001")]
+)
+def test_counts_may_have_an_exponent(written, elements):
+    result = invoke("plan", "--workers=9e0", "--adversaries=1", f"--parameters={written}")
+    assert result.exit_code == 0
+    assert f"{elements} parameters" in result.output
+
+
+def test_help_of_bench_keeps_its_lines():
+    lines = [line.strip() for line in invoke("bench", "--help").output.splitlines()]
+    assert "kernels   every kernel beside its yardstick" in lines
+    assert not [line for line in lines if "\\b" in line or "\b" in line]
+
+
+def test_version():
+    assert invoke("--version").output == f"draco_ext {draco_ext.__version__}\n"
+
+
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_doctor_as_json_is_what_an_issue_needs(monkeypatch, reproducible):
+    facts = [doctor.Facts("here", "a processor", "avx2", "2.13.0", 1, "3.11")] * 2
+    result = draco_ext.SelfTest(reproducible, None if reproducible else "0.weight", (1,))
+    monkeypatch.setattr(doctor, "diagnose", lambda workers: doctor.Diagnosis(facts, result))
+    run = invoke("doctor", "--json")
+    assert run.exit_code == (0 if reproducible else 1)
+    said = json.loads(run.output)
+    assert said["draco_ext"] == draco_ext.__version__
+    assert said["build"] == draco_ext.build_info()
+    assert [rank["instruction_set"] for rank in said["ranks"]] == ["avx2", "avx2"]
+    assert said["result"]["reproducible"] is reproducible
+    assert said["result"]["text"] == str(result)
 
 
 def test_default_leaves_krum_out_where_it_cannot_be_and_says_so(runs, tmp_path):
@@ -195,13 +237,13 @@ def test_noise_amplification_against_its_definition(n, s):
         assert abs(b[left_out]).max() < 1e-9
         worst = max(worst, np.linalg.norm(b))
     worst *= max(np.linalg.norm(row) for row in code.weights) / math.sqrt(n)
-    assert noise_amplification(code) == pytest.approx(worst)
+    assert code.noise_amplification() == pytest.approx(worst)
     assert worst < 2
 
 
 def test_noise_of_a_code_that_corrects_nothing_is_that_of_the_average():
-    assert noise_amplification(CyclicCode(6, 0)) == pytest.approx(1)
-    assert noise_amplification(RepetitionCode(6, 0)) == 1
+    assert CyclicCode(6, 0).noise_amplification() == pytest.approx(1)
+    assert RepetitionCode(6, 0).noise_amplification() == 1
 
 
 def test_plan_prints_it():

@@ -133,3 +133,82 @@ def test_asks_for_torch_only_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch_at, "installed", lambda: torch_at.Torch(Path("torch"), "2.12.0", None))
     assert backend.get_requires_for_build_wheel() == []
     assert backend.get_requires_for_build_editable() == []
+
+
+# A backend that writes down what it finds, and builds nothing: so that uv needs no package index.
+UV_BACKEND = """
+import torch_at
+from pathlib import Path
+
+def get_requires_for_build_wheel(config_settings=None):
+    torch = torch_at.installed()
+    Path(__file__).with_name("found").write_text(torch.version if torch else "none")
+    raise SystemExit("enough")
+"""
+
+
+@pytest.fixture(scope="module")
+def uv():
+    path = shutil.which("uv")
+    if path is None:
+        pytest.skip("no uv")
+    return path
+
+
+@pytest.fixture
+def uv_project(uv, tmp_path):
+    """A project, beside it an environment with a torch in it, `env`, and one without, `bare`."""
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copy(ROOT / "csrc" / "pep517" / "torch_at.py", project)
+    (project / "probe.py").write_text(UV_BACKEND)
+    (project / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "probe"\nbackend-path = ["."]\n'
+        '[project]\nname = "probe"\nversion = "1"\n'
+    )
+    for name in ("env", "bare"):
+        subprocess.run([uv, "venv", "--quiet", "--offline", "--python", sys.executable, tmp_path / name], check=True)
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    fake_torch(site, "2.13.0+cpu")
+    return project
+
+
+@pytest.mark.parametrize(
+    ("active", "where", "arguments", "found"),
+    [
+        ("env", ".", [], "2.13.0+cpu"),
+        ("bare", ".", [], "none"),
+        (None, ".", ["--python", "env"], "2.13.0+cpu"),
+        ("bare", ".", ["-p", "env/bin/python"], "2.13.0+cpu"),
+        ("env", ".", ["--python=bare"], "none"),
+        (None, "below", [], "2.13.0+cpu"),
+    ],
+)
+def test_uv_builds_against_the_torch_of_the_environment_it_installs_into(
+    uv, uv_project, tmp_path, active, where, arguments, found
+):
+    (tmp_path / ".venv").symlink_to("env")  # as uv makes it: found from this folder and those below
+    (tmp_path / "below").mkdir()
+    environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")}
+    if active:
+        environment["VIRTUAL_ENV"] = str(tmp_path / active)
+    run = subprocess.run(
+        [uv, "pip", "install", "--offline", *arguments, str(uv_project)],
+        cwd=tmp_path / where,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "enough" in run.stderr, run.stderr
+    assert (uv_project / "found").read_text() == found
+
+
+def test_another_program_below_uv_does_not_build_for_its_environment(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "csrc" / "pep517"))
+    import torch_at
+
+    monkeypatch.setenv("UV", shutil.which("true"))  # inherited: the parent of this process is another program
+    assert torch_at.uv_target() is None
+    monkeypatch.delenv("UV")
+    assert torch_at.uv_target() is None

@@ -18,6 +18,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from draco_ext._version import __version__
 from draco_ext.cli.training import CODES, Config, Outcome, Training
 from draco_ext.cli.verdict import Check
 from draco_ext.ops import build_info
@@ -177,8 +178,8 @@ def finite(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("draco_ext", "torch", "numpy", "scikit-learn"):
+    versions = {"python": platform.python_version(), "draco_ext": __version__}
+    for name in ("torch", "numpy", "scikit-learn"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
