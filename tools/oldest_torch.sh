@@ -27,4 +27,4 @@ with open("pyproject.toml", "rb") as file:
 print(*(line for name in ("demo", "test") for line in extras[name] if not line.startswith("draco_ext")), sep="\n")
 PY
 DRACO_CUDA=off "$python" -m pip install --no-deps --force-reinstall .
-"$python" -m pytest -q python_tests/unit python_tests/kernels
+"$work/bin/pytest" -q python_tests/unit python_tests/kernels --durations=25  # not python -m, which would find the sources first
