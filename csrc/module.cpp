@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/cyclic.h"
+#include "core/locator/search.h"
 #include "core/noise.h"
 #include "core/random.h"
 #include "cpu/kernels.h"

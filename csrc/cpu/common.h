@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "core/arena.h"
 #include "cpu/floating_point.h"
 #include "cpu/kernels.h"
 
@@ -93,16 +94,18 @@ void parallel(int64_t count, int64_t grain, const F& f) {
   if (count > 0) in_mode(int64_t{0}, count);
 }
 
-// Memory of one thread for while it works on its tiles; not from its stack, which may be a small one. The first byte is
-// on a multiple of 64.
+// Memory of one thread for as long as it works; not from its stack, which may be a small one. The first byte is on a
+// multiple of 64. Not cleared: much of it may never be touched.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : bytes_(new unsigned char[bytes + 64]) {}
+  explicit Scratch(int64_t bytes) : size_(bytes), bytes_(new unsigned char[bytes + 64]) {}
   void* get() const {
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes_.get()) + 63) & ~uintptr_t{63});
   }
+  Arena arena() const { return Arena(static_cast<unsigned char*>(get()), size_); }
 
  private:
+  int64_t size_;
   std::unique_ptr<unsigned char[]> bytes_;
 };
 
