@@ -27,7 +27,7 @@ struct Encode {
   int64_t columns;  // of both: the length, made even
 };
 
-// A sum before it is rounded, as in cpu/kernels.cpp.
+// A sum before it is rounded, as in cpu/kernels/encode.cpp.
 template <typename T>
 struct Encoded;
 

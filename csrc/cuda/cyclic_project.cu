@@ -244,8 +244,10 @@ void sweep(const Device& device, const Tensor& messages, const Sweep& sweep, con
                             partials,
                             rows_aligned<T>(messages.data_ptr(), messages.stride(0), messages.size(0))};
     const bool most = projections_per_tile(length) == kMostProjections;
-    const auto kernel = sweep.weights == nullptr ? (most ? sweep_kernel<T, 4, false> : sweep_kernel<T, 2, false>)
-                                                 : (most ? sweep_kernel<T, 4, true> : sweep_kernel<T, 2, true>);
+    const auto kernel =
+        sweep.weights == nullptr
+            ? (most ? sweep_kernel<T, kMostProjections, false> : sweep_kernel<T, kFewestProjections, false>)
+            : (most ? sweep_kernel<T, kMostProjections, true> : sweep_kernel<T, kFewestProjections, true>);
     DRACO_LAUNCH(device, kernel, blocks, kSweepThreads, 0, args);
   });
 }
