@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "core/locator.h"
 #include "core/random.h"
+#include "core/team.h"
 
 namespace draco {
 
