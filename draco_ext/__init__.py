@@ -11,7 +11,9 @@ from draco_ext.codes import (
 )
 from draco_ext.ops import build_info
 from draco_ext.reporting.ledger import Finding, iter_ledger, read_ledger
-from draco_ext.training.guard import Guard, Report, Suspect, protect
+from draco_ext.reporting.report import Report, Suspect
+from draco_ext.training.api import protect
+from draco_ext.training.guard import Guard
 from draco_ext.training.reproducibility import SelfTest
 from draco_ext.training.sampler import RedundantBatchSampler
 

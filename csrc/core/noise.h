@@ -23,7 +23,7 @@ constexpr double kLeastNoise64 = 1e-60, kLeastNoise32 = 2e-43;
 constexpr double kBeyondDoubt = 0x1p200;
 constexpr double kMostNoise = 0x1p1000;  // of a tolerance without bounds
 
-// Root mean square of an honest check in units of rounding; python_tests/test_cyclic.py::test_noise_model measures it.
+// Root mean square of an honest check in units of rounding; python_tests/kernels/test_cyclic.py::test_noise_model measures it.
 // float32: a message is rounded once, and a projection sums up to 16 terms before going to double: about 1.2. float64:
 // dominated by the checks' own n terms: 1 to 8 for n = 3 .. 255. The model stays above both.
 DRACO_HD NoiseModel noise_model(bool is_double, int workers, double atol, double rtol) {

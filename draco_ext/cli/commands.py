@@ -29,9 +29,9 @@ from draco_ext.cli.options import Count
 from draco_ext.cli.training import CODES, LEARNING, Config, Outcome, Training, code_for, list_trainings, run
 from draco_ext.cli.verdict import judge
 from draco_ext.ops import build_info
+from draco_ext.protocol.transports import TRANSPORTS
 from draco_ext.testing.attacks import ATTACKS
 from draco_ext.testing.local import under_torchrun
-from draco_ext.training.guard import TRANSPORTS
 
 DEFAULT_RULES = ("mean", "geometric-median-gram", "krum", "repetition", "cyclic")
 # Rules that need more than the 2s+1 workers of a code: 2s+3.

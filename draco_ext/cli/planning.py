@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from draco_ext.codes import Code, CyclicCode, RepetitionCode
-from draco_ext.training.guard import TRANSPORTS
+from draco_ext.protocol.transports import TRANSPORTS
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 _CYCLIC_DTYPES = ("float32", "float64")
@@ -46,39 +46,16 @@ def cost(code: Code, parameters: int, dtype: str) -> Cost:
             "server": (n - 1) * (message + gradient),
         },
         messages=n * message + gradient,
-        amplification=noise_amplification(code),
+        amplification=code.noise_amplification() if code.exact or n <= _MOST_WORKERS_ANALYSED else None,
     )
 
 
 def _all_reduced(code: Code) -> int:
     """Gradients that all ranks together send in the all-reduce; see `transports.AllReduceRepetition`."""
     n, groups = code.workers, code.parts
-    if not isinstance(code, RepetitionCode):
+    if not code.message_is_gradient:
         return 2 * (n - 1)
     return 0 if groups == 1 else 2 * (groups - 1) + n - groups
-
-
-def noise_amplification(code: Code) -> float | None:
-    """How much the messages' rounding noise grows in the gradient, s adjacent workers left out.
-
-    The gradient is sum_j b_j z_j with b_j = 1 + sum_m q_m x_j^m, q of least norm such that b
-    vanishes on the workers left out. Message j carries noise in proportion to its weights W_j, so
-    compared with plain averaging the noise grows by ||b|| max_j ||W_j|| / sqrt(n). A vote passes
-    one member's bits on: exactly 1.
-    """
-    if isinstance(code, RepetitionCode):
-        return 1.0
-    if code.workers > _MOST_WORKERS_ANALYSED:
-        return None
-    rows = np.linalg.norm(code.weights, axis=1)
-    powers = code.nodes[:, None] ** np.arange(1, 2 * code.adversaries + 1)
-    # The nodes are a cycle: all sets of s adjacent workers are alike.
-    left_out = powers[: code.adversaries]
-    # Least norm by QR of the adjoint; the normal equations would square the condition number.
-    basis, triangle = np.linalg.qr(left_out.conj().T)
-    q = -basis @ np.linalg.solve(triangle.conj().T, np.ones(code.adversaries))
-    b = 1 + powers @ q
-    return float(np.linalg.norm(b) * rows.max() / np.sqrt(code.workers))
 
 
 def make_table(workers: int, adversaries: int, parameters: int, dtype: str) -> Table:
@@ -148,7 +125,7 @@ def _bytes(count: int) -> str:
 def _amplification(code: Code, amplification: float | None) -> str:
     if amplification is None:
         return f"not computed above {_MOST_WORKERS_ANALYSED} workers"
-    if isinstance(code, RepetitionCode):
+    if code.exact:
         return "1: a vote passes bits on"
     return f"{amplification:.3g} at worst, bad workers adjacent"
 

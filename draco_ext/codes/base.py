@@ -1,10 +1,11 @@
-"""What a code is, and `decode`."""
+"""The interface of a code, and `decode`."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ class DecodingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Decoded:
-    """What `decode` returns.
+    """The result of `decode`.
 
     Attributes:
         gradient: (d,), the messages' dtype and device: mean (or sum) over the parts. NaN everywhere if `failed`.
@@ -37,7 +38,7 @@ class Decoded:
     code: Code
 
     def raise_if_failed(self) -> Decoded:
-        """Returns self, or raises DecodingError. Waits for the device to finish decoding."""
+        """Return self, or raise DecodingError. Waits for the device to finish decoding."""
         if not self.failed:
             return self
         named = self.suspects.nonzero().flatten().tolist()
@@ -52,9 +53,21 @@ class Decoded:
 class Code(abc.ABC):
     """Who computes which part of a batch, what each worker sends, and how the messages are decoded.
 
+    A subclass defines `dtypes`, `parts`, `assignment`, `message_length`, `encode`, `encode_add_`, `decode` and
+    `error_bound`. All else follows from these, or is an optional property of the code that lets others treat it better.
+
     Args:
         workers: n.
         adversaries: s, how many workers may be bad; 2 * s + 1 <= n.
+
+    Attributes:
+        dtypes: the dtypes that messages may have.
+        message_is_gradient: a worker has one part, and its message is that part's gradient, bit for bit. Workers of a
+            group in `replica_groups` then send the same bits.
+        exact: the decoded gradient has the bits of the honest one, whatever computes it. Otherwise decoding rounds, and
+            machines with other instruction sets may round differently.
+        uses_projections: bad messages are found by random projections. `decode` then uses its `seed`, and `project`,
+            `locate` and `combine` do its work in steps, for ranks that have only some of the messages.
 
     Raises:
         TypeError: an argument is not an int.
@@ -64,8 +77,15 @@ class Code(abc.ABC):
     workers: int
     adversaries: int
 
+    dtypes: ClassVar[tuple[torch.dtype, ...]]
+    message_is_gradient: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    uses_projections: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         _checks.check_workers(self.workers, self.adversaries)
+
+    # ------------------------------------------------------------------------------------------ who computes what
 
     @property
     def redundancy(self) -> int:
@@ -79,15 +99,47 @@ class Code(abc.ABC):
 
     @abc.abstractmethod
     def assignment(self, worker: int) -> tuple[int, ...]:
-        """The parts that this worker computes, in the order in which `encode` takes their gradients."""
+        """Return the parts of this worker, in the order in which `encode` takes their gradients."""
+
+    def parts_in_step(self, step: int, worker: int) -> tuple[int, ...]:
+        """Return the parts that this worker computes in a step, in order.
+
+        Training asks this anew in every step. A code with a fixed assignment answers `assignment(worker)`.
+
+        Args:
+            step: counted from 0.
+            worker: from 0 to n - 1.
+        """
+        _checks.check_int("step", step, 0)
+        return self.assignment(worker)
+
+    def holders(self, part: int) -> tuple[int, ...]:
+        """Return the workers that compute a part, in ascending order."""
+        self._check_part(part)
+        return tuple(worker for worker in range(self.workers) if part in self.assignment(worker))
+
+    @functools.cached_property
+    def replica_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Groups of workers that have the same assignment; every worker is in one."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for worker in range(self.workers):
+            groups.setdefault(self.assignment(worker), []).append(worker)
+        return tuple(map(tuple, groups.values()))
+
+    @property
+    def decoding_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Groups of workers that are decoded independently; in each of them up to `adversaries` may be bad."""
+        return (tuple(range(self.workers)),)
+
+    # ------------------------------------------------------------------------------------------ what a worker sends
 
     @abc.abstractmethod
     def message_length(self, d: int) -> int:
-        """Length of a message for a gradient of d elements."""
+        """Return the length of a message for a gradient of d elements."""
 
     @abc.abstractmethod
     def encode(self, worker: int, gradients: Tensor) -> Tensor:
-        """What the worker sends.
+        """Return the worker's message.
 
         Args:
             worker: from 0 to n - 1.
@@ -98,8 +150,111 @@ class Code(abc.ABC):
         """
 
     @abc.abstractmethod
+    def encode_add_(
+        self, message: Tensor, carry: Tensor, gradient: Tensor, worker: int, part: int, *, first: bool = False
+    ) -> Tensor:
+        """Add one part's gradient to a worker's message, in place: encoding as the gradients come.
+
+        Adding all parts of the worker gives the message of `encode`, up to the last rounding.
+
+        Args:
+            message: (message_length(d),), contiguous; changed in place.
+            carry: like message; changed in place. It keeps what rounding has left of the message from part to part.
+            gradient: (d,), contiguous, the same dtype and device. None of the three may share memory with another.
+            worker: from 0 to n - 1.
+            part: a part that this worker computes.
+            first: this is the worker's first part, which replaces what is in message and carry.
+
+        Returns:
+            message.
+        """
+
+    # ------------------------------------------------------------------------------------------ decoding
+
+    @abc.abstractmethod
+    def decode(
+        self,
+        messages: Tensor,
+        *,
+        missing: Tensor | None = None,
+        expected: Tensor | None = None,
+        reduction: str = "mean",
+        atol: float = 0.0,
+        rtol: float = 0.0,
+        length: int | None = None,
+        seed: int | None = None,
+    ) -> Decoded:
+        """Decode the workers' messages; see `draco_ext.decode` for all arguments but one.
+
+        Args:
+            messages: see `draco_ext.decode`.
+            missing: see `draco_ext.decode`.
+            expected: see `draco_ext.decode`.
+            reduction: see `draco_ext.decode`.
+            atol: see `draco_ext.decode`.
+            rtol: see `draco_ext.decode`.
+            length: see `draco_ext.decode`.
+            seed: of the random projections that the decoder draws, 64 bits. It must not be known to the workers before
+                their messages are in. Ranks that each decode the same messages agree on one, so as to get the same
+                bits. Default: from the operating system. A code without projections ignores it.
+        """
+
+    def project(self, messages: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return random projections of messages and their norms, where the code `uses_projections`.
+
+        Args:
+            messages: (m, L), any messages of this code.
+            seed: the same for all messages, 64 bits; not known to the workers before their messages are in.
+
+        Returns:
+            projections (m, tiles, k) complex128; norms (m, tiles) float64.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not use projections")
+
+    def locate(
+        self,
+        projections: Tensor,
+        norms: Tensor,
+        length: int,
+        *,
+        dtype: torch.dtype,
+        atol: float = 0.0,
+        rtol: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the bad workers from the projections of all messages, where the code `uses_projections`.
+
+        Args:
+            projections: (n, tiles, k) complex128, from `project`.
+            norms: (n, tiles) float64, from `project`.
+            length: of the messages.
+            dtype: of the messages.
+            atol: see `draco_ext.decode`.
+            rtol: see `draco_ext.decode`.
+
+        Returns:
+            weights (n,) complex128: the mean is their weighted sum of the messages, see `combine`. 1/n for all where
+            nobody is left out; 0 for a worker that is left out; NaN where there is no gradient. suspects (n,) bool.
+            failed () bool.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not use projections")
+
+    def combine(self, messages: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of messages, where the code `uses_projections`.
+
+        Args:
+            messages: (m, L), any messages of this code.
+            weights: (m,) complex128, those of their workers, from `locate`.
+
+        Returns:
+            (L,), the messages' dtype. Sums over disjoint sets of workers add up to the gradient's mean.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not use projections")
+
+    # ------------------------------------------------------------------------------------------ guarantees
+
+    @abc.abstractmethod
     def error_bound(self, dtype: torch.dtype, *, length: int | None = None, probability: float = 1e-6) -> float:
-        """A bound on the relative error of the decoded gradient, whatever up to s workers send.
+        """Return a bound on the relative error of the decoded gradient, whatever up to s workers send.
 
         In a decode that did not fail, with at most s bad workers and nobody missing::
 
@@ -120,27 +275,17 @@ class Code(abc.ABC):
             ValueError: an argument has a wrong value.
         """
 
-    @abc.abstractmethod
-    def _decode(
-        self,
-        messages: Tensor,
-        *,
-        missing: Tensor | None,
-        expected: Tensor | None,
-        mean: bool,
-        atol: float,
-        rtol: float,
-        length: int | None,
-        seed: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradient, suspects, failed and left_out; see `decode`.
+    def noise_amplification(self) -> float | None:
+        """Return how much rounding noise of the messages grows in the gradient, compared with plain averaging.
 
-        Ranks that decode the same messages each by itself need the same bits: they agree on the seed of what the
-        decoder draws. Default: from the operating system.
+        The worst case over the sets of s bad workers that are left out. None where it is not known.
         """
+        return None
 
-    def _check_bound(self, dtype: object, dtypes: Sequence[torch.dtype], length: object, probability: object) -> None:
-        _checks.check_dtype("dtype", dtype, dtypes)
+    # ------------------------------------------------------------------------------------------ checks, for subclasses
+
+    def _check_bound(self, dtype: object, length: object, probability: object) -> None:
+        _checks.check_dtype("dtype", dtype, self.dtypes)
         if length is not None:
             _checks.check_int("length", length, 0)
         if isinstance(probability, bool) or not isinstance(probability, (int, float)):
@@ -148,7 +293,21 @@ class Code(abc.ABC):
         if not 0 < probability <= 1:
             raise ValueError(f"probability must be above 0 and at most 1, got {probability}")
 
-    def _check_worker(self, worker: int) -> None:
+    def _check_decode(self, messages: object, reduction: object) -> None:
+        """Raise unless there is a row for each worker, as far as messages is a matrix, and a known reduction."""
+        if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
+            got = repr(reduction) if isinstance(reduction, str) else type(reduction).__name__
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {got}")
+        plain = isinstance(messages, Tensor) and not messages.is_nested
+        if plain and messages.dim() == 2 and messages.size(0) != self.workers:
+            raise ValueError(
+                f"messages must have a row for each of the {self.workers} workers, got shape {tuple(messages.shape)}"
+            )
+
+    def _check_part(self, part: object) -> None:
+        _checks.check_int("part", part, 0, self.parts - 1)
+
+    def _check_worker(self, worker: object) -> None:
         _checks.check_int("worker", worker, 0, self.workers - 1)
 
 
@@ -163,15 +322,15 @@ def decode(
     rtol: float = 0.0,
     length: int | None = None,
 ) -> Decoded:
-    """Decodes the workers' messages into the gradient that honest workers would have given.
+    """Decode the workers' messages into the gradient that honest workers would have given.
 
     Up to s bad workers, whatever they send, are left out and named. With the repetition code the gradient is
     bit-identical to the one without them; with the cyclic code equal up to rounding. Never synchronises with the host
     by itself. No autograd: messages are data.
 
     Args:
-        messages: (n, code.message_length(d)), row j from worker j, on the CPU or a CUDA device; float32 or float64, for
-            the repetition code also float16 and bfloat16. Rows must be contiguous, their stride is free.
+        messages: (n, code.message_length(d)), row j from worker j, on the CPU or a CUDA device, of one of
+            `code.dtypes`. Rows must be contiguous, their stride is free.
         code: the code that the messages were encoded with.
         missing: (n,) bool on the same device: workers whose message did not come. They are erasures and cost half of
             what a bad worker costs: e bad and f missing ones are decoded while 2e + f <= 2s. Their rows are not read.
@@ -195,21 +354,12 @@ def decode(
     """
     if not isinstance(code, Code):
         raise TypeError(f"code must be a RepetitionCode or CyclicCode, got {type(code).__name__}")
-    if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
-        got = repr(reduction) if isinstance(reduction, str) else type(reduction).__name__
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {got}")
-    plain = isinstance(messages, Tensor) and not messages.is_nested
-    if plain and messages.dim() == 2 and messages.size(0) != code.workers:
-        raise ValueError(
-            f"messages must have a row for each of the {code.workers} workers, got shape {tuple(messages.shape)}"
-        )
-    result = code._decode(
+    return code.decode(
         messages,
         missing=missing,
         expected=expected,
-        mean=reduction == "mean",
+        reduction=reduction,
         atol=atol,
         rtol=rtol,
         length=length,
     )
-    return Decoded(*result, code)

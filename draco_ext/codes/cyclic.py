@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from draco_ext import _checks, ops
 from draco_ext._extension import _C
-from draco_ext.codes.base import Code
+from draco_ext.codes.base import Code, Decoded
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class CyclicCode(Code):
     gradients, and 2s checks on the messages locate up to s bad workers. The same code space as the cyclic code of
     DRACO, arXiv 1803.09877, section 4.2, with better conditioned supports.
     """
+
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = ops.CYCLIC_DTYPES
+    uses_projections: ClassVar[bool] = True
 
     @property
     def parts(self) -> int:
@@ -45,29 +49,93 @@ class CyclicCode(Code):
         return _C.cyclic_weights(self.workers, self.adversaries)
 
     def assignment(self, worker: int) -> tuple[int, ...]:
-        """The 2s+1 parts that this worker computes, in ascending order."""
+        """Return the 2s+1 parts of this worker, in ascending order."""
         self._check_worker(worker)
-        n, r = self.workers, self.redundancy
+        return tuple(sorted((worker - offset) % self.workers for offset in self._offsets()))
+
+    def holders(self, part: int) -> tuple[int, ...]:
+        """Return the 2s+1 workers that compute a part, in ascending order."""
+        self._check_part(part)
+        return tuple(sorted((part + offset) % self.workers for offset in self._offsets()))
+
+    def _offsets(self) -> list[int]:
         # Part k's t-th worker is k + t n / r, rounded: no table of all parts.
-        return tuple(sorted((worker - (2 * t * n + r) // (2 * r)) % n for t in range(r)))
+        n, r = self.workers, self.redundancy
+        return [(2 * t * n + r) // (2 * r) for t in range(r)]
 
     def message_length(self, d: int) -> int:
-        """D, made even."""
+        """Return `d` rounded up to an even number."""
         _checks.check_int("d", d, 0)
         return d + d % 2
 
     def encode(self, worker: int, gradients: Tensor) -> Tensor:
-        """The weighted sum of the worker's gradients; see `Code.encode`."""
+        """Return the weighted sum of the worker's gradients; see `Code.encode`."""
         return ops.cyclic_encode(gradients, self.workers, self.adversaries, worker)
 
+    def encode_add_(
+        self, message: Tensor, carry: Tensor, gradient: Tensor, worker: int, part: int, *, first: bool = False
+    ) -> Tensor:
+        """Add one part's weighted gradient to a message; see `Code.encode_add_` and `ops.cyclic_encode_add_`."""
+        return ops.cyclic_encode_add_(
+            message, carry, gradient, self.workers, self.adversaries, worker, part, first=first
+        )
+
+    def decode(
+        self,
+        messages: Tensor,
+        *,
+        missing: Tensor | None = None,
+        expected: Tensor | None = None,
+        reduction: str = "mean",
+        atol: float = 0.0,
+        rtol: float = 0.0,
+        length: int | None = None,
+        seed: int | None = None,
+    ) -> Decoded:
+        """Find the bad workers by random projections and add up the other messages; see `Code.decode`."""
+        self._check_decode(messages, reduction)
+        result = ops.cyclic_decode(
+            messages,
+            self.adversaries,
+            missing=missing,
+            expected=expected,
+            length=length,
+            atol=atol,
+            rtol=rtol,
+            mean=reduction == "mean",
+            seed=seed,
+        )
+        return Decoded(*result, self)
+
+    def project(self, messages: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Return random projections of messages and their norms; see `Code.project`."""
+        return ops.cyclic_project(messages, seed)
+
+    def locate(
+        self,
+        projections: Tensor,
+        norms: Tensor,
+        length: int,
+        *,
+        dtype: torch.dtype,
+        atol: float = 0.0,
+        rtol: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the bad workers from the projections of all messages; see `Code.locate`."""
+        return ops.cyclic_locate(projections, norms, self.adversaries, length, dtype=dtype, atol=atol, rtol=rtol)
+
+    def combine(self, messages: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of messages, pairs of elements as complex numbers; see `Code.combine`."""
+        return ops.cyclic_combine(messages, weights)
+
     def error_bound(self, dtype: torch.dtype, *, length: int | None = None, probability: float = 1e-6) -> float:
-        """What rounding, and errors that hide below the noise floor, can do; see `Code.error_bound`."""
-        self._check_bound(dtype, ops.CYCLIC_DTYPES, length, probability)
+        """Return a bound on rounding and on errors below the noise floor; see `Code.error_bound`."""
+        self._check_bound(dtype, length, probability)
         n, s = self.workers, self.adversaries
         unit = torch.finfo(dtype).eps / 2
 
         def amplification(erased: int) -> float:
-            """The norm of the decoding weights, over sqrt(n)."""
+            """Return the norm of the decoding weights, over sqrt(n)."""
             return math.sqrt(math.comb(2 * erased, erased))
 
         weights = np.abs(self.weights[:, 0])
@@ -85,15 +153,19 @@ class CyclicCode(Code):
             math.sqrt(2) * unit * (honest + adding) + (amplification(s) + amplification(2 * s)) * hidden
         )
 
-    def _decode(self, messages, *, missing, expected, mean, atol, rtol, length, seed=None):
-        return ops.cyclic_decode(
-            messages,
-            self.adversaries,
-            missing=missing,
-            expected=expected,
-            length=length,
-            atol=atol,
-            rtol=rtol,
-            mean=mean,
-            seed=seed,
-        )
+    def noise_amplification(self) -> float:
+        """Return how much rounding noise grows with s adjacent workers left out; see `Code.noise_amplification`.
+
+        The gradient is sum_j b_j z_j with b_j = 1 + sum_m q_m x_j^m. The polynomial q has the least norm such that b
+        vanishes on the workers left out. Message j carries noise in proportion to its weights W_j. So compared with
+        plain averaging the noise grows by ||b|| max_j ||W_j|| / sqrt(n). Builds tables of n x n.
+        """
+        rows = np.linalg.norm(self.weights, axis=1)
+        powers = self.nodes[:, None] ** np.arange(1, 2 * self.adversaries + 1)
+        # The nodes are a cycle: all sets of s adjacent workers are alike.
+        left_out = powers[: self.adversaries]
+        # Least norm by QR of the adjoint; the normal equations would square the condition number.
+        basis, triangle = np.linalg.qr(left_out.conj().T)
+        q = -basis @ np.linalg.solve(triangle.conj().T, np.ones(self.adversaries))
+        b = 1 + powers @ q
+        return float(np.linalg.norm(b) * rows.max() / np.sqrt(self.workers))

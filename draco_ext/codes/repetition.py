@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from draco_ext import _checks, ops
-from draco_ext.codes.base import Code
+from draco_ext.codes.base import Code, Decoded
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,10 @@ class RepetitionCode(Code):
     Where 2s+1 does not divide n, the first groups have more members. Decoding is a bitwise majority vote in each group,
     exact to the last bit. Source: DRACO, arXiv 1803.09877, section 4.1.
     """
+
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = ops.VOTE_DTYPES
+    message_is_gradient: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     group_sizes: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
@@ -38,7 +45,7 @@ class RepetitionCode(Code):
         return len(self.group_sizes)
 
     def assignment(self, worker: int) -> tuple[int, ...]:
-        """The one part that this worker's group computes."""
+        """Return the one part that this worker's group computes."""
         self._check_worker(worker)
         larger = self.workers % self.parts
         size = self.workers // self.parts
@@ -47,13 +54,29 @@ class RepetitionCode(Code):
             return (worker // (size + 1),)
         return (larger + (worker - in_larger) // size,)
 
+    def holders(self, part: int) -> tuple[int, ...]:
+        """Return the workers of the part's group, in ascending order."""
+        self._check_part(part)
+        return self.replica_groups[part]
+
+    @functools.cached_property
+    def replica_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The groups; the group of part k is the k-th."""
+        ends = itertools.accumulate(self.group_sizes)
+        return tuple(tuple(range(end - size, end)) for end, size in zip(ends, self.group_sizes, strict=True))
+
+    @property
+    def decoding_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The groups: each votes by itself."""
+        return self.replica_groups
+
     def message_length(self, d: int) -> int:
-        """A message is the gradient itself."""
+        """Return `d`: a message is the gradient itself."""
         _checks.check_int("d", d, 0)
         return d
 
     def encode(self, worker: int, gradients: Tensor) -> Tensor:
-        """The worker's one gradient, unchanged and not copied; see `Code.encode`."""
+        """Return the worker's one gradient, unchanged and not copied; see `Code.encode`."""
         self._check_worker(worker)
         _checks.check_tensor("gradients", gradients, 2, ops.VOTE_DTYPES)
         _checks.check_rows("gradients", gradients)
@@ -63,15 +86,35 @@ class RepetitionCode(Code):
             )
         return gradients[0]
 
-    def error_bound(self, dtype: torch.dtype, *, length: int | None = None, probability: float = 1e-6) -> float:
-        """0: the gradient is bit-identical to the one without bad workers; see `Code.error_bound`.
+    def encode_add_(
+        self, message: Tensor, carry: Tensor, gradient: Tensor, worker: int, part: int, *, first: bool = False
+    ) -> Tensor:
+        """Copy the worker's one gradient into its message; see `Code.encode_add_`. The carry is not used."""
+        own = self.assignment(worker)[0]
+        _checks.check_int("part", part, own, own)
+        _checks.check_bool("first", first)
+        if not first:
+            raise ValueError(f"first must be True, got False: worker {worker} computes one part")
+        _checks.check_tensor("message", message, 1, ops.VOTE_DTYPES)
+        _checks.check_tensor("gradient", gradient, 1, (message.dtype,), like=message)
+        if gradient.size(0) != message.size(0):
+            raise ValueError(f"gradient must have {message.size(0)} elements, got {gradient.size(0)}")
+        return message.copy_(gradient)
 
-        With atol and rtol a group's median is between its honest members' values instead, however far those are apart.
-        """
-        self._check_bound(dtype, ops.VOTE_DTYPES, length, probability)
-        return 0.0
-
-    def _decode(self, messages, *, missing, expected, mean, atol, rtol, length, seed=None):
+    def decode(
+        self,
+        messages: Tensor,
+        *,
+        missing: Tensor | None = None,
+        expected: Tensor | None = None,
+        reduction: str = "mean",
+        atol: float = 0.0,
+        rtol: float = 0.0,
+        length: int | None = None,
+        seed: int | None = None,
+    ) -> Decoded:
+        """Vote in each group and average the winners; see `Code.decode`. Nothing is drawn: the seed is not used."""
+        self._check_decode(messages, reduction)
         if expected is not None or length is not None:  # the vote has no use for them
             _checks.check_messages(messages, ops.VOTE_DTYPES)
             _checks.check_mask("expected", expected, messages)
@@ -84,6 +127,18 @@ class RepetitionCode(Code):
             missing=missing,
             atol=atol,
             rtol=rtol,
-            mean=mean,
+            mean=reduction == "mean",
         )
-        return gradient, suspects, failed, suspects
+        return Decoded(gradient, suspects, failed, suspects, self)
+
+    def error_bound(self, dtype: torch.dtype, *, length: int | None = None, probability: float = 1e-6) -> float:
+        """Return 0: the gradient is bit-identical to the one without bad workers; see `Code.error_bound`.
+
+        With atol and rtol a group's median is between its honest members' values instead, however far those are apart.
+        """
+        self._check_bound(dtype, length, probability)
+        return 0.0
+
+    def noise_amplification(self) -> float:
+        """Return 1: a vote passes one member's bits on."""
+        return 1.0

@@ -244,9 +244,9 @@ def _scaling_rows(clock: Clock, n: int, d: int) -> list[Row]:
         decode_once = functools.partial(draco_ext.decode, messages, code)
         timing = compare(clock, decode_once, messages.sum, rounds=11 if d > 10**6 else 41)
         split = None
-        if isinstance(code, draco_ext.CyclicCode):
-            projections, norms = ops.cyclic_project(messages, 7)
-            search = functools.partial(ops.cyclic_locate, projections, norms, 2, d)
+        if code.uses_projections:
+            projections, norms = code.project(messages, 7)
+            search = functools.partial(code.locate, projections, norms, d, dtype=messages.dtype)
             split = {"locator": compare(clock, search, decode_once, rounds=5).ratio}
         rows.append(Row("scaling", n, d, name, timing.seconds, timing.ratio, messages.nbytes, own=True, split=split))
     return rows

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import draco_ext
-from draco_ext import baselines, ops
+from draco_ext import baselines
 from draco_ext.cli.bench import peers
 from draco_ext.testing.attacks import ATTACKS
 
@@ -47,11 +47,12 @@ class Workload:
         for part in range(self.parts):
             gradient = part_gradient(self.device, part + self.n * series, self.d)
             for worker in (j for j in range(n) if part in assigned[j]):
-                if isinstance(code, draco_ext.CyclicCode):
-                    # One room for what rounding leaves: these parts do not cancel.
-                    ops.cyclic_encode_add_(messages[worker], carry.zero_(), gradient, n, code.adversaries, worker, part)
-                else:
+                if code is None:
                     messages[worker] = gradient
+                else:
+                    # One room for what rounding leaves: these parts do not cancel.
+                    first = part == min(assigned[worker])
+                    code.encode_add_(messages[worker], carry.zero_(), gradient, worker, part, first=first)
         return messages
 
     @property
