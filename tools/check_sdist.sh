@@ -3,7 +3,8 @@
 # that in a fresh environment beside the torch of constraints.txt, and decodes once from another folder.
 #   bash tools/check_sdist.sh [FOLDER]     the sdist and the wheel are left in FOLDER, dist by default
 set -euo pipefail
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
 out=$(realpath -m "${1:-dist}")
 export PIP_CONSTRAINT="$PWD/constraints.txt" PIP_DISABLE_PIP_VERSION_CHECK=1
 unset PYTHONPATH
@@ -26,21 +27,7 @@ cd "$work"
 DRACO_CUDA=off pip wheel --quiet --no-deps --wheel-dir "$work/wheel" "$work"/sdist/*.tar.gz
 twine check --strict sdist/* wheel/*
 pip install --quiet wheel/*.whl
-python - <<'PY'
-import importlib.metadata
-import torch
-import draco_ext
-
-for code in (draco_ext.RepetitionCode(6, 1), draco_ext.CyclicCode(7, 1)):
-    gradients = torch.arange(code.parts, dtype=torch.float32)[:, None].expand(-1, 1000).contiguous()
-    messages = torch.stack([code.encode(j, gradients[list(code.assignment(j))]) for j in range(code.workers)])
-    messages[2] += 1
-    out = draco_ext.decode(messages, code)
-    assert not out.failed and out.suspects.nonzero().flatten().tolist() == [2], out
-    torch.testing.assert_close(out.gradient, gradients.mean(0))
-assert draco_ext.__version__ == importlib.metadata.version("draco_ext")
-print(f"draco_ext {draco_ext.__version__} decodes in {draco_ext.__file__}: {draco_ext.build_info()}")
-PY
+python "$root/tools/smoke.py"
 mkdir -p "$out"
 cp sdist/* wheel/* "$out"
 echo "$0: left in $out: $(cd "$out" && echo draco_ext-*)"
