@@ -1,4 +1,4 @@
-"""The rules people use instead of a code, as DistributedDataParallel's communication hook."""
+"""Baselines as communication hooks of DistributedDataParallel."""
 
 import time
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from draco_ext.reporting.report import Seconds
 
 
 class Averaging:
-    """Every rank gathers all gradients and takes a robust average of them; the plain mean is DDP's own all-reduce.
+    """A hook with which every rank gathers all gradients and averages them robustly; the mean is DDP's all-reduce.
 
     Args:
-        rule: One of `AGGREGATORS`.
-        adversaries: What the rule is told.
-        corrupt: What this rank really sends: f(step, gradient).
+        rule: one of `AGGREGATORS`.
+        adversaries: the number of bad workers for which the rule is set up.
+        corrupt: returns the message that this rank sends: f(step, gradient).
 
     Attributes:
-        seconds: Where its time went.
+        seconds: the time that this rank has spent.
     """
 
     def __init__(self, rule: str, adversaries: int, corrupt: Callable[[int, Tensor], Tensor]) -> None:
@@ -31,7 +31,7 @@ class Averaging:
         self._step = 0
 
     def hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """What DDP calls for every bucket of gradients."""
+        """Handle a bucket of gradients; DDP calls it for every bucket."""
         buffer = bucket.buffer()
         sent = self._corrupt(self._step, buffer)
         self._step += bucket.is_last()

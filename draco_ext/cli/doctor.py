@@ -1,4 +1,4 @@
-"""``draco doctor``: whether the ranks that are there compute the same bits."""
+"""``draco doctor``, which tests whether ranks compute the same bits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from draco_ext.training.reproducibility import SelfTest, self_test
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one rank: what decides about the last bits of a gradient."""
+    """The properties of a rank that influence the last bits of a gradient."""
 
     host: str
     processor: str
@@ -37,14 +37,14 @@ class Facts:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the ranks found together."""
+    """The common result of the ranks."""
 
     facts: list[Facts]
     result: SelfTest
 
 
 def diagnose(workers: int) -> Diagnosis:
-    """By local ranks; under torchrun by its ranks, which all get the answer."""
+    """Run the test on local ranks, or on torchrun's ranks, which all get the result."""
     found: list[Diagnosis] = []
     run_ranks(_rank, workers, found.append)
     return found[0]
@@ -69,7 +69,7 @@ def _rank(rank: int, report: Callable[[Any], None]) -> None:
 
 
 def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return all of it, with the versions and the build of this process, for programs and for issues."""
+    """Return the diagnosis with the versions and the build of this process, for programs and for issues."""
     return {
         "draco_ext": __version__,
         "system": platform.platform(),
@@ -82,7 +82,7 @@ def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def make_table(facts: list[Facts]) -> Table:
-    """The ranks; what is not everywhere the same is marked."""
+    """Return a table of the ranks, in which differences between ranks are marked."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("rank", justify="right")
     names = list(Facts.__dataclass_fields__)

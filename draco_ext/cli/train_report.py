@@ -1,4 +1,4 @@
-"""What ``draco train`` leaves behind: a table, a JSON file and a picture."""
+"""The output of ``draco train``: a table, a JSON file and a picture."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ SPLIT = ("compute", "encode", "communicate", "decode")
 
 
 def describe(training: Training) -> str:
-    """A line's name for people."""
+    """Return a readable name of a training."""
     return f"{training.label}{'' if training.attacked else ', no adversaries'}"
 
 
 def step_seconds(outcome: Outcome) -> np.ndarray:
-    """Seconds of every step, all kinds together."""
+    """Return the seconds of every step, all kinds together."""
     return np.sum([outcome.seconds[kind] for kind in SPLIT], axis=0)
 
 
 def make_tables(config: Config, outcomes: list[Outcome]) -> tuple[Table, Table]:
-    """The comparison for the terminal: what came of each training, and where its time went."""
+    """Return the tables for the terminal: the result and the times of each training."""
     results = _table(_title(config), _RESULTS_CAPTION)
     for name in ("test accuracy", "named (in steps)", "distance from clean run"):
         results.add_column(name, justify="right")
@@ -72,7 +72,7 @@ _TIMES_CAPTION = (
 
 
 def _table(title: str, caption: str) -> Table:
-    """A table whose lines are trainings."""
+    """Return a table with a line for each training."""
     table = Table(
         title=title,
         caption=caption,
@@ -97,7 +97,7 @@ def _title(config: Config) -> str:
 
 
 def _named(outcome: Outcome) -> str:
-    """Who was named, in how many steps."""
+    """Return the named workers with their numbers of steps."""
     if all(suspects is None for suspects in outcome.suspects):
         return "cannot"
     if not outcome.named:
@@ -110,7 +110,7 @@ def _named(outcome: Outcome) -> str:
 
 
 def format_distance(distance: float | None) -> str:
-    """A distance for people."""
+    """Return a readable distance."""
     if distance is None:
         return "-"
     if distance == 0:
@@ -119,7 +119,7 @@ def format_distance(distance: float | None) -> str:
 
 
 def write_json(path: Path, config: Config, outcomes: list[Outcome], checks: list[Check], seconds: float) -> None:
-    """All figures of the comparison; what is not finite becomes null."""
+    """Write all figures of the comparison as JSON; infinities and NaN become null."""
     document = {
         "config": asdict(config),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -134,7 +134,7 @@ def write_json(path: Path, config: Config, outcomes: list[Outcome], checks: list
 
 
 def _as_dict(outcome: Outcome) -> dict[str, Any]:
-    """One line of the comparison, by names that explain themselves."""
+    """Return the figures of a training under readable names."""
     elapsed = np.concatenate([[0.0], step_seconds(outcome).cumsum()])
     return {
         "rule": outcome.training.rule,
@@ -167,7 +167,7 @@ def _as_dict(outcome: Outcome) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """The same with null for infinities and NaN, which JSON does not have."""
+    """Return the value with None for infinities and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -188,7 +188,7 @@ def _versions() -> dict[str, str]:
 
 
 def processor() -> str:
-    """This machine's processor, by name."""
+    """Return the name of this machine's processor."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if "model name" in line:
@@ -200,7 +200,7 @@ def _machine() -> dict[str, Any]:
     return {"system": platform.platform(), "processor": processor(), "cores": os.cpu_count()}
 
 
-# Okabe and Ito's colours, which every kind of colour vision can tell apart.
+# Okabe and Ito's palette for colour-blind readers.
 _LOOKS = {
     "mean": ("#D55E00", "-"),
     "geometric-median-gram": ("#E69F00", "-"),
@@ -213,9 +213,9 @@ _CLEAN_LOOK = ("#BBBBBB", "-")
 
 
 def draw(path: Path, config: Config, outcomes: list[Outcome]) -> None:
-    """Accuracy against steps and against time, one line per training.
+    """Draw the accuracy over steps and over time, one line per training.
 
-    A code's own clean run is left out: it lies under the attacked one.
+    The clean run of a code is left out, since the line of the attacked run would cover it.
     """
     attacked = {o.training.rule for o in outcomes if o.training.attacked}
     shown = [
@@ -244,7 +244,7 @@ def draw(path: Path, config: Config, outcomes: list[Outcome]) -> None:
 
 
 def _look(training: Training) -> dict[str, Any]:
-    """Colour and stroke of one line."""
+    """Return the colour and line style of a training."""
     if training.rule == "mean" and not training.attacked:
         color, style, width = *_CLEAN_LOOK, 5.0
     else:

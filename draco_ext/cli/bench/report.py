@@ -1,4 +1,4 @@
-"""What the benchmarks print and leave behind: Markdown tables, JSON, pictures."""
+"""The output of the benchmarks: Markdown tables, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ import matplotlib.pyplot as plt
 
 @dataclass(frozen=True)
 class Row:
-    """One measured call; medians over the rounds.
+    """A measured call, as medians over the rounds.
 
     Attributes:
-        report: which of `REPORTS` it belongs to.
-        n: workers.
-        d: elements of the gradient.
-        rule: what was called.
-        seconds: how long it took; None: it could not run, see note.
-        to_yardstick: seconds / those of the report's yardstick, around every round.
-        bytes: read, or sent.
-        error: relative to the honest mean, with reversed messages.
-        own: whether it is this library's.
-        split: seconds that are part of the others, or other figures with names of their own; None: never.
-        note: what else to know of it.
+        report: the name of its report, one of `REPORTS`.
+        n: the number of workers.
+        d: the number of elements of the gradient.
+        rule: the name of the rule that was called.
+        seconds: the time of a call; None if it could not run, see note.
+        to_yardstick: the ratio of seconds to those of the report's yardstick, measured around every round.
+        bytes: the number of bytes that were read or sent.
+        error: the error relative to the honest mean, with reversed messages.
+        own: whether the rule is this library's.
+        split: seconds that are part of `seconds`, or other figures, by name; None: does not apply.
+        note: a remark.
     """
 
     report: str
@@ -67,7 +67,7 @@ def _gpu() -> dict[str, str]:
 
 
 def machine(cuda: bool = False) -> dict[str, str]:
-    """What a table was measured on."""
+    """Return a description of the machine on which a table was measured."""
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
@@ -88,11 +88,11 @@ def machine(cuda: bool = False) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Report:
-    """How the rows of one kind are shown."""
+    """The way in which the rows of one kind are shown."""
 
     title: str
     legend: str
-    column: str  # of Row.to_yardstick
+    column: str  # the heading of Row.to_yardstick
     show: Callable[[float], str] = "{:.2f}".format
 
 
@@ -157,7 +157,7 @@ REPORTS = {
 
 
 def size_name(d: int) -> str:
-    """A number of elements, short."""
+    """Return a number of elements in a short form."""
     return f"{d:.3g}".replace("e+0", "e")
 
 
@@ -170,7 +170,7 @@ def _fastest_other(rows: list[Row]) -> dict[tuple[int, int], float]:
 
 
 def _cells(row: Row, report: Report, fastest: dict[tuple[int, int], float]) -> dict[str, str]:
-    """A row's cells by the table's header."""
+    """Return a row's cells by the table's header."""
     cells = {"n": str(row.n), "d": size_name(row.d), "rule": row.rule}
     if row.report in ("paper", "accuracy"):
         return cells | {name: "never" if value is None else f"{value:.3g}" for name, value in (row.split or {}).items()}
@@ -194,7 +194,7 @@ def _cells(row: Row, report: Report, fastest: dict[tuple[int, int], float]) -> d
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Markdown that is also aligned as plain text."""
+    """Return a Markdown table that is also aligned as plain text."""
     report, fastest = REPORTS[rows[0].report], _fastest_other(rows)
     cells = [_cells(row, report, fastest) for row in rows]
     header = [name for name in cells[0] if any(line.get(name) for line in cells)]
@@ -213,12 +213,12 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def facts(cuda: bool) -> str:
-    """One line of what was measured on."""
+    """Return the description of the machine as one line."""
     return "; ".join(f"{key}: {value}" for key, value in machine(cuda).items())
 
 
 def write(folder: Path, rows: list[Row]) -> list[Path]:
-    """Writes one kind of rows as JSON, Markdown and, where there is one, a picture; returns the files."""
+    """Write one kind of rows as JSON, Markdown and, if it has one, a picture; return the files."""
     name = rows[0].report
     report, cuda = REPORTS[name], name == "cuda"
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,7 +251,7 @@ def _short(value: float) -> str:
 
 
 def _draw_decode(path: Path, rows: list[Row]) -> None:
-    """Bars of the largest size: time over one read of the messages."""
+    """Draw bars for the largest size: time relative to one read of the messages."""
     size = max((row.n * row.d, row.n, row.d) for row in rows)[1:]
     shown = [row for row in rows if (row.n, row.d) == size and row.seconds is not None]
     shown.sort(key=lambda row: -row.to_yardstick)
@@ -274,7 +274,7 @@ def _draw_decode(path: Path, rows: list[Row]) -> None:
 
 
 def _draw_scaling(path: Path, rows: list[Row]) -> None:
-    """Time per byte, and relative to one read, over d; one line for each n, one row of panels for each rule."""
+    """Draw time per byte, and time relative to one read, over d: a line for each n, a row of panels for each rule."""
     rules = list(dict.fromkeys(row.rule for row in rows))
     figure, panels = plt.subplots(len(rules), 2, figsize=(11, 3.6 * len(rules)), squeeze=False, layout="constrained")
     for (left, right), rule in zip(panels, rules, strict=True):
