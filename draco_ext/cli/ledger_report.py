@@ -111,7 +111,7 @@ class _Entry:
         self.times[finding.step] = (min(first, finding.time), max(last, finding.time))
 
     def merge(self, other: _Entry) -> None:
-        """Merge the same rank's findings from another file; of two counts of the same findings, the larger one holds."""
+        """Merge the same rank's findings from another file; where both have a count, the larger one holds."""
         for kind, steps in other.counts.items():
             self.counts[kind] |= steps
         self.failed = max(self.failed, other.failed)
@@ -129,8 +129,8 @@ def read(paths: Iterable[str]) -> LedgerReport:
     """Read ledgers of one job.
 
     Args:
-        paths: the files, as for `iter_ledger`. If ranks have written files of their own, a finding that is in several of
-            them counts once.
+        paths: the files, as for `iter_ledger`. Each rank may have written one; a finding that is in several of them
+            counts once.
 
     Raises:
         OSError: a file cannot be read.
