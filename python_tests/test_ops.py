@@ -15,13 +15,17 @@ from draco_ext import _C, CyclicCode, RepetitionCode, ops
 
 NAMES = [
     "majority_vote",
+    "majority_vote_out",
     "digest",
     "cyclic_encode",
+    "cyclic_encode_out",
     "cyclic_encode_add_",
     "cyclic_project",
     "cyclic_locate",
     "cyclic_combine",
+    "cyclic_combine_out",
     "cyclic_decode",
+    "cyclic_decode_out",
 ]
 VOTE_DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 CYCLIC_DTYPES = [torch.float32, torch.float64]
@@ -217,13 +221,17 @@ def every_call(messages, projections, norms):
     ones, carry = torch.ones(9, dtype=torch.complex128), torch.zeros(50)
     return {
         "majority_vote": (lambda x: ops.majority_vote(x, (5, 4), 1)[0], messages),
+        "majority_vote_out": (lambda x: ops.majority_vote(messages, (5, 4), 1, out=x)[0], torch.zeros(50)),
         "digest": (lambda x: ops.digest(x, 1), messages[0]),
         "cyclic_encode": (lambda x: ops.cyclic_encode(x, 9, 1, 0), messages[:3]),
+        "cyclic_encode_out": (lambda x: ops.cyclic_encode(messages[:3], 9, 1, 0, out=x), torch.zeros(50)),
         "cyclic_encode_add_": (lambda x: ops.cyclic_encode_add_(torch.zeros(50), carry, x, 9, 1, 0, 0), messages[0]),
         "cyclic_project": (lambda x: ops.cyclic_project(x, 1)[0], messages),
         "cyclic_locate": (lambda x: ops.cyclic_locate(projections, x, 2, 50)[0], norms),
         "cyclic_combine": (lambda x: ops.cyclic_combine(x, ones), messages),
+        "cyclic_combine_out": (lambda x: ops.cyclic_combine(messages, ones, out=x), torch.zeros(50)),
         "cyclic_decode": (lambda x: ops.cyclic_decode(x, 2)[0], messages),
+        "cyclic_decode_out": (lambda x: ops.cyclic_decode(messages, 2, out=x)[0], torch.zeros(50)),
     }
 
 
