@@ -21,10 +21,11 @@ from torch import Tensor
 
 import draco_ext
 from draco_ext import CyclicCode
-from draco_ext.cli.report import processor
+from draco_ext.cli.train_report import processor
 from draco_ext.reporting.evidence import LEAST_DECODES, Evidence
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
+TESTS = Path(__file__).resolve().parent.parent / "python_tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "kernels")]
 
 CODES = [(7, 2), (15, 3), (64, 3), (64, 5), (255, 1), (255, 8)]
 SIZES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]

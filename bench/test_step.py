@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode
+from draco_ext.protocol.transports import TRANSPORTS
 from draco_ext.testing.local import run_local
-from draco_ext.training.guard import TRANSPORTS
 
 RANKS = 6
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")

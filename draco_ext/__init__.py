@@ -1,5 +1,6 @@
 """Exact gradients from workers of which some lie or miscompute (DRACO, arXiv 1803.09877)."""
 
+from draco_ext._version import __version__
 from draco_ext.codes import (
     Code,
     CyclicCode,
@@ -9,8 +10,11 @@ from draco_ext.codes import (
     decode,
 )
 from draco_ext.ops import build_info
-from draco_ext.reporting.ledger import iter_ledger, read_ledger
-from draco_ext.training.guard import Guard, protect
+from draco_ext.reporting.ledger import Finding, iter_ledger, read_ledger
+from draco_ext.reporting.report import Report, Suspect
+from draco_ext.training.api import protect
+from draco_ext.training.guard import Guard
+from draco_ext.training.reproducibility import SelfTest
 from draco_ext.training.sampler import RedundantBatchSampler
 
 __all__ = [
@@ -18,9 +22,14 @@ __all__ = [
     "CyclicCode",
     "Decoded",
     "DecodingError",
+    "Finding",
     "Guard",
     "RedundantBatchSampler",
     "RepetitionCode",
+    "Report",
+    "SelfTest",
+    "Suspect",
+    "__version__",
     "build_info",
     "decode",
     "iter_ledger",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,23 +15,25 @@ from torch.autograd import forward_ad
 
 from draco_ext._extension import _C
 
-MOST_WORKERS = 32767
+MOST_WORKERS: int = _C.MOST_WORKERS
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise unless value is an int (not a bool) from low to high, both included."""
+def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """Return value if it is an int (not a bool) from low to high, both included; raise otherwise."""
+    # torch.compile may give a SymInt.
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < low or (high is not None and value > high):
         expected = f"at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} must be {expected}, got {value}")
+    return value  # type: ignore[return-value]
 
 
-def check_workers(workers: object, adversaries: object, name: str = "workers") -> None:
+def check_workers(workers: Any, adversaries: Any, name: str = "workers") -> None:
     """Raise unless 2 * adversaries + 1 <= workers; `name` names the workers' argument."""
     check_int(name, workers, 1, MOST_WORKERS)
     check_int("adversaries", adversaries, 0)
@@ -38,7 +41,7 @@ def check_workers(workers: object, adversaries: object, name: str = "workers") -
         raise ValueError(f"{name} must be at least 2 * adversaries + 1 = {2 * adversaries + 1}, got {workers}")
 
 
-def check_tolerance(name: str, value: object) -> None:
+def check_tolerance(name: str, value: Any) -> None:
     """Raise unless value is a finite number >= 0."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -46,22 +49,20 @@ def check_tolerance(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
-def check_dtype(name: str, dtype: object, dtypes: Sequence[torch.dtype]) -> None:
+def check_dtype(name: str, dtype: Any, dtypes: Sequence[torch.dtype]) -> None:
     """Raise unless dtype is one of these."""
     if not isinstance(dtype, torch.dtype) or dtype not in dtypes:
         got = dtype if isinstance(dtype, torch.dtype) else type(dtype).__name__
         raise TypeError(f"{name} must be {_names(dtypes)}, got {got}")
 
 
-def check_bool(name: str, value: object) -> None:
+def check_bool(name: str, value: Any) -> None:
     """Raise unless value is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
-def check_tensor(
-    name: str, tensor: object, dim: int, dtypes: Sequence[torch.dtype], like: Tensor | None = None
-) -> None:
+def check_tensor(name: str, tensor: Any, dim: int, dtypes: Sequence[torch.dtype], like: Tensor | None = None) -> None:
     """Raise unless tensor is a plain real tensor of this dimension, of one of the dtypes, on like's device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
@@ -97,7 +98,7 @@ def check_rows(name: str, matrix: Tensor) -> None:
         )
 
 
-def check_messages(messages: object, dtypes: Sequence[torch.dtype]) -> None:
+def check_messages(messages: Any, dtypes: Sequence[torch.dtype]) -> None:
     """Raise unless messages is a matrix with a row for each worker."""
     check_tensor("messages", messages, 2, dtypes)
     check_rows("messages", messages)
@@ -105,7 +106,7 @@ def check_messages(messages: object, dtypes: Sequence[torch.dtype]) -> None:
         raise ValueError(f"messages must have at least one row, got shape {tuple(messages.shape)}")
 
 
-def check_mask(name: str, mask: object, messages: Tensor) -> None:
+def check_mask(name: str, mask: Any, messages: Tensor) -> None:
     """Raise unless mask is None or a bool vector with an entry for each message."""
     if mask is None:
         return
@@ -122,7 +123,7 @@ def check_pairs(messages: Tensor) -> None:
         )
 
 
-def check_length(length: object, messages: Tensor) -> None:
+def check_length(length: Any, messages: Tensor) -> None:
     """Raise unless messages of pairs can be those of a gradient of this length."""
     check_int("length", length, max(0, messages.size(1) - 1), messages.size(1))
 
@@ -168,7 +169,7 @@ def check_apart(name: str, vector: Tensor, other_name: str, other: Tensor) -> No
         raise ValueError(f"{name} must not share memory with {other_name}")
 
 
-def check_out(out: object, length: int, source_name: str, source: Tensor) -> None:
+def check_out(out: Any, length: int, source_name: str, source: Tensor) -> None:
     """Raise unless out can receive a result of this length that is computed from the source."""
     check_tensor("out", out, 1, (source.dtype,), like=source)
     check_writable("out", out, length)

@@ -172,7 +172,9 @@ def cyclic_project(messages: Tensor, seed: int, *, missing=None, tile: int = 327
     return torch.stack(projections, 1), torch.stack(norms, 1)
 
 
-def cyclic_locate(projections, adversaries, noise, *, missing=None, tolerance=6.0):
+def cyclic_locate(
+    projections: Tensor, adversaries: int, noise: Tensor, *, missing: Tensor | None = None, tolerance: float = 6.0
+) -> set[int] | None:
     """The smallest set of workers whose removal leaves every check at the noise, by trying all; None if there is none.
 
     Args:

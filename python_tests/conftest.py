@@ -1,14 +1,19 @@
-"""What all tests share: the devices, the seed, printed and settable, honest messages, the enumerations' attacks.
+"""What all tests share: layers, devices, the seed, honest messages, the enumerations' attacks.
 
-Tests that use the fixture `device` run on the CPU and on a GPU, or, with `--simt LIBRARY`, they alone run, on kernels
-written for the GPU that were compiled for the host: the library registers every op again for CPU tensors, as
-`torch.ops.draco_ext_simt`. Without a GPU the tests on one are skipped, or fail where FAIL_WITHOUT_CUDA=1.
+A test's folder is its layer, and its marker. Tests and cases that are marked `long` are left out without `--long`, and
+the fixture `long` tells tests which size to take.
+
+Tests that use the fixture `device` run on the CPU and on a GPU where there is one, or, with `--simt LIBRARY`, they
+alone run, on kernels written for the GPU that were compiled for the host: the library registers every op again for CPU
+tensors, as `torch.ops.draco_ext_simt`. With FAIL_WITHOUT_CUDA=1 the tests on a GPU fail where there is none.
 """
 
 import dataclasses
 import functools
 import itertools
+import multiprocessing.forkserver
 import os
+import sys
 
 import hypothesis
 import pytest
@@ -16,15 +21,28 @@ import torch
 
 SEED = int(os.environ.get("DRACO_SEED", "20180327"))
 
-# ci draws the same examples every time, long many others; both print how to see a failing one again.
-hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, deadline=None, print_blob=True)
-hypothesis.settings.register_profile(
-    "long", max_examples=3000, deadline=None, print_blob=True, suppress_health_check=list(hypothesis.HealthCheck)
-)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+# The folders of tests, and the marker of all tests in them.
+LAYERS = {
+    "unit": "no ranks: seconds",
+    "ranks": "several processes that talk to each other",
+    "kernels": "ops and codes against the reference, enumerations, CUDA kernels run on the host",
+}
+
+# quick draws the same examples every time, long and thorough others each time; all print how to see a failing one
+# again.
+hypothesis.settings.register_profile("quick", max_examples=30, derandomize=True, deadline=None, print_blob=True)
+for profile, examples in (("long", 300), ("thorough", 3000)):
+    hypothesis.settings.register_profile(
+        profile,
+        max_examples=examples,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
 
 
 def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run the long layer too: all cases, at full size")
     parser.addoption(
         "--simt",
         metavar="LIBRARY",
@@ -33,9 +51,13 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    for layer, meaning in LAYERS.items():
+        config.addinivalue_line("markers", f"{layer}: {meaning}")
+    config.addinivalue_line("markers", "long: takes long, and runs with --long alone")
     config.addinivalue_line("markers", "gpu: runs on a GPU; set by itself for every test that uses one")
     config.addinivalue_line("markers", "sanitizer: every kernel once, small: for runs under compute-sanitizer")
-    config.addinivalue_line("markers", "slow: takes tens of seconds, or tens of GB")
+    if config.getoption("--hypothesis-profile", None) is None:
+        hypothesis.settings.load_profile("long" if config.getoption("--long") else "quick")
     library = config.getoption("--simt")
     if library is not None:
         if not os.path.exists(library):
@@ -50,35 +72,74 @@ def pytest_report_header(config):
 
     simt = config.getoption("--simt")
     on_simt = "" if simt is None else f", kernels of {simt}"
-    return f"draco_ext: DRACO_SEED={SEED}, {draco_ext.build_info()}{on_simt}"
+    layers = "all layers" if config.getoption("--long") else "without the long layer (--long)"
+    return f"draco_ext: {layers}, DRACO_SEED={SEED}, {draco_ext.build_info()}{on_simt}"
+
+
+# ------------------------------------------------------------------------------------------------------ layers
+
+
+def pytest_itemcollected(item):
+    layer = item.path.parent.name
+    if layer in LAYERS:
+        item.add_marker(layer)
+    if _uses_gpu(item):
+        item.add_marker(pytest.mark.gpu)
+
+
+def pytest_collection_modifyitems(config, items):
+    def wanted(item):
+        if config.getoption("--simt") is not None and "device" not in item.fixturenames:
+            return False
+        if "cuda" in item.fixturenames and not _with_cuda():
+            return False
+        return config.getoption("--long") or item.get_closest_marker("long") is None
+
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = filter(wanted, items)
+
+
+@pytest.fixture
+def long(request):
+    """Whether tests are to take their full size."""
+    return request.config.getoption("--long")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("ranks") is not None:
+        modules = {other.module.__name__ for other in item.session.items if other.get_closest_marker("ranks")}
+        _start_forkserver(tuple(sorted(modules)))
+
+
+@functools.cache
+def _start_forkserver(modules):
+    """Start the process that ranks are forked from, with all that they import: a second for each of them."""
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "pytest", *modules])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # which it does not take over before Python 3.13
+        multiprocessing.forkserver.ensure_running()
 
 
 # ----------------------------------------------------------------------------------------------------- devices
 
 
 def pytest_generate_tests(metafunc):
+    kinds = ["cpu", "cuda"] if _with_cuda() else ["cpu"]
     if "device" in metafunc.fixturenames:
-        kinds = ["cpu", "cuda"] if metafunc.config.getoption("--simt") is None else ["simt"]
-        metafunc.parametrize("device", kinds, indirect=True)
+        on_host = metafunc.config.getoption("--simt") is not None
+        metafunc.parametrize("device", ["simt"] if on_host else kinds, indirect=True)
     if "real_device" in metafunc.fixturenames:
-        metafunc.parametrize("real_device", ["cpu", "cuda"], indirect=True)
+        metafunc.parametrize("real_device", kinds, indirect=True)
 
 
-def pytest_itemcollected(item):
+def _uses_gpu(item):
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if "cuda" in item.fixturenames or "cuda" in (parameters.get("device"), parameters.get("real_device")):
-        item.add_marker(pytest.mark.gpu)
-
-
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("--simt") is not None:
-        others = [item for item in items if "device" not in item.fixturenames]
-        items[:] = [item for item in items if "device" in item.fixturenames]
-        config.hook.pytest_deselected(items=others)
+    return "cuda" in item.fixturenames or "cuda" in (parameters.get("device"), parameters.get("real_device"))
 
 
 @functools.cache
-def _lacking_for_cuda():
+def lacking_for_cuda():
+    """What keeps tests from running on a GPU, or None."""
     import draco_ext
 
     if not torch.cuda.is_available():
@@ -86,15 +147,17 @@ def _lacking_for_cuda():
     return None if draco_ext.build_info()["cuda"] else "draco_ext was built without CUDA"
 
 
+def _with_cuda():
+    """Whether tests on a GPU are collected. `test_kernels.py::test_on_a_gpu` is skipped in place of them all."""
+    return lacking_for_cuda() is None or os.environ.get("FAIL_WITHOUT_CUDA") == "1"
+
+
 def _usable(kind):
     if kind != "cuda":
         return torch.device("cpu")
-    lacking = _lacking_for_cuda()
-    if lacking is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
-        pytest.fail(f"{lacking}, and FAIL_WITHOUT_CUDA=1", pytrace=False)
-    pytest.skip(f"{lacking} (FAIL_WITHOUT_CUDA=1 makes this a failure)")
+    if lacking_for_cuda() is not None:
+        pytest.fail(f"{lacking_for_cuda()}, and FAIL_WITHOUT_CUDA=1", pytrace=False)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture
@@ -123,9 +186,9 @@ def cuda():
 def simt(request):
     """Whether kernels run on the host, a thousand times slower than on a GPU: enumerations are to be cut down.
 
-    Not under HYPOTHESIS_PROFILE=long.
+    Not with --long.
     """
-    return request.config.getoption("--simt") is not None and os.environ.get("HYPOTHESIS_PROFILE") != "long"
+    return request.config.getoption("--simt") is not None and not request.config.getoption("--long")
 
 
 def on(device, function, *args, **kwargs):

@@ -24,9 +24,9 @@ run() { # folder, libraries, arguments of pytest
     python -m pytest -q --capture=sys -p no:cacheprovider "${@:3}")
 }
 
-tests=("$root"/python_tests/test_{ops,arguments,fuzz,concurrency,kernels,cyclic,repetition}.py)
+tests=("$root"/python_tests/{unit/test_arguments,kernels/test_{ops,fuzz,concurrency,kernels,cyclic,repetition}}.py)
 some="test_arguments or every_call or every_kernel_once or (test_concurrency and not spawn) or (test_ops and opcheck)"
-some+=" or (reference and not kernels) or tiles or missing or overflow or different_size or large_parameters"
+some+=" or (reference and not test_kernels) or tiles or missing or overflow or different_size or large_parameters"
 [[ "${1:-}" == --all ]] && some="not leak"
 
 echo "== address, undefined"
@@ -39,4 +39,4 @@ echo "== thread"
 build thread thread
 # OMP_NUM_THREADS: torch's own ops stay on the thread that calls them.
 TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 OMP_NUM_THREADS=1 \
-  run thread "$(library tsan)" "$root/python_tests/test_concurrency.py" -k threads
+  run thread "$(library tsan)" "$root/python_tests/kernels/test_concurrency.py" -k threads

@@ -1,4 +1,4 @@
-"""The ``draco`` command: train, plan, doctor, bench."""
+"""The ``draco`` command: train, plan, doctor, report, bench."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from draco_ext.baselines import AGGREGATORS
-from draco_ext.protocol.transports.base import Seconds
+from draco_ext.reporting.report import Seconds
 
 
 class Averaging:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -15,20 +16,22 @@ import torch.multiprocessing
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from draco_ext._version import __version__
 from draco_ext.baselines import AGGREGATORS
 from draco_ext.cli import doctor as doctors
-from draco_ext.cli import planning, report
+from draco_ext.cli import ledger_report, planning, train_report
 from draco_ext.cli.bench import report as bench_report
 from draco_ext.cli.bench import suites as bench_suites
 from draco_ext.cli.bench.timing import keep_memory
 from draco_ext.cli.digits import TRAIN_SAMPLES
 from draco_ext.cli.faults import BAD_CHOICES
+from draco_ext.cli.options import Count
 from draco_ext.cli.training import CODES, LEARNING, Config, Outcome, Training, code_for, list_trainings, run
 from draco_ext.cli.verdict import judge
 from draco_ext.ops import build_info
+from draco_ext.protocol.transports import TRANSPORTS
 from draco_ext.testing.attacks import ATTACKS
 from draco_ext.testing.local import under_torchrun
-from draco_ext.training.guard import TRANSPORTS
 
 DEFAULT_RULES = ("mean", "geometric-median-gram", "krum", "repetition", "cyclic")
 # Rules that need more than the 2s+1 workers of a code: 2s+3.
@@ -38,6 +41,7 @@ _SEED = click.IntRange(0, 2**32 - 1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="draco_ext", message="%(prog)s %(version)s")
 def draco() -> None:
     """Exact gradients from workers of which some lie or miscompute."""
 
@@ -57,8 +61,8 @@ def draco() -> None:
     default="allreduce",
     help="How the codes' messages travel, and who is trusted; see draco_ext.protect.",
 )
-@click.option("--workers", type=int, default=9, help="Number of workers, n; under torchrun its ranks.")
-@click.option("--adversaries", type=int, default=3, help="Number of bad workers, s.")
+@click.option("--workers", type=Count(), default=9, help="Number of workers, n; under torchrun its ranks.")
+@click.option("--adversaries", type=Count(), default=3, help="Number of bad workers, s.")
 @click.option("--attack", type=click.Choice([*ATTACKS]), default="constant", help="What they send.")
 @click.option(
     "--bad",
@@ -66,10 +70,10 @@ def draco() -> None:
     default="fixed",
     help="Who is bad. " + "; ".join(f"{name}: {what}" for name, what in BAD_CHOICES.items()) + ".",
 )
-@click.option("--steps", type=click.IntRange(1), default=LEARNING["steps"], help="Steps to train.")
+@click.option("--steps", type=Count(1), default=LEARNING["steps"], help="Steps to train.")
 @click.option(
     "--batch-size",
-    type=click.IntRange(1, TRAIN_SAMPLES),
+    type=Count(1, TRAIN_SAMPLES),
     default=LEARNING["batch_size"],
     help="Samples per step, of all workers together; by default less where the parts must be even.",
 )
@@ -110,11 +114,11 @@ def train(context: click.Context, output: Path, **options: object) -> None:
         return
     seconds = time.perf_counter() - start
     checks = judge(config, outcomes, learns=_learns(config))
-    for table in report.make_tables(config, outcomes):
+    for table in train_report.make_tables(config, outcomes):
         console.print(table, end="\n\n")
     with _writing_to(output):
-        report.write_json(output / "train.json", config, outcomes, checks, seconds)
-        report.draw(output / "train.png", config, outcomes)
+        train_report.write_json(output / "train.json", config, outcomes, checks, seconds)
+        train_report.draw(output / "train.png", config, outcomes)
     console.print(f"Took {seconds:.0f} s. Figures and picture: {output}/train.json, train.png")
     wrong = [check for check in checks if not check.holds]
     for check in wrong:
@@ -227,7 +231,7 @@ def _run_with_progress(config: Config, console: Console) -> list[Outcome]:
         task = progress.add_task("starting the workers", total=len(trainings) * config.steps)
 
         def on_step(training: Training) -> None:
-            progress.update(task, advance=1, description=report.describe(training))
+            progress.update(task, advance=1, description=train_report.describe(training))
 
         try:
             return run(config, on_step)
@@ -241,9 +245,9 @@ def _run_with_progress(config: Config, console: Console) -> list[Outcome]:
 
 
 @draco.command(context_settings={"show_default": True})
-@click.option("--workers", type=int, required=True, help="Number of workers, n.")
-@click.option("--adversaries", type=int, required=True, help="Bad workers to survive, s.")
-@click.option("--parameters", type=click.IntRange(1), required=True, help="Size of the model, d.")
+@click.option("--workers", type=Count(), required=True, help="Number of workers, n.")
+@click.option("--adversaries", type=Count(), required=True, help="Bad workers to survive, s.")
+@click.option("--parameters", type=Count(1), required=True, help="Size of the model, d.")
 @click.option(
     "--dtype",
     type=click.Choice([*planning.ITEM_BYTES]),
@@ -257,8 +261,9 @@ def plan(workers: int, adversaries: int, parameters: int, dtype: str) -> None:
 
 
 @draco.command(context_settings={"show_default": True})
-@click.option("--workers", type=click.IntRange(2), default=3, help="Ranks to start on this machine; not for torchrun.")
-def doctor(workers: int) -> None:
+@click.option("--workers", type=Count(2), default=3, help="Ranks to start on this machine; not for torchrun.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with versions and the build, as for an issue.")
+def doctor(workers: int, as_json: bool) -> None:
     """Test whether ranks compute the same bits.
 
     Every rank computes the gradient of the same batch twice. The repetition code convicts ranks that differ in a bit,
@@ -272,7 +277,9 @@ def doctor(workers: int) -> None:
         raise click.ClickException(f"a rank stopped: {error}") from error
     except ConnectionError as error:
         raise click.ClickException(str(error)) from error
-    if _speaks():
+    if _speaks() and as_json:
+        click.echo(json.dumps(doctors.as_json(diagnosis), indent=1))
+    elif _speaks():
         console.print(doctors.make_table(diagnosis.facts))
         colour = "green" if diagnosis.result.reproducible else "red"
         console.print(f"[{colour}]{diagnosis.result}[/{colour}]", soft_wrap=True)
@@ -280,10 +287,46 @@ def doctor(workers: int) -> None:
         raise SystemExit(1)
 
 
+@draco.command()
+@click.argument("ledgers", nargs=-1, required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw it over the steps into this file; its ending says the format.",
+)
+def report(ledgers: tuple[str, ...], as_json: bool, picture: Path | None) -> None:
+    """Tell from the ledgers of a job who was bad, where, how often and since when.
+
+    LEDGERS are the files that protect(..., ledger="bad.jsonl") has written, one or one of each rank; bad-{rank}.jsonl
+    stands for those of all ranks. A finding that stands in several of them counts once.
+    """
+    console = Console()
+    try:
+        found = ledger_report.read(ledgers)
+    except OSError as error:
+        raise click.ClickException(
+            f"cannot read {error.filename}: {error.strerror}" if error.strerror else str(error)
+        ) from error
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        click.echo(json.dumps(ledger_report.as_json(found), indent=1))
+    elif found.ranks:
+        console.print(ledger_report.make_table(found))
+    else:
+        console.print("Nothing was found of any rank.")
+    if picture is not None and found.ranks:
+        try:
+            ledger_report.draw(picture, found)
+        except (OSError, ValueError) as error:
+            raise click.UsageError(f"--picture {picture}: {getattr(error, 'strerror', None) or error}") from error
+
+
 @draco.command(context_settings={"show_default": True})
 @click.argument("suites", nargs=-1, type=click.Choice([*bench_suites.SUITES, "all"]))
-@click.option("--workers", type=click.IntRange(5), default=45, help="Messages, n: decode.")
-@click.option("--parameters", type=click.IntRange(1000), default=10**7, help="Elements, d: decode and kernels.")
+@click.option("--workers", type=Count(5), default=45, help="Messages, n: decode.")
+@click.option("--parameters", type=Count(1000), default=10**7, help="Elements, d: decode and kernels.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where: decode and paper.")
 @click.option("--peers/--no-peers", default=True, help="With the libraries that people install: decode.")
 @click.option(
@@ -293,7 +336,7 @@ def doctor(workers: int) -> None:
     help="Folder for each suite's JSON, Markdown and picture.",
 )
 def bench(suites: tuple[str, ...], workers: int, parameters: int, device: str, peers: bool, output: Path) -> None:
-    r"""Measure decoders beside what people would use instead.
+    """Measure decoders beside what people would use instead.
 
     \b
     decode    decoders, robust averages and the libraries people install
@@ -305,7 +348,7 @@ def bench(suites: tuple[str, ...], workers: int, parameters: int, device: str, p
 
     Without a name: decode. Every call takes turns with a yardstick, as a rule one read of the same messages; a rule
     that cannot run is reported. The other libraries come with pip install "draco_ext[bench]".
-    """
+    """  # noqa: D301, since a raw docstring would show click's mark for lines that stay as they are
     console = Console()
     if device == "cuda" and not (torch.cuda.is_available() and build_info()["cuda"]):
         raise click.UsageError("--device cuda needs a CUDA device and a draco_ext built with CUDA")

@@ -14,8 +14,9 @@ from rich import box
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 
+from draco_ext._version import __version__
 from draco_ext.cli.digits import Digits, make_net
-from draco_ext.cli.report import processor
+from draco_ext.cli.train_report import processor
 from draco_ext.ops import build_info
 from draco_ext.protocol.groups import gather_json
 from draco_ext.testing.local import own_device, run_ranks
@@ -65,6 +66,19 @@ def _rank(rank: int, report: Callable[[Any], None]) -> None:
     net = make_net(seed=0).to(device)
     result = self_test(net, dist.group.WORLD, batch, lambda net, batch: cross_entropy(net(batch[0]), batch[1]))
     report(Diagnosis(everybody, result))
+
+
+def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Return all of it, with the versions and the build of this process, for programs and for issues."""
+    return {
+        "draco_ext": __version__,
+        "system": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "build": build_info(),
+        "ranks": [asdict(fact) for fact in diagnosis.facts],
+        "result": asdict(diagnosis.result) | {"text": str(diagnosis.result)},
+    }
 
 
 def make_table(facts: list[Facts]) -> Table:

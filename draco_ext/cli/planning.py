@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from draco_ext.codes import Code, CyclicCode, RepetitionCode
-from draco_ext.training.guard import TRANSPORTS
+from draco_ext.protocol.transports import TRANSPORTS
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 _CYCLIC_DTYPES = ("float32", "float64")

@@ -24,9 +24,11 @@ from draco_ext.cli.digits import TRAIN_SAMPLES, Digits, make_net
 from draco_ext.cli.faults import Corruption, bad_workers
 from draco_ext.codes import Code, CyclicCode, RepetitionCode
 from draco_ext.protocol.groups import gather
-from draco_ext.protocol.transports.base import Seconds
+from draco_ext.reporting.ledger import Finding
+from draco_ext.reporting.report import Seconds
 from draco_ext.testing.local import own_device, run_ranks
-from draco_ext.training.guard import Finding, Guard, protect
+from draco_ext.training.api import protect
+from draco_ext.training.guard import Guard
 from draco_ext.training.sampler import RedundantBatchSampler
 
 CODES = {"repetition": RepetitionCode, "cyclic": CyclicCode}

@@ -11,12 +11,15 @@ from draco_ext._extension import _C
 CYCLIC_DTYPES = (torch.float32, torch.float64)
 TILE: int = _C.TILE
 """Columns of a tile, the unit that has a noise floor of its own."""
+_FEW_TILES: int = _C.FEW_TILES
+_MOST_PROJECTIONS: int = _C.MOST_PROJECTIONS
+_FEWEST_PROJECTIONS: int = _C.FEWEST_PROJECTIONS
 
 
 def projections_shape(length: int) -> tuple[int, int]:
     """Return the number of tiles of a message and of random projections of each: four up to four tiles, else two."""
     _checks.check_int("length", length, 0)
-    return (length + TILE - 1) // TILE, 4 if length <= 4 * TILE else 2
+    return (length + TILE - 1) // TILE, _MOST_PROJECTIONS if length <= _FEW_TILES * TILE else _FEWEST_PROJECTIONS
 
 
 def cyclic_encode(

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from draco_ext import _checks
+from draco_ext._extension import _C
 
 VOTE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-MOST_GROUP_MEMBERS = 511
+MOST_GROUP_MEMBERS: int = _C.MOST_GROUP_MEMBERS
 
 
 def majority_vote(

@@ -83,7 +83,7 @@ def divide(
     """
     world = dist.get_process_group_ranks(group)
     own = dist.get_rank()
-    new = None
+    new: dist.ProcessGroup | None = None
     for part in parts:
         ranks = sorted(world[rank] for rank in part)
         if own in ranks or is_world(group):
@@ -93,7 +93,9 @@ def divide(
                 backend=backend or dist.get_backend_config(group),
                 use_local_synchronization=not is_world(group),
             )
-            new = made if own in ranks else new
+            if own in ranks:
+                new = made
+    assert new is not None
     return new
 
 

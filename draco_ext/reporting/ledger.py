@@ -142,11 +142,18 @@ def iter_ledger(path: str | Path) -> Iterator[Finding]:
         OSError: a file cannot be read, or no rank has one.
         ValueError: a line is whole, but no finding.
     """
-    files = _files_of_ranks(str(path)) if "{rank}" in str(path) else [Path(path)]
-    return itertools.chain.from_iterable(map(_findings, files))
+    return itertools.chain.from_iterable(map(_findings, ledger_files(path)))
 
 
-def _files_of_ranks(path: str) -> list[Path]:
+def ledger_files(path: str | Path) -> list[Path]:
+    """Return the files that a path stands for, as given to `protect`: those of all ranks where it has "{rank}".
+
+    Raises:
+        FileNotFoundError: no rank has a file.
+    """
+    path = str(path)
+    if "{rank}" not in path:
+        return [Path(path)]
     # Only a number in the place of every "{rank}", the same one.
     first, *others = map(re.escape, path.split("{rank}"))
     name = re.compile(f"{first}([0-9]+)" + r"\1".join(others))

@@ -1,1 +1,1 @@
-"""What tests of users need, too: ranks as processes of this machine, and attacks."""
+"""For tests of your own, too: ranks as processes or threads of this machine, and attacks."""

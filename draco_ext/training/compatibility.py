@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from draco_ext import ops
-from draco_ext.codes import Code, CyclicCode
+from draco_ext.codes import Code
 
 
 def check_model(model: DistributedDataParallel, code: Code) -> None:
@@ -24,11 +23,10 @@ def check_model(model: DistributedDataParallel, code: Code) -> None:
     _check_options(model, names)
     for name, module in model.named_modules():
         _check_module(name, module, code, model)
-    accepted = ops.CYCLIC_DTYPES if isinstance(code, CyclicCode) else ops.VOTE_DTYPES
     for parameter, name in names.items():
         if _is_a(parameter, "torch.distributed.tensor", "DTensor"):
             raise TypeError(f"parameters must be plain tensors, got a DTensor for {name}: no code spans its shards")
-        if parameter.requires_grad and parameter.dtype not in accepted:
+        if parameter.requires_grad and parameter.dtype not in code.dtypes:
             raise TypeError(f"parameters must have a dtype that {code!r} takes, got {parameter.dtype} for {name}")
     reduced = reduced_parameters(model)
     for name in unreduced(model, reduced):
@@ -63,7 +61,7 @@ def _check_options(model: DistributedDataParallel, names: dict[nn.Parameter, str
     if model.logger is not None and (hook := model._get_ddp_logging_data().get("comm_hook")):
         raise ValueError(
             "model must not be guarded already"
-            if "Guard." in hook
+            if "DDPAdapter." in hook
             else f"model must not have a communication hook already, got {hook}: the guard takes its place"
         )
 
@@ -98,7 +96,7 @@ def _is_a(value: object, module: str, name: str) -> bool:
     return kind is not None and isinstance(value, kind)
 
 
-def reduced_parameters(model: DistributedDataParallel) -> frozenset[nn.Parameter]:
+def reduced_parameters(model: DistributedDataParallel) -> frozenset[torch.Tensor]:
     """Return the parameters whose gradients DistributedDataParallel puts into its buckets."""
     # The only way to ask its reducer.
     buckets = model.reducer._get_zeros_like_grad_buckets()

@@ -1,15 +1,19 @@
-"""Whether ranks that share a part compute it from the same inputs; and if not, why not."""
+"""A comparison of inputs in the first step: ranks that share a part must compute it from the same ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from draco_ext.codes import Code
-from draco_ext.training.reproducibility import odd_ones_out
+from draco_ext.protocol.groups import gather
+from draco_ext.reporting.recorder import Recorder
+from draco_ext.training.reproducibility import fingerprint, odd_ones_out
 
 # What is known of a mini-batch of which only the model's inputs were seen.
 UNKNOWN = torch.zeros(2, dtype=torch.int64)
@@ -69,3 +73,42 @@ def compare_inputs(rows: Tensor, code: Code, ranks: Sequence[int]) -> list[Other
         cause = EITHER if (batches == UNKNOWN).all() else BATCHES if others else DRAWS
         found.append(OtherInputs(part, tuple(of_part[i][0] for i in odd), cause))
     return found
+
+
+class InputCheck:
+    """Collects fingerprints of a step's mini-batches and of what the model was given, and compares them.
+
+    Args:
+        code: who computes which part.
+        ranks: of every worker.
+    """
+
+    def __init__(self, code: Code, ranks: Sequence[int]) -> None:
+        self._code = code
+        self._ranks = ranks
+        self._seen: dict[int, list[Tensor]] = {}  # of each of this rank's parts: of its mini-batch, and inputs
+
+    def see_batch(self, index: int, batch: Any) -> None:
+        """Note the mini-batch of this rank's `index`-th part, as it is handed out."""
+        self._seen[index] = [fingerprint(batch), UNKNOWN]
+
+    def see_inputs(self, index: int, inputs: Any) -> None:
+        """Note the inputs of the first forward pass of this rank's `index`-th part."""
+        batch, _ = self._seen.get(index, (UNKNOWN, UNKNOWN))
+        self._seen[index] = [batch, fingerprint(inputs)]
+
+    def compare(self, group: dist.ProcessGroup, device: torch.device, recorder: Recorder) -> None:
+        """Compare with the other ranks. Up to s that differ may be bad; they are logged, and cannot stop the others.
+
+        Raises:
+            ValueError: more than s ranks differ in one part, which is a mistake.
+        """
+        own = torch.stack([torch.stack(self._seen[i]) for i in range(len(self._seen))])
+        for other in compare_inputs(gather(own, group, device), self._code, self._ranks):
+            ranks = sorted(self._ranks[j] for j in other.workers)
+            if len(ranks) > self._code.adversaries:
+                raise ValueError(f"{other.cause}; got others of part {other.part} on ranks {ranks}")
+            for rank in ranks:
+                recorder.log(
+                    "%s has other inputs of part %d than others: %s", recorder.name(rank), other.part, other.cause
+                )

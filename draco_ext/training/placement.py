@@ -12,7 +12,7 @@ import numpy as np
 import torch.distributed as dist
 
 from draco_ext import _checks
-from draco_ext.codes import Code, RepetitionCode
+from draco_ext.codes import Code
 
 TIMEOUT = timedelta(minutes=5)  # for the name of another rank's host
 LONGEST_NAME = 255
@@ -45,12 +45,12 @@ def _hosts_by_size(code: Code, ranks_per_host: int | Sequence[int]) -> tuple[str
             _checks.check_int("ranks_per_host", size, 1, n)
         if sum(ranks_per_host) != n:
             raise ValueError(f"ranks_per_host must add up to the {n} workers, got {list(ranks_per_host)}")
-        sizes = ranks_per_host
+        sizes = list(ranks_per_host)
     else:
-        _checks.check_int("ranks_per_host", ranks_per_host, 1, n)
-        if n % ranks_per_host:
-            raise ValueError(f"ranks_per_host must divide the {n} workers, got {ranks_per_host}; or be a list")
-        sizes = [ranks_per_host] * (n // ranks_per_host)
+        size = _checks.check_int("ranks_per_host", ranks_per_host, 1, n)
+        if n % size:
+            raise ValueError(f"ranks_per_host must divide the {n} workers, got {size}; or be a list")
+        sizes = [size] * (n // size)
     return tuple(str(host) for host, size in enumerate(sizes) for _ in range(size))
 
 
@@ -77,7 +77,7 @@ def find_hosts(code: Code) -> tuple[str, ...]:
     return _hosts_by_size(code, local)
 
 
-def announce_host(code: Code) -> dist.Store | None:
+def announce_host(code: Code) -> dist.distributed_c10d.Store | None:
     """Says in torch.distributed's store, if there is one for so many ranks, on which host this rank is; returns it."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() == code.workers):
         return None
@@ -90,12 +90,12 @@ def _key(rank: int) -> str:
     return f"draco_ext/host/{rank}"
 
 
-def read_names(store: dist.Store, ranks: int, timeout: timedelta = TIMEOUT) -> tuple[str, ...]:
+def read_names(store: dist.distributed_c10d.Store, ranks: int, timeout: timedelta = TIMEOUT) -> tuple[str, ...]:
     """The name of each rank's host, as it says itself."""
     keys = [_key(rank) for rank in range(ranks)]
     try:
         store.wait(keys, timeout)
-        told = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
+        told = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]  # type: ignore[attr-defined]
     except RuntimeError as error:  # torch's DistStoreError is one
         silent = [other for other, key in enumerate(keys) if not store.check([key])]
         raise RuntimeError(
@@ -134,10 +134,9 @@ def arrange(code: Code, hosts: tuple[str, ...]) -> tuple[int, ...]:
         ranks_on.setdefault(host, []).append(rank)
     by_size = sorted(ranks_on.values(), key=len, reverse=True)
     order = [rank for ranks in by_size for rank in ranks]
-    if isinstance(code, RepetitionCode):
+    if code.message_is_gradient:
         # The i-th rank in order goes to group i mod parts, which has i // parts before it.
-        first = np.cumsum((0, *code.group_sizes))
-        places = [int(first[i % code.parts]) + i // code.parts for i in range(n)]
+        places = [code.replica_groups[i % code.parts][i // code.parts] for i in range(n)]
     else:
         places = _places_on_circle(code, [len(ranks) for ranks in by_size])
     workers = dict(zip(order, places, strict=True))
@@ -150,7 +149,7 @@ def _places_on_circle(code: Code, sizes: list[int]) -> list[int]:
     price = pair_prices(code)
     # Consecutive ranks a stride apart. How many pairs of one host are so many ranks apart:
     apart = np.arange(n)
-    pairs = sum(np.maximum(size - apart, 0) for size in sizes)
+    pairs = np.sum([np.maximum(size - apart, 0) for size in sizes], axis=0)
     reach = max(sizes)  # further apart there are none
     strides = [stride for stride in range(1, n) if np.gcd(stride, n) == 1][:MOST_STRIDES]
     prices = [pairs[1:reach] @ price[apart[1:reach] * stride % n] for stride in strides]

@@ -15,13 +15,14 @@ from draco_ext import ops
 from draco_ext.codes import Code
 from draco_ext.training.reproducibility import fingerprint
 
-T = TypeVar("T", bound=Hashable)
+T = TypeVar("T")
+Claim = TypeVar("Claim", bound=Hashable)
 Digest = tuple[int, int]
 # What is replicated on ranks, each with a digest of its own.
 SECTIONS = ("parameters", "buffers", "optimizer")
 
 
-def majority(claims: Mapping[int, T]) -> T | None:
+def majority(claims: Mapping[int, Claim]) -> Claim | None:
     """Return what more than half of the claims say, or None where there is no such thing."""
     if not claims:
         return None

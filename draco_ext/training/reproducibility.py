@@ -182,4 +182,4 @@ def _sum_of_squares(module: torch.nn.Module, batch: Any) -> Tensor:
     inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
     outputs = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    return sum(leaf.float().square().mean() for leaf in leaves)
+    return torch.stack([leaf.float().square().mean() for leaf in leaves]).sum()

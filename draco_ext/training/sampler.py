@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -159,7 +159,7 @@ class RedundantBatchSampler(Sampler[list[int]]):
 
     def state_dict(self) -> SamplerState:
         """Where the training stands: behind the last step that was taken, also where a DataLoader reads ahead."""
-        return SamplerState(**self._identity, step=self._step)
+        return {**self._identity, "step": self._step}  # type: ignore[typeddict-item]
 
     def load_state_dict(self, state: SamplerState) -> None:
         """Goes on where `state_dict` stood, also with another rank.
@@ -167,9 +167,10 @@ class RedundantBatchSampler(Sampler[list[int]]):
         Raises:
             ValueError: the state belongs to other batches: another data set, batch size, seed or number of parts.
         """
+        given: Mapping[str, Any] = state
         for name, value in self._identity.items():
-            if state[name] != value:
-                raise ValueError(f"state must be of a sampler with {name}={value}, got {name}={state[name]}")
+            if given[name] != value:
+                raise ValueError(f"state must be of a sampler with {name}={value}, got {name}={given[name]}")
         _checks.check_int("state['step']", state["step"], 0)
         self._move_to(state["step"])
 

@@ -1,16 +1,14 @@
-"""The state that data-parallel replicas share, parameters above all: its digests, and its repair where a rank differs.
+"""The state that data-parallel replicas share, parameters above all: its digests, and a verdict on whose is wrong.
 
-Every rank holds the same parameters, so a majority of ranks knows what a rank's own should be. Ranks compare digests;
-one in the minority is sent what the majority has, and believes it only under a key that it draws afterwards.
+Every rank holds the same parameters, so a majority of ranks knows what a rank's own should be.
 """
 
 from __future__ import annotations
 
-import abc
-import secrets
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from draco_ext import ops
-from draco_ext.protocol.transports.base import Peers, Transport, gather_alone
-from draco_ext.protocol.transports.server import SERVER, ServerTransport
+from draco_ext.protocol.communicator import Communicator
 from draco_ext.training.record import SECTIONS, Digest, majority
 
 CHUNK = 2**20  # bytes; smaller tensors are digested and sent together
@@ -43,7 +40,7 @@ class ReplicatedState:
         self._optimizers: list[torch.optim.Optimizer] = []
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Adds an optimizer's state and the numbers in its `param_groups`."""
+        """Add an optimizer's state and the numbers in its `param_groups`."""
         if all(optimizer is not other for other in self._optimizers):
             self._optimizers.append(optimizer)
 
@@ -63,17 +60,17 @@ class ReplicatedState:
             text += "".join(_structure(optimizer) for optimizer in self._optimizers)
         return ops.digest(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8), 0).to(self.device)
 
-    def send(self, section: str, peers: Peers, worker: int) -> None:
-        """Sends a section to one worker."""
+    def send(self, section: str, communicator: Communicator, worker: int) -> None:
+        """Send a section to one worker."""
         for chunk in _chunks(self._of(section)):
-            peers.send(_bytes(chunk, self.device), worker)
+            communicator.send(_bytes(chunk, self.device), worker)
 
-    def receive(self, section: str, peers: Peers, worker: int) -> None:
-        """Takes a section of the same layout from one worker, in place."""
+    def receive(self, section: str, communicator: Communicator, worker: int) -> None:
+        """Receive a section of the same layout from one worker, in place."""
         tensors = self._of(section)
         for chunk in _chunks(tensors):
             arrived = torch.empty(sum(map(_size, chunk)), dtype=torch.uint8, device=self.device)
-            peers.receive(arrived, worker)
+            communicator.receive(arrived, worker)
             _fill(chunk, arrived)
         self._put_numbers(section, tensors)
 
@@ -87,7 +84,7 @@ class ReplicatedState:
         return torch.cat([torch.empty(0, dtype=torch.uint8), *pieces])
 
     def from_bytes(self, section: str, values: Tensor) -> None:
-        """Takes over what `to_bytes` has returned on a rank with the same layout."""
+        """Take over what `to_bytes` has returned on a rank with the same layout."""
         tensors = self._of(section)
         chunks = list(_chunks(tensors))
         for chunk, piece in zip(chunks, values.split([sum(map(_size, chunk)) for chunk in chunks]), strict=True):
@@ -176,7 +173,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _leaves(optimizer: torch.optim.Optimizer) -> tuple[list[object], pytree.TreeSpec]:
+def _leaves(optimizer: torch.optim.Optimizer) -> tuple[list[Any], pytree.TreeSpec]:
     groups = [{name: group[name] for name in sorted(group) if name != "params"} for group in optimizer.param_groups]
     states = [optimizer.state.get(parameter, {}) for parameter in _parameters(optimizer)]
     states = [{name: state[name] for name in sorted(state)} for state in states]
@@ -230,6 +227,10 @@ class StateVerdict:
     right: dict[tuple[str, int], tuple[int, ...]]
     undecided: tuple[str, ...]
 
+    def with_wrong(self, section: str) -> set[int]:
+        """Return the workers whose section is wrong."""
+        return {j for j, sections in self.wrong.items() if section in sections}
+
 
 def judge(claims: Mapping[int, Sequence[Digest]], groups: Mapping[int, tuple[int, ...]]) -> StateVerdict:
     """Compare digests of `SECTIONS`.
@@ -253,164 +254,3 @@ def judge(claims: Mapping[int, Sequence[Digest]], groups: Mapping[int, tuple[int
                 wrong.setdefault(j, []).append(section)
                 right[section, j] = tuple(k for k, digest in pool.items() if digest == usual)
     return StateVerdict({j: tuple(wrong[j]) for j in sorted(wrong)}, right, tuple(undecided))
-
-
-# --------------------------------------------------------------------------------------------------- repair
-
-_DONE, _DIGEST, _SEND = range(3)
-
-
-class Repair(abc.ABC):
-    """A way to give ranks in the minority what the majority has."""
-
-    @abc.abstractmethod
-    def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
-        """Repair those who are wrong, one after another. To be called on all ranks.
-
-        Args:
-            verdict: who that is.
-            groups: see `judge`.
-
-        Returns:
-            For each of them whether it could be repaired.
-        """
-
-
-class PeerRepair(Repair):
-    """From rank to rank, where there is no server.
-
-    The rank that is wrong leads: it asks everybody for digests under a key that it has just drawn, one of the majority
-    for the bytes, and everybody again under a new key, which the one that sent them could not know. So nobody needs to
-    agree with anybody but with that rank, and the other ranks only answer.
-    """
-
-    def __init__(self, transport: Transport, state: ReplicatedState) -> None:
-        peers = self._peers = transport.peers
-        self._state = state
-        self._helpers = peers.code.adversaries + 1
-        self._most_commands = len(SECTIONS) * (1 + 2 * self._helpers) + 1
-
-    def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
-        """See `Repair.run`; whether it could be repaired each says of itself."""
-        return {
-            j: self._lead(sections, verdict, groups) if j == self._peers.worker else self._serve(j)
-            for j, sections in verdict.wrong.items()
-        }
-
-    def _lead(self, sections: Sequence[str], verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> bool:
-        own = self._peers.worker
-        others = [j for j in range(self._peers.code.workers) if j != own]
-        repaired = all(
-            self._recover(
-                section,
-                [j for j in groups[own] if j != own] if section == "buffers" else others,
-                verdict.right[section, own],
-            )
-            for section in sections
-        )
-        for j in others:
-            self._command(j, _DONE, int(repaired), 0)
-        return repaired
-
-    def _recover(self, section: str, pool: Sequence[int], helpers: Sequence[int]) -> bool:
-        own = self._state.layout(section).tolist()
-        wanted, _ = self._ask(section, pool)
-        if wanted is None or wanted[2:] != tuple(own):
-            return False  # there is no room for what they have
-        for helper in helpers[: self._helpers]:
-            self._command(helper, _SEND, SECTIONS.index(section), 0)
-            self._state.receive(section, self._peers, helper)
-            wanted, key = self._ask(section, pool)
-            if wanted is not None and wanted[:2] == tuple(self._state.digest(section, key).tolist()):
-                return True
-        return False
-
-    def _ask(self, section: str, pool: Sequence[int]) -> tuple[tuple[int, ...] | None, int]:
-        """What the majority of others says of a section, and under which key."""
-        key = secrets.randbits(62)
-        answers = {}
-        for j in pool:
-            self._command(j, _DIGEST, SECTIONS.index(section), key)
-        for j in pool:
-            answer = torch.zeros(4, dtype=torch.int64, device=self._state.device)
-            self._peers.receive(answer, j)
-            answers[j] = tuple(answer.tolist())
-        return majority(answers), key
-
-    def _command(self, worker: int, what: int, section: int, key: int) -> None:
-        self._peers.send(torch.tensor([what, section, key], device=self._state.device), worker)
-
-    def _serve(self, worker: int) -> bool:
-        """Answers a rank that is wrong, until it is done."""
-        for _ in range(self._most_commands):
-            command = torch.zeros(3, dtype=torch.int64, device=self._state.device)
-            self._peers.receive(command, worker)
-            what, number, key = command.tolist()
-            if what not in (_DIGEST, _SEND) or not 0 <= number < len(SECTIONS) or not 0 <= key < 2**62:
-                return what == _DONE and number == 1
-            section = SECTIONS[number]
-            if what == _SEND:
-                self._state.send(section, self._peers, worker)
-            else:
-                self._peers.send(torch.cat([self._state.digest(section, key), self._state.layout(section)]), worker)
-        return False
-
-
-class ServerRepair(Repair):
-    """Through the server, in turns with everything else: so a dead or late rank holds nobody up.
-
-    What a worker sends for the server or for another is compared with the majority under a key that the server draws
-    afterwards.
-    """
-
-    def __init__(self, transport: ServerTransport, state: ReplicatedState) -> None:
-        self._transport = transport
-        self._state = state
-        self._own = transport.peers.worker
-        self._server = transport.peers.ranks.index(SERVER)
-
-    def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
-        """See `Repair.run`."""
-        return {
-            j: all(self._recover(section, j, verdict.right[section, j]) for section in sections)
-            for j, sections in verdict.wrong.items()
-        }
-
-    def _recover(self, section: str, worker: int, right: Sequence[int]) -> bool:
-        rows, missing = gather_alone(self._transport, self._state.layout(section))
-        layouts = {j: tuple(row.tolist()) for j, row in enumerate(rows) if j not in missing}
-        helpers = [j for j in right if layouts.get(j) == layouts.get(worker) == layouts[self._server]]
-        helpers.sort(key=lambda j: j != self._server)
-        for helper in helpers[: self._transport.code.adversaries + 1]:
-            values = self._bring(section, helper, [j for j in right if j not in missing])
-            if values is None:
-                continue
-            if worker == self._server:
-                if self._own == self._server:
-                    self._state.from_bytes(section, values)
-            elif len(values) and self._own in (worker, self._server):
-                self._transport.hand(worker, values)
-                if self._own == worker:
-                    self._state.from_bytes(section, values)
-            return True
-        return False
-
-    def _bring(self, section: str, helper: int, right: Sequence[int]) -> Tensor | None:
-        """A helper's section, on the server; anything on the others; None where it is not the majority's."""
-        if self._own == helper:
-            values = self._state.to_bytes(section)
-        else:
-            values = torch.zeros(self._state.size(section), dtype=torch.uint8)
-        if helper == self._server:
-            return values
-        if len(values) and self._own in (helper, self._server):
-            self._transport.fetch(helper, values)
-        rows, _ = gather_alone(self._transport, torch.tensor([secrets.randbits(62)]))
-        key = int(rows[self._server])
-        if self._own == self._server:
-            digest = self._state.digest_of_bytes(section, values, key)
-        else:
-            digest = self._state.digest(section, key)
-        rows, missing = gather_alone(self._transport, digest)
-        digests = {j: tuple(rows[j].tolist()) for j in right if j not in missing}
-        return values if majority(digests) == tuple(rows[self._server].tolist()) else None

@@ -63,9 +63,10 @@ class Collectives:
 
 
 def _backends(group: dist.ProcessGroup) -> list[Any]:
-    """The group's backends that number their collectives."""
+    """Return the group's backends that number their collectives."""
     numbering = []
-    for backend in {id(backend): backend for backend in map(group._get_backend, group._device_types)}.values():
+    backends: list[Any] = list(map(group._get_backend, group._device_types))
+    for backend in {id(backend): backend for backend in backends}.values():
         with contextlib.suppress(RuntimeError):
             backend._get_sequence_number_for_group()
             numbering.append(backend)
@@ -89,7 +90,8 @@ class Watch:
     """
 
     def __init__(self, model: DistributedDataParallel, refuse: Callable[[], None], *, collectives: bool) -> None:
-        groups = {group.group_name: group for group in (model.process_group, dist.group.WORLD)}
+        both = (model.process_group, dist.distributed_c10d._get_default_group())
+        groups = {group.group_name: group for group in both}
         self._collectives = Collectives(groups.values() if collectives else ())
         self._group = model.process_group.group_name
         # DistributedDataParallel asks all ranks what is used: then behind the last bucket, before the first, or never.
@@ -106,7 +108,7 @@ class Watch:
         self._mark: dict[str, int] | None = None  # what was started since is DistributedDataParallel's own
 
         model.register_forward_pre_hook(torch.compiler.disable(self._before_forward))
-        model._run_ddp_forward = self._around_forward(weakref.ref(model))
+        model._run_ddp_forward = self._around_forward(weakref.ref(model))  # type: ignore[method-assign]
         model.register_forward_hook(torch.compiler.disable(lambda *_: self._excuse()))
         accumulate = weakref.WeakMethod(self._accumulate)  # a parameter must not hold what holds it
 
@@ -179,6 +181,7 @@ class Watch:
 
         def run(*arguments: Any, **keywords: Any) -> Any:
             wrapped = model()
+            assert wrapped is not None
             if not torch.is_grad_enabled():
                 return DistributedDataParallel._run_ddp_forward(wrapped, *arguments, **keywords)
             self._excuse()
@@ -190,7 +193,8 @@ class Watch:
             self._mark = self._collectives.mark()
             return output
 
-        return torch.compiler.disable(run, recursive=False)
+        around: Callable[..., Any] = torch.compiler.disable(run, recursive=False)
+        return around
 
     def _accumulate(self, parameter: Tensor) -> None:
         """After a gradient was added to a parameter's; before DistributedDataParallel takes it into a bucket."""

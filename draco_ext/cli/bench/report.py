@@ -15,7 +15,7 @@ import matplotlib
 import torch
 
 from draco_ext import build_info
-from draco_ext.cli.report import finite, processor
+from draco_ext.cli.train_report import finite, processor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -27,7 +27,7 @@ from draco_ext.cli.bench.workloads import (
     votes,
     workload,
 )
-from draco_ext.cli.report import step_seconds
+from draco_ext.cli.train_report import step_seconds
 from draco_ext.cli.training import LEARNING, Config, Outcome, run
 from draco_ext.testing.attacks import ATTACKS
 

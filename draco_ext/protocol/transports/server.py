@@ -9,40 +9,33 @@ import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from draco_ext.protocol.groups import divide, timeout_of
-from draco_ext.protocol.transports.base import (
-    Difference,
-    Exchange,
+from draco_ext.codes import Code
+from draco_ext.protocol.communicator import Communicator, Connection
+from draco_ext.protocol.differences import Difference
+from draco_ext.protocol.exchange import Exchange, RecordExchange
+from draco_ext.protocol.messages import (
+    ExchangeOutcome,
     Message,
-    Outcome,
-    Peers,
-    RecordExchange,
-    Transport,
-    finish,
-    mark,
+    finish_slices,
     read_records,
-    sliced,
-    tag_of,
+    slices,
     workers_in,
+    write_truncation_sentinel,
 )
+from draco_ext.protocol.transports.base import Transport
 
-SERVER = 0  # rank
 # How many results wait for a rank that is behind before it is given up: each of them is a bucket in memory.
 MOST_UNCLAIMED = 32
-# Only the server decides who is late; gloo would take all connections down.
-NEVER = timedelta(days=365)
 
 _DECODED, _FAILED, _GIVEN_UP, _TAKEN = range(4)
 
 
 class ServerTransport(Transport):
-    """Rank 0 receives all messages, decodes them, and sends the gradient and the verdict to everybody.
+    """The server receives all messages, decodes them, and sends the gradient and the verdict to everybody.
 
     A rank whose message is not there when the deadline has passed, counted from the server's own message, is an erasure
     for that bucket, and is not waited for again until it has caught up: it still gets every result, in order, and so
@@ -58,30 +51,33 @@ class ServerTransport(Transport):
         "missing: dead, hung or late."
     )
 
-    def __init__(self, peers: Peers, *, deadline: float, atol: float = 0.0, rtol: float = 0.0) -> None:
-        # Of its own, and gloo: its connections stand between two ranks each, so that one that breaks is one rank's.
-        group = divide(peers.group, [range(peers.code.workers)], backend="gloo", timeout=NEVER)
-        patience = min(timeout_of(peers.group).total_seconds() + deadline, NEVER.total_seconds())
-        super().__init__(replace(peers, group=group, patience=timedelta(seconds=patience)), atol=atol, rtol=rtol)
-        self._server = peers.ranks.index(SERVER)
+    is_served = True
+
+    def __init__(
+        self, code: Code, communicator: Communicator, *, deadline: float, atol: float = 0.0, rtol: float = 0.0
+    ) -> None:
+        # Connections of its own, since only the server decides who is late.
+        own = communicator.split([range(communicator.workers)], extra_timeout=deadline)
+        super().__init__(code, own, atol=atol, rtol=rtol)
+        self.server = communicator.root
         self._deadline = deadline
-        self._lines: dict[int, _Line] = {}
+        self._connections: dict[int, _WorkerConnection] = {}
         self._turns = itertools.count()
-        if peers.worker == self._server:
+        if own.worker == self.server:
             self._arrived: queue.Queue[_Arrival] = queue.Queue()
-            others = (j for j in range(self.code.workers) if j != self._server)
-            self._lines = {j: _Line(self.peers.group, peers.ranks[j], j, self._arrived) for j in others}
-            weakref.finalize(self, _close, list(self._lines.values()))
+            others = (j for j in range(code.workers) if j != self.server)
+            self._connections = {j: _WorkerConnection(own.connect(j), j, self._arrived) for j in others}
+            weakref.finalize(self, _close, list(self._connections.values()))
 
     def _exchange(self, message: Message, number: int) -> Exchange:
-        """Sends to the server and waits for its answer, slice by slice."""
+        """Send to the server and wait for its answer, slice by slice."""
         yield from ()  # in one go: a rank's messages and results take turns on its connection
-        slices = sliced(message.values)
-        take = self._serve if self.peers.worker == self._server else self._ask_for
-        return finish(message, [take(values, last=values is slices[-1]) for values in slices])
+        pieces = slices(message.values)
+        exchange = self._serve if self.communicator.worker == self.server else self._ask_for
+        return finish_slices(message, [exchange(values, last=values is pieces[-1]) for values in pieces])
 
-    def _serve(self, values: Tensor, *, last: bool) -> Outcome:
-        """At the server: decodes everybody's values, in place of its own."""
+    def _serve(self, values: Tensor, *, last: bool) -> ExchangeOutcome:
+        """At the server: decode everybody's values, in place of its own."""
         rows, absent = self._collect(values.cpu())
         gradient, outcome = self._decode_rows(rows.to(values.device), absent)
         outcome = replace(outcome, missing=tuple(sorted(absent)))
@@ -90,69 +86,69 @@ class ServerTransport(Transport):
         values.copy_(gradient)
         return outcome
 
-    def _ask_for(self, values: Tensor, *, last: bool) -> Outcome:
-        """At any other rank: sends its values, and gets the decoded ones in their place."""
+    def _ask_for(self, values: Tensor, *, last: bool) -> ExchangeOutcome:
+        """At any other rank: send its values, and receive the decoded ones in their place."""
         answer = values.cpu()
         verdict = self._ask(answer, answer)
         values.copy_(answer)
         found, missing, left_out = _read(verdict)
-        return Outcome(found, bool(verdict[0, 0] == _FAILED), missing, left_out)
+        return ExchangeOutcome(found, bool(verdict[0, 0] == _FAILED), missing, left_out)
 
     def gather_record(self, record: Tensor) -> RecordExchange:
-        """Through the server, by turns with the buckets; see `Transport.gather_record`."""
+        """Gather through the server, by turns with the buckets; see `Transport.gather_record`."""
         yield from ()
-        if self.peers.worker == self._server:
+        if self.communicator.worker == self.server:
             rows, absent = self._collect(record.cpu())
             rows, missing = read_records(rows.clone(), absent)
-            verdict = _write(Outcome({}, False, missing), self.code.workers)
+            verdict = _write(ExchangeOutcome({}, False, missing), self.code.workers)
             self._answer((verdict, rows), absent, complete=False)
             return rows, missing
         rows = torch.empty(self.code.workers, record.numel(), dtype=record.dtype)
         _, missing, _ = _read(self._ask(record, rows))
         return rows, missing
 
-    def fetch(self, worker: int, values: Tensor) -> None:
-        """Takes a worker's values (CPU) to the server, into its own; these two ranks alone call it.
+    def send_to_server(self, worker: int, values: Tensor) -> None:
+        """Send a worker's values (CPU) to the server, into its own; these two ranks alone call it.
 
         Where they do not come in time the server's stay as they are.
         """
-        if self.peers.worker != self._server:
+        if self.communicator.worker != self.server:
             self._ask(values, values)
             return
-        line, came = self._lines[worker], torch.empty_like(values)
+        connection, came = self._connections[worker], torch.empty_like(values)
         turn = _Turn(next(self._turns), {worker: came}, values)
-        line.begin(turn)
-        in_time = worker in self._await(turn, {worker} if line.in_time else set())
+        connection.begin(turn)
+        in_time = worker in self._await(turn, {worker} if connection.in_time else set())
         if in_time:
             values.copy_(came)
-        line.end((self._status(_TAKEN),), late=not in_time, complete=False)
+        connection.end((self._status(_TAKEN),), late=not in_time, complete=False)
 
-    def hand(self, worker: int, values: Tensor) -> None:
-        """Hands the server's values (CPU) to a worker, into its own; these two ranks alone call it.
+    def send_from_server(self, worker: int, values: Tensor) -> None:
+        """Send the server's values (CPU) to a worker, into its own; these two ranks alone call it.
 
         The server does not wait for it.
         """
         ready = torch.zeros(1, dtype=torch.int64)
-        if self.peers.worker != self._server:
+        if self.communicator.worker != self.server:
             self._ask(ready, values)
             return
-        line = self._lines[worker]
-        line.begin(_Turn(next(self._turns), None, ready))
-        line.end((self._status(_DECODED), values), late=False, complete=False)
+        connection = self._connections[worker]
+        connection.begin(_Turn(next(self._turns), None, ready))
+        connection.end((self._status(_DECODED), values), late=False, complete=False)
 
     def _status(self, status: int) -> Tensor:
-        verdict = _write(Outcome({}, False), self.code.workers)
+        verdict = _write(ExchangeOutcome({}, False), self.code.workers)
         verdict[0, 0] = status
         return verdict
 
     def _ask(self, values: Tensor, answer: Tensor) -> Tensor:
-        """Sends values to the server, takes its answer unless that is a failure, and returns the verdict."""
+        """Send values to the server, receive its answer unless that is a failure, and return the verdict."""
         verdict = torch.empty(self.code.workers + 1, len(_COLUMNS), dtype=torch.float64)
         try:
-            self.peers.send(values.cpu(), self._server)
-            self.peers.receive(verdict, self._server)
+            self.communicator.send(values.cpu(), self.server)
+            self.communicator.receive(verdict, self.server)
             if verdict[0, 0] == _DECODED:
-                self.peers.receive(answer, self._server)
+                self.communicator.receive(answer, self.server)
         except RuntimeError as error:
             raise RuntimeError("the server, rank 0, cannot be reached any more") from error
         if verdict[0, 0] == _GIVEN_UP:
@@ -160,23 +156,23 @@ class ServerTransport(Transport):
         return verdict
 
     def _collect(self, values: Tensor) -> tuple[Tensor, set[int]]:
-        """Everybody's values, row j from worker j, and the workers that were late: their rows may change yet."""
+        """Return everybody's values, row j from worker j, and the workers that were late: their rows may change yet."""
         begin = time.perf_counter()
-        rows = mark(values.new_empty(self.code.workers, values.numel()))
-        rows[self._server] = values
+        rows = write_truncation_sentinel(values.new_empty(self.code.workers, values.numel()))
+        rows[self.server] = values
         turn = _Turn(next(self._turns), rows, values)
         awaited = set()
-        for j, line in self._lines.items():
-            line.begin(turn)
-            if line.in_time:
+        for j, connection in self._connections.items():
+            connection.begin(turn)
+            if connection.in_time:
                 awaited.add(j)
         arrived = self._await(turn, awaited)
         turn.rows = None
-        self.peers.seconds.communicate += time.perf_counter() - begin
-        return rows, self._lines.keys() - arrived
+        self.communicator.seconds.communicate += time.perf_counter() - begin
+        return rows, self._connections.keys() - arrived
 
     def _await(self, turn: _Turn, awaited: set[int]) -> set[int]:
-        """Those of the workers whose values come until the deadline."""
+        """Return those of the workers whose values come until the deadline."""
         arrived = set()
         until = time.monotonic() + self._deadline
         while awaited:
@@ -192,16 +188,16 @@ class ServerTransport(Transport):
         return arrived
 
     def _answer(self, result: tuple[Tensor, ...], absent: set[int], *, complete: bool) -> None:
-        """Hands a result, which begins with a verdict, to everybody, also to those who were late."""
-        for j, line in self._lines.items():
-            line.end(result, late=j in absent, complete=complete)
+        """Send a result, which begins with a verdict, to everybody, also to those who were late."""
+        for j, connection in self._connections.items():
+            connection.end(result, late=j in absent, complete=complete)
 
 
 # What the server found of each worker, as numbers on the wire; row 0 is what became of the bucket.
 _COLUMNS = ("suspect", "missing", "known", "elements", "first", "largest", "left out")
 
 
-def _write(outcome: Outcome, workers: int) -> Tensor:
+def _write(outcome: ExchangeOutcome, workers: int) -> Tensor:
     verdict = torch.zeros(workers + 1, len(_COLUMNS), dtype=torch.float64)
     verdict[0, 0] = _FAILED if outcome.failed else _DECODED
     for j, differs in outcome.suspects.items():
@@ -233,7 +229,7 @@ class _Turn:
     """One of the turns that ranks take in sending values and getting a result.
 
     Attributes:
-        number: counts them.
+        number: counts the turns.
         rows: where everybody's values arrive; None once they are decoded: what comes then is thrown away.
         like: has their length and dtype.
     """
@@ -242,57 +238,56 @@ class _Turn:
     rows: Tensor | dict[int, Tensor] | None
     like: Tensor
 
-    def room(self, worker: int) -> Tensor:
-        """For the values of a worker."""
+    def target(self, worker: int) -> Tensor:
+        """Return where the values of a worker are to be received."""
         rows = self.rows  # may be taken away meanwhile
         return torch.empty_like(self.like) if rows is None else rows[worker]
 
 
-class _Line(threading.Thread):
-    """The server's end of the connection to one rank: by turns takes a message and hands a result back.
+class _WorkerConnection(threading.Thread):
+    """The server's end of one worker's connection: receives a message and sends a result back, by turns.
 
     A thread, since gloo cannot be asked whether a message has come, only waited for.
 
     Attributes:
-        in_time: whether the rank is waited for.
+        in_time: whether the worker is waited for.
     """
 
-    def __init__(self, group: dist.ProcessGroup, rank: int, worker: int, arrived: queue.Queue[_Arrival]) -> None:
-        super().__init__(name=f"draco_ext server, rank {rank}", daemon=True)
+    def __init__(self, connection: Connection, worker: int, arrived: queue.Queue[_Arrival]) -> None:
+        super().__init__(name=f"draco_ext server, worker {worker}", daemon=True)
         self.in_time = True
         self._gone = False
-        self._group = group
-        self._rank = rank
+        self._connection = connection
         self._worker = worker
         self._arrived = arrived
-        self._orders: queue.Queue[_Turn | None] = queue.Queue()
+        self._requests: queue.Queue[_Turn | None] = queue.Queue()
         self._results: queue.Queue[tuple[tuple[Tensor, ...], bool]] = queue.Queue()
-        # Results, and buckets that they complete: counted by the server's thread, and by this one.
-        self._given = self._claimed = self._buckets_given = self._buckets_claimed = 0
-        self._held: tuple[Tensor, ...] = ()  # see Peers.held
+        # Results, and buckets that they complete: sent by the server's thread, and acknowledged by this one.
+        self._sent = self._acknowledged = self._buckets_sent = self._buckets_acknowledged = 0
+        self._keepalive: tuple[Tensor, ...] = ()  # see ProcessGroupCommunicator
         self.start()
 
     def begin(self, turn: _Turn) -> None:
-        """A turn begins."""
+        """Begin a turn."""
         if not self._gone:
-            self.in_time = self.in_time or self._claimed == self._given
-            self._orders.put(turn)
+            self.in_time = self.in_time or self._acknowledged == self._sent
+            self._requests.put(turn)
 
     def end(self, result: tuple[Tensor, ...], *, late: bool, complete: bool) -> None:
-        """The turn's result, which the rank will get as soon as it has sent its values, however late.
+        """Give the turn's result, which the worker will get as soon as it has sent its values, however late.
 
         Args:
             result: its first tensor is a verdict.
-            late: the rank is not waited for any more.
+            late: the worker is not waited for any more.
             complete: the result is the last of its bucket.
         """
         if late:
             self.in_time = False
         if self._gone:
             return
-        self._given += 1
-        self._buckets_given += complete
-        if self._buckets_given - self._buckets_claimed > MOST_UNCLAIMED:
+        self._sent += 1
+        self._buckets_sent += complete
+        if self._buckets_sent - self._buckets_acknowledged > MOST_UNCLAIMED:
             self._gone = True
             while not self._results.empty():
                 self._results.get_nowait()
@@ -301,18 +296,18 @@ class _Line(threading.Thread):
             self._results.put((result, complete))
 
     def run(self) -> None:
-        """Until there is nothing left to do, or the rank is dead."""
+        """Take turns until there is none left, or the worker is dead."""
         try:
-            while (turn := self._orders.get()) is not None:
-                room = turn.room(self._worker)
-                dist.recv(room, group=self._group, group_src=self._rank, tag=tag_of(room))
+            while (turn := self._requests.get()) is not None:
+                target = turn.target(self._worker)
+                self._connection.receive(target)
                 self._arrived.put((self._worker, turn.number))
                 result, complete = self._results.get()
-                self._held = (room, *result)
+                self._keepalive = (target, *result)
                 for tensor in result:
-                    dist.send(tensor, group=self._group, group_dst=self._rank, tag=tag_of(tensor))
-                self._claimed += 1
-                self._buckets_claimed += complete
+                    self._connection.send(tensor)
+                self._acknowledged += 1
+                self._buckets_acknowledged += complete
                 if result[0][0, 0] == _GIVEN_UP:
                     return
         except (RuntimeError, ValueError):  # its connection is closed, or the process group destroyed
@@ -320,11 +315,11 @@ class _Line(threading.Thread):
             self._arrived.put((self._worker, None))
 
     def finish(self, timeout: float) -> None:
-        """Lets the thread end once all results are handed back."""
-        self._orders.put(None)
+        """Let the thread end once all results are sent."""
+        self._requests.put(None)
         self.join(timeout if self.in_time else 0)
 
 
-def _close(lines: Iterable[_Line]) -> None:
-    for line in lines:
-        line.finish(timeout=10)
+def _close(connections: Iterable[_WorkerConnection]) -> None:
+    for connection in connections:
+        connection.finish(timeout=10)

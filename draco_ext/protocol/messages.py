@@ -1,0 +1,160 @@
+"""What is exchanged: gradient buffers, messages and their slices, and what comes of an exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draco_ext.protocol.differences import Difference, join
+
+# Messages are gathered and decoded by slices of so many bytes, a multiple of the decoder's tile for every dtype.
+SLICE = 2**22
+
+
+@dataclass(frozen=True)
+class GradientBuffer:
+    """Gradients of some parameters, one behind the other: what a training framework reduces at once.
+
+    Attributes:
+        values: (d,), contiguous. In the end the decoded gradient is written here.
+        lengths: of the parameters' gradients, adding up to d.
+        keys: one for each parameter, the same in every step: buffers may be cut otherwise in the next one.
+        name: what errors call it.
+    """
+
+    values: Tensor
+    lengths: tuple[int, ...]
+    keys: tuple[Hashable, ...]
+    name: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """What this rank sends for one buffer.
+
+    Attributes:
+        values: the message. A cyclic code's has every parameter padded to an even length.
+        buffer: where the decoded gradient is to be; the repetition code's message may be the same memory.
+        buffer_holds_scaled_values: whether the buffer already holds `values` / workers.
+    """
+
+    values: Tensor
+    buffer: GradientBuffer
+    buffer_holds_scaled_values: bool = False
+
+    def write(self, values: Tensor, factor: float = 1.0) -> Tensor:
+        """Write so many times `values`, which are laid out like the message, into the buffer, and return it."""
+        target = self.buffer.values
+        if values.numel() == target.numel():
+            pairs = [(values, target)]
+        else:
+            lengths = self.buffer.lengths
+            sources = values.split([length + length % 2 for length in lengths])
+            places = target.split(list(lengths))
+            pairs = [(source[: place.numel()], place) for source, place in zip(sources, places, strict=True)]
+        for source, place in pairs:
+            if factor != 1:
+                torch.mul(source, factor, out=place)
+            elif source.data_ptr() != place.data_ptr():
+                place.copy_(source)
+        return target
+
+
+@dataclass(frozen=True)
+class ExchangeOutcome:
+    """What came of exchanging the messages for one buffer.
+
+    Attributes:
+        suspects: workers whose messages were wrong, each with the difference where the right message is known.
+        failed: whether the code's guarantee does not cover what came in.
+        missing: workers whose messages did not come in time.
+        left_out: workers whose messages the gradient does not contain, suspects included; for the repetition code, in
+            which only suspects are left out, it may be empty.
+    """
+
+    suspects: dict[int, Difference | None]
+    failed: bool
+    missing: tuple[int, ...] = ()
+    left_out: tuple[int, ...] = ()
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every worker's message is in the gradient."""
+        return not (self.failed or self.suspects or self.missing or self.left_out)
+
+
+def slice_length(dtype: torch.dtype) -> int:
+    """Return how many elements of a message are gathered and decoded at once."""
+    return SLICE // dtype.itemsize
+
+
+def slices(values: Tensor) -> tuple[Tensor, ...]:
+    """Return views of a message's slices."""
+    return torch.split(values, slice_length(values.dtype))
+
+
+def finish_slices(message: Message, outcomes: Sequence[ExchangeOutcome]) -> ExchangeOutcome:
+    """Write a message whose values have become the decoded gradient into its buffer; return the outcome of all slices.
+
+    Where the guarantee does not cover one of them, it does not cover the buffer.
+    """
+    failed = any(outcome.failed for outcome in outcomes)
+    if failed:
+        message.buffer.values.fill_(torch.nan)
+    else:
+        message.write(message.values)
+    length = slice_length(message.values.dtype)
+    found: dict[int, list[tuple[int, Difference | None]]] = {}
+    for i, outcome in enumerate(outcomes):
+        for j, difference in outcome.suspects.items():
+            found.setdefault(j, []).append((i * length, difference))
+    suspects = {j: join(parts) for j, parts in sorted(found.items())}
+    missing = sorted({j for outcome in outcomes for j in outcome.missing})
+    left_out = sorted({j for outcome in outcomes for j in outcome.left_out})
+    return ExchangeOutcome(suspects, failed, tuple(missing), tuple(left_out))
+
+
+def workers_in(mask: Tensor) -> tuple[int, ...]:
+    """Return the workers that a mask names."""
+    return tuple(mask.nonzero().flatten().tolist())
+
+
+# A row that messages arrive in ends with a sentinel. Where it still stands, the message was too short, and what follows
+# it would differ from rank to rank.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def write_truncation_sentinel(rows: Tensor) -> Tensor:
+    """Write the sentinel to the end of each row, or of this one, before messages arrive; return the rows."""
+    rows.view(_BITS[rows.element_size()])[..., -1] = _sentinel(rows.dtype)
+    return rows
+
+
+def reject_truncated(rows: Tensor, missing: Tensor) -> None:
+    """Overwrite with NaN the rows of messages that were too short."""
+    short = _is_truncated(rows) & ~missing
+    if short.any():
+        rows[short] = torch.nan
+
+
+def read_records(rows: Tensor, missing: Collection[int] = ()) -> tuple[Tensor, tuple[int, ...]]:
+    """Return what `Transport.gather_record` does, of rows with sentinels: truncated records count as missing."""
+    rows = rows.cpu()
+    absent = _is_truncated(rows)
+    absent[list(missing)] = True
+    rows[absent] = 0
+    return rows, tuple(absent.nonzero().flatten().tolist())
+
+
+def _is_truncated(rows: Tensor) -> Tensor:
+    return rows.view(_BITS[rows.element_size()])[:, -1] == _sentinel(rows.dtype)
+
+
+def _sentinel(dtype: torch.dtype) -> int:
+    """Return the bits of a NaN that no arithmetic makes; as an integer no digest but one in 2^64."""
+    dtype = torch.float64 if dtype == torch.int64 else dtype
+    infinity = torch.tensor([torch.inf], dtype=dtype)
+    return int(infinity.view(_BITS[infinity.element_size()])) + 42

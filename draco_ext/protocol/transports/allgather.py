@@ -1,0 +1,118 @@
+"""All-gather of the messages: every rank decodes by itself."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from draco_ext.codes import Code
+from draco_ext.protocol.communicator import Communicator, Pending
+from draco_ext.protocol.exchange import Exchange, RecordExchange, Turn
+from draco_ext.protocol.keys import SharedSeed
+from draco_ext.protocol.messages import (
+    SLICE,
+    ExchangeOutcome,
+    Message,
+    finish_slices,
+    read_records,
+    slices,
+    write_truncation_sentinel,
+)
+from draco_ext.protocol.transports.base import Transport
+
+# Slices of a rank's messages that may be on their way at a time, in bytes.
+WINDOW = 4 * SLICE
+
+
+@dataclass
+class _Slice:
+    """A slice of a message: this rank's values, and where everybody's arrive once it has been sent."""
+
+    values: Tensor
+    rows: Tensor | None = None
+    messages: Pending | None = None
+    share: bytes = b""
+    commitments: Pending | None = None
+
+    @property
+    def size(self) -> int:
+        return self.values.numel() * self.values.element_size()
+
+
+class AllGather(Transport):
+    """Every rank collects all messages and decodes by itself, slice by slice.
+
+    Moves every message from its rank to every other. A rank holds n slices for each of its own that are on their way:
+    at most `WINDOW` bytes of each worker's messages, also between steps.
+
+    A decoder that needs random numbers gets the same ones on all ranks: which errors near the noise floor are noticed
+    depends on them. They are drawn by commit and reveal when the messages are in. A rank that does not reveal the share
+    that it has committed itself to is a suspect, and its message an erasure.
+    """
+
+    trust = (
+        "allgather: up to s ranks may compute and send anything; a rank must send the same message to all, "
+        "and nobody else is trusted."
+    )
+
+    def __init__(self, code: Code, communicator: Communicator, **tolerance: float) -> None:
+        super().__init__(code, communicator, **tolerance)
+        self._seed = SharedSeed(communicator) if code.uses_projections else None
+        self.abort()
+
+    def abort(self) -> None:
+        """See `Transport.abort`."""
+        self._unsent: deque[_Slice] = deque()  # of all buffers, in order
+        self._under_way = 0  # bytes
+        self._free_rows: list[Tensor] = []  # bytes, for everybody's slices
+
+    def _exchange(self, message: Message, number: int) -> Exchange:
+        """Gather and decode the slices in order, while the next ones come."""
+        own = [_Slice(values) for values in slices(message.values)]
+        self._unsent.extend(own)
+        self._send()
+        yield Turn.EARLIER_EXCHANGES_FIRST
+        outcomes = []
+        for each in own:
+            outcomes.append(self._decode(each))
+            self._send()
+        return finish_slices(message, outcomes)
+
+    def gather_record(self, record: Tensor) -> RecordExchange:
+        """Gather the records straight from each rank; see `Transport.gather_record`."""
+        rows = write_truncation_sentinel(record.new_zeros(self.code.workers, record.numel()))
+        return read_records((yield self.communicator.all_gather_p2p(record, rows)))
+
+    def _send(self) -> None:
+        while self._unsent and (not self._under_way or self._under_way + self._unsent[0].size <= WINDOW):
+            each = self._unsent.popleft()
+            self._under_way += each.size
+            each.rows = write_truncation_sentinel(self._take_rows(each.values))
+            if self._seed is not None:
+                each.share, each.commitments = self._seed.commit(each.values.device)
+            each.messages = self.communicator.all_gather_p2p(each.values, each.rows)
+
+    def _take_rows(self, values: Tensor) -> Tensor:
+        """Return rows for everybody's values; used ones where there are, since new memory costs as much as a decode."""
+        size = self.code.workers * values.numel() * values.element_size()
+        rows = self._free_rows.pop() if self._free_rows else None
+        if rows is None or rows.numel() < size:
+            rows = torch.empty(size, dtype=torch.uint8, device=values.device)
+        return rows[:size].view(values.dtype).view(self.code.workers, -1)
+
+    def _decode(self, each: _Slice) -> ExchangeOutcome:
+        assert each.messages is not None
+        rows = each.messages.wait()
+        seed, liars = None, list[int]()
+        if self._seed is not None and each.commitments is not None:
+            seed, liars = self._seed.reveal(each.share, each.commitments)
+        gradient, outcome = self._decode_rows(rows, liars, seed)
+        each.values.copy_(gradient)
+        self._under_way -= each.size
+        self._free_rows.append(rows.view(-1).view(torch.uint8))
+        each.rows = each.messages = None
+        left_out = tuple(sorted({*outcome.left_out, *liars}))
+        return replace(outcome, suspects=outcome.suspects | dict.fromkeys(liars), left_out=left_out)

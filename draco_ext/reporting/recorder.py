@@ -1,0 +1,236 @@
+"""Records what a guard finds: suspects, missing ranks and repairs; the ledger and the callback."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from draco_ext.reporting.evidence import Evidence
+from draco_ext.reporting.ledger import Finding, Ledger
+from draco_ext.reporting.report import Report, Seconds, Suspect
+
+logger = logging.getLogger("draco_ext")
+
+
+def open_ledger(path: str | Path | None, rank: int) -> tuple[Ledger | None, str | None]:
+    """Open a rank's ledger: rank 0's, or, with "{rank}" in its name, every rank's own.
+
+    Returns:
+        The ledger, if this rank has one, and why it cannot be opened.
+    """
+    if path is None or (rank != 0 and "{rank}" not in str(path)):
+        return None, None
+    # Made absolute now: a script may change its directory.
+    own = Path(str(path).replace("{rank}", str(rank))).absolute()
+    try:
+        return Ledger(own), None
+    except OSError as error:
+        return None, f"{own}: {error.strerror or error}"[:1000]
+
+
+class Recorder:
+    """Collects findings about ranks, the same on all of them, and hands them on.
+
+    Args:
+        rank: this rank.
+        ranks: of every worker.
+        hosts: of every rank, by name.
+        ledger: to which findings are appended.
+        callback: called with every finding when they are delivered.
+
+    Attributes:
+        evidence: about ranks that no single decode can name.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        ranks: Sequence[int],
+        hosts: Sequence[str],
+        *,
+        ledger: Ledger | None = None,
+        callback: Callable[[Finding], None] | None = None,
+    ) -> None:
+        self.evidence = Evidence()
+        self._rank = rank
+        self._ranks = ranks
+        self._hosts = hosts
+        self._ledger = ledger
+        self._callback = callback
+        self._suspects: dict[int, Suspect] = {}
+        self._missing: dict[int, list[int]] = {}
+        self._repaired: dict[int, list[int]] = {}
+        self._failed_steps: list[int] = []
+        self._undelivered_findings: list[Finding] = []  # of the step that runs
+        self._callback_errors: set[type[Exception]] = set()  # that were logged
+        self._undelivered = 0
+
+    def log(self, message: str, *arguments: Any) -> None:
+        """Log a warning once per job: by the first rank that nobody suspects. Others log for debugging only."""
+        trusted = set(range(len(self._ranks))) - self._suspects.keys() - self._missing.keys()
+        logger.log(logging.WARNING if min(trusted, default=0) == self._rank else logging.DEBUG, message, *arguments)
+
+    def name(self, rank: int) -> str:
+        """Return how messages call a rank."""
+        return f"rank {rank} on {self._hosts[rank]}"
+
+    def add_message(
+        self,
+        worker: int,
+        kind: str,
+        *,
+        step: int,
+        bucket: int,
+        failed: bool,
+        elements: int | None = None,
+        first: int | None = None,
+        largest: float | None = None,
+    ) -> None:
+        """Add a wrong or missing message; see `Finding` for the arguments."""
+        finding = self._finding(
+            worker,
+            kind,
+            step=step,
+            bucket=bucket,
+            elements=elements,
+            first=first,
+            largest=largest,
+            failed=failed,
+        )
+        if finding.missing:
+            self._miss(finding)
+        elif not failed:
+            self._accuse(finding)
+        self._add(finding)
+
+    def add_state(self, worker: int, sections: Sequence[str], *, step: int, repaired: bool) -> None:
+        """Add a rank whose state was not the majority's."""
+        finding = self._finding(
+            worker, "state", step=step, bucket=-1, elements=None, first=None, largest=None, failed=False
+        )
+        self.log(
+            "%s had other %s than the majority in step %d; %s",
+            self.name(finding.rank),
+            " and ".join(sections),
+            step,
+            "it was given the majority's" if repaired else "it could not be repaired",
+        )
+        if repaired:
+            self._repaired.setdefault(finding.rank, []).append(step)
+        self._add(finding)
+
+    def weigh(self, left_out: Collection[int], suspects: Collection[int], step: int) -> None:
+        """Weigh what a decode that did not fail says about workers that it left out without naming them."""
+        if set(suspects) >= set(left_out):
+            return
+        before = self.evidence.probable
+        self.evidence.add([self._ranks[j] for j in left_out], [self._ranks[j] for j in suspects])
+        for rank in self.evidence.probable.keys() - before.keys():
+            self.log(
+                "%s probably sends errors near the noise: it was left out of many decodes by step %d",
+                self.name(rank),
+                step,
+            )
+
+    def add_failure(self, step: int) -> None:
+        """Add a step without an update."""
+        self._failed_steps.append(step)
+
+    def missing_in(self, step: int) -> set[int]:
+        """Return the ranks that were missing in a step, if it is the last one in which they were."""
+        return {rank for rank, steps in self._missing.items() if steps[-1:] == [step]}
+
+    def deliver(self) -> None:
+        """Give the step's findings to the callback, which cannot end the job."""
+        findings, self._undelivered_findings = self._undelivered_findings, []
+        for finding in findings if self._callback is not None else ():
+            try:
+                self._callback(finding)
+            except Exception as error:
+                self._undelivered += 1
+                if type(error) not in self._callback_errors:
+                    self._callback_errors.add(type(error))
+                    logger.exception("callback raised an error; training goes on, and others of its kind are counted")
+
+    def report(self, *, trust: str, steps: int, seconds: Seconds) -> Report:
+        """Return a snapshot of everything; see `Report`."""
+        suspects = {
+            rank: replace(suspect, steps=list(suspect.steps), other_data=list(suspect.other_data))
+            for rank, suspect in self._suspects.items()
+        }
+        return Report(
+            trust,
+            steps,
+            suspects,
+            tuple(self._failed_steps),
+            _copied(self._missing),
+            _copied(self._repaired),
+            self.evidence.probable,
+            0 if self._ledger is None else self._ledger.unwritten,
+            self._undelivered,
+            replace(seconds),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs to remember who was bad."""
+        return {
+            "suspects": {rank: asdict(suspect) for rank, suspect in self._suspects.items()},
+            "failed_steps": list(self._failed_steps),
+            "missing": _copied(self._missing),
+            "repaired": _copied(self._repaired),
+            "evidence": self.evidence.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` stood."""
+        self._suspects = {rank: Suspect(**suspect) for rank, suspect in state["suspects"].items()}
+        self._failed_steps = list(state["failed_steps"])
+        self._missing = _copied(state["missing"])
+        self._repaired = _copied(state.get("repaired", {}))
+        if "evidence" in state:  # not in checkpoints of earlier versions
+            self.evidence.load_state_dict(state["evidence"])
+
+    def _finding(self, worker: int, kind: str, **what: Any) -> Finding:
+        rank = self._ranks[worker]
+        return Finding(
+            time=time.time(),
+            worker=worker,
+            rank=rank,
+            host=self._hosts[rank],
+            missing=kind == "missing",
+            kind=kind,
+            **what,
+        )
+
+    def _add(self, finding: Finding) -> None:
+        if self._ledger is not None:
+            self._ledger.append(finding)
+        self._undelivered_findings.append(finding)
+
+    def _miss(self, finding: Finding) -> None:
+        steps = self._missing.setdefault(finding.rank, [])
+        if not steps:
+            self.log("%s is missing in step %d", self.name(finding.rank), finding.step)
+        if finding.step not in steps[-1:]:
+            steps.append(finding.step)
+
+    def _accuse(self, finding: Finding) -> None:
+        if finding.rank not in self._suspects:
+            self._suspects[finding.rank] = Suspect(finding.worker, finding.rank, finding.host)
+            what = "has other data than the ranks with the same part: mini-batches or forward passes differ"
+            what = what if finding.kind == "data" else "sent a wrong gradient"
+            self.log("%s %s in step %d", self.name(finding.rank), what, finding.step)
+        suspect = self._suspects[finding.rank]
+        suspect.buckets += 1
+        if finding.kind == "data" and finding.step not in suspect.other_data[-1:]:
+            suspect.other_data.append(finding.step)
+        if finding.step not in suspect.steps[-1:]:
+            suspect.steps.append(finding.step)
+
+
+def _copied(steps_of_ranks: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    return {rank: list(steps) for rank, steps in steps_of_ranks.items()}

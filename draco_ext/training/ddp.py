@@ -1,0 +1,201 @@
+"""The adapter for DistributedDataParallel: from its hooks to a guard and back."""
+
+# Without "from __future__ import annotations": DDP looks at the types in its hook's annotations.
+
+import contextlib
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from draco_ext.protocol.messages import GradientBuffer
+from draco_ext.training.compatibility import reduced_parameters
+from draco_ext.training.handshake import digest_of_layout
+from draco_ext.training.record import StepRecord
+from draco_ext.training.watch import Watch
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One of DDP's buckets in a backward pass.
+
+    Attributes:
+        buffer: its gradients; the keys are the parameters.
+        index: its number. DDP makes new buckets after the first step.
+        is_last: whether it is the pass's last one.
+        complete: to be called once, when the decoded gradient is in the buffer.
+    """
+
+    buffer: GradientBuffer
+    index: int
+    is_last: bool
+    complete: Callable[[], None]
+
+
+class DDPAdapter:
+    """What a guard needs of a DistributedDataParallel model.
+
+    Attributes:
+        group: the model's process group.
+        device: of its parameters.
+        parameters_may_be_unused: whether DDP allows parameters that a pass does not use.
+    """
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        # DDP keeps its hook where Python's collector does not look: held by the guard, the model would never be freed.
+        self._model = weakref.ref(model)
+        self.group = model.process_group
+        self.device = next(model.parameters()).device
+        # DDP's own map of unused parameters is of a step's last pass only, and believes every rank.
+        self.parameters_may_be_unused = model.find_unused_parameters or model.static_graph
+
+    @property
+    def model(self) -> DistributedDataParallel:
+        """The model.
+
+        Raises:
+            RuntimeError: it was freed.
+        """
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the guarded model is gone")
+        return model
+
+    def setup(self) -> dict[str, Any]:
+        """Return what must be the same on all ranks; see `exchange_setup`."""
+        model = self.model
+        return {
+            "the names, sizes and dtypes of the model's parameters (their digest)": digest_of_layout(
+                model.named_parameters()
+            ),
+            "DistributedDataParallel's options": {
+                "bucket_cap_mb": model.bucket_bytes_cap / 2**20,
+                "find_unused_parameters": model.find_unused_parameters,
+                "static_graph": model.static_graph,
+            },
+        }
+
+    def attach(
+        self,
+        *,
+        take: Callable[[Bucket], None],
+        before_forward: Callable[[torch.nn.Module, Any, Any], None],
+        abort: Callable[[], None],
+        watch_collectives: bool,
+    ) -> None:
+        """Register the hooks.
+
+        Args:
+            take: called with every bucket of a backward pass, in the same order on all ranks.
+            before_forward: called before every forward pass with the module, its arguments and keywords.
+            abort: called where a backward pass ends with an error.
+            watch_collectives: whether to look for collectives in forward and backward passes.
+        """
+        model = self.model
+        self._take, self._abort = take, abort
+        model.register_comm_hook(None, self._hook)  # the first: it raises where there is one already
+        self._watch = Watch(model, self.drop_gradients, collectives=watch_collectives)
+        model.register_forward_pre_hook(torch.compiler.disable(before_forward), with_kwargs=True)
+
+    def reduced(self) -> list[Tensor]:
+        """Return the parameters whose gradients go through buckets, in the model's order."""
+        model = self.model
+        in_buckets = reduced_parameters(model)
+        return [parameter for parameter in model.parameters() if parameter in in_buckets]
+
+    def own_collectives(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the guard talks to other ranks."""
+        return self._watch.own()
+
+    def begin_part(self) -> None:
+        """Begin another mini-batch: what backward passes have left in the gradients is in the messages."""
+        self.model.zero_grad(set_to_none=True)
+        self._watch.begin_part()
+
+    def finish_step(self) -> None:
+        """Note that all gradients are decoded, or gone."""
+        self._watch.finish()
+
+    def drop_gradients(self) -> None:
+        """Make all gradients None: optimizers leave such parameters and their state alone."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def call_after_backward(self, finish: Callable[[], None]) -> None:
+        """Call it when the gradients are in place."""
+        # DDP hands the gradients over in a callback of its own, queued after this one: ours comes behind it.
+        engine = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: engine.queue_callback(finish))
+
+    def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+        """Take a bucket from DDP."""
+        try:
+            self._watch.begin_bucket()
+            values, parameters = bucket.buffer(), bucket.parameters()
+            future: torch.futures.Future[Tensor] = torch.futures.Future(
+                devices=[values.device] if values.is_cuda else None
+            )
+            lengths = tuple(parameter.numel() for parameter in parameters)
+            buffer = GradientBuffer(values, lengths, tuple(parameters), f"bucket {bucket.index()}")
+            with self._watch.own():
+                self._take(Bucket(buffer, bucket.index(), bucket.is_last(), lambda: future.set_result(values)))
+            if bucket.is_last():
+                self._watch.end_pass()
+            return future
+        except BaseException:
+            self._abort()
+            raise
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A parameter and its decoded gradient.
+
+    Attributes:
+        number: of the parameter.
+        parameter: the parameter.
+        gradient: its decoded gradient.
+        older: whether it has a gradient of earlier passes, which this rank's part has not touched.
+    """
+
+    number: int
+    parameter: Tensor
+    gradient: Tensor
+    older: bool
+
+
+class UnusedParameters:
+    """Leaves out the gradients of parameters that no part has used, as DDP does, but by a majority of ranks."""
+
+    def __init__(self, reduced: Sequence[Tensor], record: StepRecord) -> None:
+        self._numbers: Mapping[Tensor, int] = {parameter: i for i, parameter in enumerate(reduced)}
+        self._record = record
+        self._decoded: list[_Decoded] = []
+
+    def see(self, buffer: GradientBuffer) -> None:
+        """Note the parameters of a bucket of the last backward pass, before it is decoded."""
+        gradients = buffer.values.split(list(buffer.lengths))
+        for parameter, gradient in zip(buffer.keys, gradients, strict=True):
+            assert isinstance(parameter, Tensor)
+            number = self._numbers[parameter]
+            older = parameter.grad is not None and not self._record.is_reached(number)
+            self._decoded.append(_Decoded(number, parameter, gradient.view(parameter.shape), older))
+
+    def forget(self) -> None:
+        """Forget the step."""
+        self._decoded = []
+
+    def settle(self, used: Sequence[bool]) -> None:
+        """Give all used parameters a gradient, if it is 0, and leave the others as they were."""
+        for item in self._decoded:
+            if not used[item.number]:
+                if not item.older:
+                    item.parameter.grad = None
+            elif item.parameter.grad is None:
+                item.parameter.grad = item.gradient.clone()
+        self.forget()

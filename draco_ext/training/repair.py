@@ -1,0 +1,186 @@
+"""Repair of replicated state: a rank in the minority is given what the majority has.
+
+It is sent the bytes by one of the majority, and believes them only under a key that is drawn afterwards.
+"""
+
+from __future__ import annotations
+
+import abc
+import secrets
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from draco_ext.protocol.exchange import run_alone
+from draco_ext.protocol.transports.base import Transport
+from draco_ext.protocol.transports.server import ServerTransport
+from draco_ext.training.record import SECTIONS, majority
+from draco_ext.training.state import ReplicatedState, StateVerdict
+
+_DONE, _DIGEST, _SEND = range(3)
+
+
+class Repair(abc.ABC):
+    """A way to give ranks in the minority what the majority has."""
+
+    @abc.abstractmethod
+    def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
+        """Repair the workers that are wrong, one after another. To be called on all ranks.
+
+        Args:
+            verdict: who that is.
+            groups: see `judge`.
+
+        Returns:
+            For each of them whether it could be repaired.
+        """
+
+
+class PeerRepair(Repair):
+    """From rank to rank, where there is no server.
+
+    The rank that is wrong leads: it asks everybody for digests under a key that it has just drawn, one of the majority
+    for the bytes, and everybody again under a new key, which the one that sent them could not know. So nobody needs to
+    agree with anybody but with that rank, and the other ranks only answer.
+    """
+
+    def __init__(self, transport: Transport, state: ReplicatedState) -> None:
+        self._communicator = transport.communicator
+        self._state = state
+        self._helpers = transport.code.adversaries + 1
+        self._most_commands = len(SECTIONS) * (1 + 2 * self._helpers) + 1
+
+    def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
+        """See `Repair.run`; whether it could be repaired each says of itself."""
+        return {
+            j: self._lead(sections, verdict, groups) if j == self._communicator.worker else self._serve(j)
+            for j, sections in verdict.wrong.items()
+        }
+
+    def _lead(self, sections: Sequence[str], verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> bool:
+        own = self._communicator.worker
+        others = [j for j in range(self._communicator.workers) if j != own]
+        repaired = all(
+            self._recover(
+                section,
+                [j for j in groups[own] if j != own] if section == "buffers" else others,
+                verdict.right[section, own],
+            )
+            for section in sections
+        )
+        for j in others:
+            self._command(j, _DONE, int(repaired), 0)
+        return repaired
+
+    def _recover(self, section: str, pool: Sequence[int], helpers: Sequence[int]) -> bool:
+        own = self._state.layout(section).tolist()
+        wanted, _ = self._ask(section, pool)
+        if wanted is None or wanted[2:] != tuple(own):
+            return False  # there is no room for what they have
+        for helper in helpers[: self._helpers]:
+            self._command(helper, _SEND, SECTIONS.index(section), 0)
+            self._state.receive(section, self._communicator, helper)
+            wanted, key = self._ask(section, pool)
+            if wanted is not None and wanted[:2] == tuple(self._state.digest(section, key).tolist()):
+                return True
+        return False
+
+    def _ask(self, section: str, pool: Sequence[int]) -> tuple[tuple[int, ...] | None, int]:
+        """Return what the majority of others says of a section, and under which key."""
+        key = secrets.randbits(62)
+        answers = {}
+        for j in pool:
+            self._command(j, _DIGEST, SECTIONS.index(section), key)
+        for j in pool:
+            answer = torch.zeros(4, dtype=torch.int64, device=self._state.device)
+            self._communicator.receive(answer, j)
+            answers[j] = tuple(answer.tolist())
+        return majority(answers), key
+
+    def _command(self, worker: int, what: int, section: int, key: int) -> None:
+        self._communicator.send(torch.tensor([what, section, key], device=self._state.device), worker)
+
+    def _serve(self, worker: int) -> bool:
+        """Answer a rank that is wrong, until it is done."""
+        for _ in range(self._most_commands):
+            command = torch.zeros(3, dtype=torch.int64, device=self._state.device)
+            self._communicator.receive(command, worker)
+            what, number, key = command.tolist()
+            if what not in (_DIGEST, _SEND) or not 0 <= number < len(SECTIONS) or not 0 <= key < 2**62:
+                return bool(what == _DONE and number == 1)
+            section = SECTIONS[number]
+            if what == _SEND:
+                self._state.send(section, self._communicator, worker)
+            else:
+                self._communicator.send(
+                    torch.cat([self._state.digest(section, key), self._state.layout(section)]), worker
+                )
+        return False
+
+
+class ServerRepair(Repair):
+    """Through the server, in turns with everything else: so a dead or late rank holds nobody up.
+
+    What a worker sends for the server or for another is compared with the majority under a key that the server draws
+    afterwards.
+    """
+
+    def __init__(self, transport: ServerTransport, state: ReplicatedState) -> None:
+        self._transport = transport
+        self._state = state
+        self._own = transport.communicator.worker
+        self._server = transport.server
+
+    def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
+        """See `Repair.run`."""
+        return {
+            j: all(self._recover(section, j, verdict.right[section, j]) for section in sections)
+            for j, sections in verdict.wrong.items()
+        }
+
+    def _recover(self, section: str, worker: int, right: Sequence[int]) -> bool:
+        rows, missing = run_alone(self._transport.gather_record(self._state.layout(section)))
+        layouts = {j: tuple(row.tolist()) for j, row in enumerate(rows) if j not in missing}
+        helpers = [j for j in right if layouts.get(j) == layouts.get(worker) == layouts[self._server]]
+        helpers.sort(key=lambda j: j != self._server)
+        for helper in helpers[: self._transport.code.adversaries + 1]:
+            values = self._bring(section, helper, [j for j in right if j not in missing])
+            if values is None:
+                continue
+            if worker == self._server:
+                if self._own == self._server:
+                    self._state.from_bytes(section, values)
+            elif len(values) and self._own in (worker, self._server):
+                self._transport.send_from_server(worker, values)
+                if self._own == worker:
+                    self._state.from_bytes(section, values)
+            return True
+        return False
+
+    def _bring(self, section: str, helper: int, right: Sequence[int]) -> Tensor | None:
+        """Return a helper's section on the server, anything on the others; None where it is not the majority's."""
+        if self._own == helper:
+            values = self._state.to_bytes(section)
+        else:
+            values = torch.zeros(self._state.size(section), dtype=torch.uint8)
+        if helper == self._server:
+            return values
+        if len(values) and self._own in (helper, self._server):
+            self._transport.send_to_server(helper, values)
+        rows, _ = run_alone(self._transport.gather_record(torch.tensor([secrets.randbits(62)])))
+        key = int(rows[self._server])
+        if self._own == self._server:
+            digest = self._state.digest_of_bytes(section, values, key)
+        else:
+            digest = self._state.digest(section, key)
+        rows, missing = run_alone(self._transport.gather_record(digest))
+        digests = {j: tuple(rows[j].tolist()) for j in right if j not in missing}
+        return values if majority(digests) == tuple(rows[self._server].tolist()) else None
+
+
+def make_repair(transport: Transport, state: ReplicatedState) -> Repair:
+    """Return the repair that fits a transport."""
+    if isinstance(transport, ServerTransport):
+        return ServerRepair(transport, state)
+    return PeerRepair(transport, state)

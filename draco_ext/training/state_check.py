@@ -1,0 +1,112 @@
+"""When replicated state is compared, and what is done about a rank whose state differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from draco_ext import ops
+from draco_ext.codes import DecodingError
+from draco_ext.protocol.exchange import run_alone
+from draco_ext.protocol.groups import Rendezvous
+from draco_ext.protocol.transports.base import Transport
+from draco_ext.reporting.recorder import Recorder
+from draco_ext.training.record import digests_in
+from draco_ext.training.repair import make_repair
+from draco_ext.training.state import ReplicatedState, StateVerdict, judge
+
+
+class StateCheck:
+    """Compares replicated state in some steps, and repairs it.
+
+    Args:
+        model: its parameters and buffers are compared.
+        transport: over which repairs go.
+        recorder: of the findings.
+        every: in steps whose number is a multiple of it; 0: in the first one only.
+        seed: of the digests' keys.
+
+    Attributes:
+        state: what is compared.
+    """
+
+    def __init__(
+        self, model: DistributedDataParallel, transport: Transport, recorder: Recorder, *, every: int, seed: int
+    ) -> None:
+        self.state = ReplicatedState(model)
+        self._transport = transport
+        self._recorder = recorder
+        self._repair = make_repair(transport, self.state)
+        self._rendezvous = Rendezvous(model.process_group)
+        self._every = every
+        self._seed = seed
+        self._unknown = True  # not compared yet, or no majority has had the same
+        self._comparisons = 0
+        # Of each worker, the workers that compute the same parts: they have the same buffers.
+        self._alike = {j: group for group in transport.code.replica_groups for j in group}
+
+    def forget(self) -> None:
+        """Compare in the next step whatever its number: something was loaded."""
+        self._unknown = True
+
+    def digests(self, step: int) -> Tensor | None:
+        """Return the digests (3, 2) of this rank's state where they are to be compared in this step."""
+        if self._unknown or (self._every > 0 and step % self._every == 0):
+            return self._digests(step)
+        return None
+
+    def judge(self, claims: dict[int, tuple[tuple[int, int], ...]]) -> StateVerdict:
+        """Return whose state is wrong, by what the ranks have sent."""
+        return judge(claims, self._alike)
+
+    def repair(self, verdict: StateVerdict, step: int) -> str | None:
+        """Repair the ranks in the minority; return what is to be said where that is not enough for the step."""
+        self._unknown = bool(verdict.undecided)
+        try:
+            repaired = self._repair.run(verdict, self._alike)
+        except RuntimeError as error:
+            raise RuntimeError(f"no comparison of parameters in step {step}: {error}") from error
+        for worker, sections in verdict.wrong.items():
+            self._recorder.add_state(worker, sections, step=step, repaired=repaired[worker])
+        if not verdict.undecided:
+            return None
+        return f"no gradient in step {step}: no majority of the ranks has the same {' and '.join(verdict.undecided)}"
+
+    def run(self, step: int, present: Collection[int], timeout: float, deliver: Callable[[], None]) -> list[int]:
+        """Compare and repair now, between steps, on all ranks; return the workers that were wrong.
+
+        Args:
+            step: that comes next.
+            present: ranks that are waited for.
+            timeout: seconds to wait for them.
+            deliver: called when the findings are there.
+
+        Raises:
+            DecodingError: no majority of the ranks has the same.
+            RuntimeError: another rank does not call it.
+        """
+        if absent := self._rendezvous.wait(sorted(present), timeout):
+            raise RuntimeError(
+                f"check_state and state_dict must be called on all ranks, but rank {absent[0]} has not called it "
+                f"within {timeout:g} s; state_dict(check=False) may be called on one rank alone"
+            )
+        rows, missing = run_alone(self._transport.gather_record(self._digests(step).flatten()))
+        verdict = self.judge({j: digests_in(row) for j, row in enumerate(rows) if j not in missing})
+        problem = self.repair(verdict, step)
+        deliver()
+        if problem:
+            raise DecodingError(problem)
+        return list(verdict.wrong)
+
+    def _digests(self, step: int) -> Tensor:
+        """Return digests of this rank's state, under a key that all ranks know.
+
+        It may be known: nobody but the rank itself has made its state, unless it was sent a repair, and that was
+        compared under a key drawn afterwards.
+        """
+        words = torch.tensor([step, self._comparisons], dtype=torch.int64).view(torch.uint8)
+        self._comparisons += 1
+        return self.state.digests(int(ops.digest(words, self._seed)[0]) % 2**63)

@@ -1,0 +1,254 @@
+"""What holds for every code, gradient and adversary that strategies.py can draw.
+
+`--long` draws ten times as many and others each time, `--hypothesis-profile=thorough` a hundred times; a failure prints
+how to see it again.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import strategies as our
+import torch
+from conftest import named
+from hypothesis import given, note
+from hypothesis import strategies as st
+
+import draco_ext
+from draco_ext import CyclicCode, RepetitionCode, ops, reference
+
+TESTS = Path(__file__).resolve().parent.parent
+BOTH = pytest.mark.parametrize("kind", [RepetitionCode, CyclicCode], ids=["repetition", "cyclic"])
+
+
+def bits(t):
+    return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+def decode(step, messages=None, **options):
+    """Decodes, with a seed, so that the same messages give the same bits."""
+    code, messages = step.code, step.sent if messages is None else messages
+    if isinstance(code, CyclicCode):
+        result = ops.cyclic_decode(messages, code.adversaries, missing=step.mask, seed=1, **options)
+        return draco_ext.Decoded(*result, code)
+    return draco_ext.decode(messages, code, missing=step.mask, **options)
+
+
+def tile_norms(vectors):
+    """(n, tiles) float64, the norm of each tile of ops.TILE columns: these have noise floors of their own."""
+    return torch.stack([tile.double().norm(dim=1) for tile in vectors.split(ops.TILE, dim=1)], dim=1)
+
+
+def scale(step):
+    """For each tile what the code's errors are relative to: an honest message's norm, or what counts as zero."""
+    least = {torch.float32: 1e-38, torch.float64: 1e-56}[step.honest.dtype]  # csrc/core/noise.h, and room
+    least *= math.sqrt(min(step.honest.size(1), ops.TILE))
+    return tile_norms(step.honest).amax(0).clamp(min=least)
+
+
+def is_right(step, gradient):
+    """To the last bit with the repetition code, to rounding with the cyclic code."""
+    if isinstance(step.code, RepetitionCode):
+        groups = torch.tensor(step.code.group_sizes)
+        clean = draco_ext.decode(step.gradients.repeat_interleave(groups, 0), step.code)
+        return torch.equal(bits(gradient), bits(clean.gradient))
+    error = gradient[None, : step.d].double() - step.gradients.double().mean(0)
+    bound = {torch.float32: 4e-6, torch.float64: 4e-13}[step.honest.dtype]
+    return bool((tile_norms(error)[0] <= bound * scale(step)).all())
+
+
+def changed(step):
+    """The bad workers whose message is not what an honest one would have sent, and those for whom that must show.
+
+    The cyclic code cannot see what is below its noise floor.
+    """
+    differ = {j for j in step.adversary.bad if not torch.equal(bits(step.sent[j]), bits(step.honest[j]))}
+    if isinstance(step.code, RepetitionCode):
+        return differ, differ
+    error = tile_norms(step.sent.double() - step.honest.double())
+    visible = (~(error <= 1e-3 * scale(step))).any(1)  # NaN is visible
+    return differ, differ & named(visible)
+
+
+@BOTH
+@given(data=st.data())
+def test_up_to_s_bad_are_corrected_and_named(kind, data):
+    step = data.draw(our.rounds((kind,)))
+    differ, visible = changed(step)
+    out = decode(step)
+    note(f"suspects {named(out.suspects)}, failed {bool(out.failed)}")
+    assert not out.failed
+    assert visible <= named(out.suspects) <= differ
+    assert is_right(step, out.gradient)
+
+
+@BOTH
+@given(data=st.data())
+def test_honest_workers_are_never_accused(kind, data):
+    step = data.draw(our.rounds((kind,), attacks=("minus-zero",)))
+    out = decode(step, step.honest)
+    assert not out.failed
+    assert not out.suspects.any()
+    assert is_right(step, out.gradient)
+
+
+@given(step=our.rounds((RepetitionCode,), within=False, least_adversaries=1))
+def test_too_many_bad_repetition(step):
+    """Right, or failed, or a group in which so many sent the same wrong thing that they look like the honest ones."""
+    out = decode(step)
+    if out.failed:
+        assert out.gradient.isnan().all()
+        return
+    differ, _ = changed(step)
+    outvoted, first = False, 0
+    for size in step.code.group_sizes:
+        members = range(first, first + size)
+        first += size
+        lies = [tuple(bits(step.sent[j]).tolist()) for j in members if j in differ]
+        outvoted |= any(lies.count(lie) >= size - step.code.adversaries for lie in lies)
+    if not outvoted:
+        assert is_right(step, out.gradient)
+        assert named(out.suspects) == differ
+
+
+@given(step=our.rounds((CyclicCode,), within=False, least_adversaries=1, attacks=("gaussian", "nan", "one-minus-inf")))
+def test_too_many_bad_cyclic(step):
+    """Right, or failed, or not finite, where no two bad workers agree on an error."""
+    size = step.honest.double().abs().max().item() or 1.0
+    for j, kind in step.adversary.attacks.items():
+        if kind == "gaussian":  # beside messages of 1e9 what this attack sends is a zero, and they would agree
+            step.sent[j] = step.honest[j] + size * step.sent[j]
+    out = decode(step)
+    nonfinite = int((~step.sent.isfinite()).any(1).sum())
+    if out.failed or nonfinite > step.code.adversaries:
+        assert out.gradient.isnan().all()
+        assert not out.suspects.any()
+        assert out.failed == (nonfinite <= step.code.adversaries)
+    else:
+        assert is_right(step, out.gradient)
+
+
+@BOTH
+@given(data=st.data())
+def test_layout_does_not_matter(kind, data):
+    step = data.draw(our.rounds((kind,)))
+    plain, view = decode(step), decode(step, data.draw(our.views(step.sent)))
+    assert torch.equal(bits(view.gradient), bits(plain.gradient))
+    assert torch.equal(view.suspects, plain.suspects)
+
+
+@BOTH
+@given(data=st.data())
+def test_order_of_columns_does_not_matter(kind, data):
+    step = data.draw(our.rounds((kind,)))
+    length = step.sent.size(1)
+    together = 1 if kind is RepetitionCode else 2  # pairs are complex numbers
+    generator = torch.Generator().manual_seed(data.draw(our.seeds))
+    order = torch.randperm(length // together, generator=generator).repeat_interleave(together) * together
+    order += torch.arange(length) % together
+    plain, permuted = decode(step), decode(step, step.sent[:, order])
+    back = torch.empty_like(permuted.gradient)
+    back[order] = permuted.gradient
+    differ, visible = changed(step)
+    if kind is RepetitionCode:
+        assert torch.equal(bits(back), bits(plain.gradient))
+    assert visible <= named(permuted.suspects) <= differ or length > ops.TILE  # tiles have floors of their own
+    assert not permuted.failed
+    assert is_right(step, back) or length > ops.TILE
+
+
+@BOTH
+@given(data=st.data())
+def test_columns_can_be_decoded_apart(kind, data):
+    """Buckets: whatever a message is cut into, the whole result is that of its pieces."""
+    step = data.draw(our.rounds((kind,)))
+    length = step.sent.size(1)
+    cut = data.draw(st.integers(0, length // 2)) * 2
+    whole, pieces = decode(step), [decode(step, step.sent[:, :cut]), decode(step, step.sent[:, cut:])]
+    joined = torch.cat([piece.gradient for piece in pieces])
+    assert not any(piece.failed for piece in pieces)
+    if kind is RepetitionCode:
+        assert torch.equal(bits(joined), bits(whole.gradient))
+        assert torch.equal(pieces[0].suspects | pieces[1].suspects, whole.suspects)
+    else:
+        assert is_right(step, joined)
+        assert named(pieces[0].suspects | pieces[1].suspects) <= step.adversary.bad
+
+
+@given(step=our.rounds((RepetitionCode,)), sum_of=st.booleans(), rtol=st.sampled_from([0.0, 1e-2]))
+def test_vote_is_the_reference(step, sum_of, rtol):
+    sizes, s = step.code.group_sizes, step.code.adversaries
+    options = {"missing": step.mask, "mean": not sum_of, "rtol": rtol}
+    gradient, suspects, failed = ops.majority_vote(step.sent, sizes, s, **options)
+    expected, expected_suspects, expected_failed = reference.majority_vote(step.sent, sizes, s, **options)
+    assert torch.equal(suspects, expected_suspects)
+    assert torch.equal(failed, expected_failed)
+    info = torch.finfo(step.sent.dtype)
+    terms = step.gradients.double().abs().sum(0)
+    bound = 4 * info.eps * terms + info.smallest_normal * info.eps
+    inside = expected.isfinite() & (terms < info.max / 4)
+    assert bool(((gradient.double() - expected).abs() <= bound)[inside].all())
+    assert torch.equal(gradient.isnan(), expected.isnan())
+
+
+@given(data=st.data(), dtype=st.sampled_from(ops.CYCLIC_DTYPES))
+def test_encoding_is_the_reference(data, dtype):
+    code = data.draw(our.codes((CyclicCode,)))
+    own = data.draw(our.gradients(code, dtype))
+    worker = data.draw(st.integers(0, code.workers - 1))
+    own = own[list(code.assignment(worker))]
+    expected = reference.cyclic_encode(own, code.workers, code.adversaries, worker)
+    info = torch.finfo(dtype)
+    pairs = torch.nn.functional.pad(own.double().abs().sum(0), (0, code.message_length(own.size(1)) - own.size(1)))
+    size = pairs.view(-1, 2).sum(1).repeat_interleave(2)  # both of a pair enter both of a result
+    added, carry = (torch.full_like(expected, torch.nan, dtype=dtype) for _ in range(2))  # not read by the first
+    for i, (part, gradient) in enumerate(zip(code.assignment(worker), own, strict=True)):
+        ops.cyclic_encode_add_(added, carry, gradient, code.workers, code.adversaries, worker, part, first=i == 0)
+    for message in (code.encode(worker, own), added):
+        assert bool(((message.double() - expected).abs() <= 8 * info.eps * (size + info.smallest_normal)).all())
+
+
+@given(step=our.rounds((CyclicCode,), attacks=("gaussian", "nan", "huge", "add-same")))
+def test_pieces_of_the_cyclic_decoder_are_the_whole(step):
+    s, length = step.code.adversaries, step.sent.size(1)
+    whole = decode(step)
+    projections, norms = ops.cyclic_project(step.sent, 1, missing=step.mask)
+    weights, suspects, failed = ops.cyclic_locate(
+        projections, norms, s, length, missing=step.mask, dtype=step.sent.dtype
+    )
+    assert torch.equal(suspects, whole.suspects)
+    assert torch.equal(failed, whole.failed)
+    assert is_right(step, ops.cyclic_combine(step.sent, weights))
+
+
+@given(data=st.data(), dtype=st.sampled_from(ops.DIGEST_DTYPES), seed=st.integers(-(2**63), 2**63 - 1))
+def test_digest_is_the_reference(data, dtype, seed):
+    length = data.draw(st.one_of(st.just(0), our.LENGTHS))
+    raw = torch.randint(
+        0, 256, (length * dtype.itemsize,), generator=torch.Generator().manual_seed(data.draw(our.seeds))
+    )
+    values = raw.to(torch.uint8).view(dtype)
+    assert torch.equal(ops.digest(values, seed), reference.digest(values, seed))
+
+
+def test_a_failure_prints_a_reproducer(tmp_path):
+    """What whoever breaks something sees: the example, and how to get it again."""
+    (tmp_path / "test_broken.py").write_text(
+        "import hypothesis, strategies\n\n\n@hypothesis.given(step=strategies.rounds())\n"
+        "def test_broken(step):\n    assert step.code.workers < 3\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", tmp_path],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "step=Round(" in run.stdout
+    assert "@reproduce_failure(" in run.stdout
