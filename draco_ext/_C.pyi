@@ -11,7 +11,12 @@ class _BuildInfo(TypedDict):
     torch: str
 
 TILE: int
+FEW_TILES: int
+MOST_PROJECTIONS: int
+FEWEST_PROJECTIONS: int
 PROJECTION_SCALE: float
+MOST_WORKERS: int
+MOST_GROUP_MEMBERS: int
 
 def build_info() -> _BuildInfo: ...
 def cyclic_nodes(workers: int) -> NDArray[np.complex128]: ...

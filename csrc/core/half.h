@@ -7,7 +7,6 @@
 #include "core/common.h"
 
 namespace draco {
-namespace {
 
 struct Half {
   uint16_t bits;
@@ -15,6 +14,8 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
+
+namespace {
 
 DRACO_HD float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
