@@ -17,6 +17,8 @@ FEW_TILES: int
 MOST_PROJECTIONS: int
 FEWEST_PROJECTIONS: int
 PROJECTION_SCALE: float
+MOST_WORKERS: int
+MOST_GROUP_MEMBERS: int
 
 def build_info() -> _BuildInfo: ...
 def cyclic_nodes(workers: int) -> NDArray[np.complex128]: ...
