@@ -46,13 +46,13 @@ class Clock:
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._unrelated.sum()  # evicts the cache, and lets the host launch ahead
-        start.record()
+        begin.record()
         call()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(begin.elapsed_time(end)) / 1e3
 
 
 def compare(
@@ -65,7 +65,8 @@ def compare(
     """Times the call, and the yardstick before and after each: neighbours in time, on a machine that may be shared."""
     clock(yardstick)
     before, begin = clock(yardstick), time.perf_counter()
-    calls, around = [], []
+    calls: list[float] = []
+    around: list[float] = []
     while len(calls) < rounds + 1:  # the first warms up, unless it is the only one
         own, after = clock(call), clock(yardstick)
         calls.append(own)
