@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import statistics
 import time
 from pathlib import Path
 
 import pytest
 
 from draco_ext.cli.bench import report
-from draco_ext.cli.bench.timing import keep_memory
+from draco_ext.cli.bench.timing import Timing, keep_memory
 
 
 def pytest_addoption(parser):
@@ -37,7 +35,7 @@ def add_row(request):
 
 @pytest.fixture
 def beside(benchmark):
-    """Times a call with pytest-benchmark, and a yardstick before and after every round: (seconds, ratio), medians.
+    """Time a call with pytest-benchmark, and a yardstick before and after every round; return the `Timing`.
 
     None under --benchmark-disable.
     """
@@ -54,9 +52,7 @@ def beside(benchmark):
         read()
         if benchmark.stats is None:
             return None
-        seconds = benchmark.stats.stats.data
-        around = [(before + after) / 2 for before, after in itertools.pairwise(reads[1:])]
-        return statistics.median(seconds), statistics.median(a / b for a, b in zip(seconds, around, strict=True))
+        return Timing.of(benchmark.stats.stats.data, reads[1:])
 
     return run
 

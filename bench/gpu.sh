@@ -35,7 +35,7 @@ summary=""
 step build env DRACO_CUDA=on TORCH_CUDA_ARCH_LIST="$architecture" \
   python3 -m pip install --no-build-isolation --no-deps --force-reinstall .
 if [ ${#failed[@]} -eq 0 ]; then
-  step tests pytest "${tests[@]}" gpu
+  step tests pytest "${tests[@]}" gpu --long
   for tool in memcheck racecheck initcheck; do
     # torch's allocator would hide what lies between two tensors
     step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \

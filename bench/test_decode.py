@@ -55,14 +55,13 @@ def test_speed(messages, rule, benchmark, beside, add_row):
     with reversed_workers(messages, rule.reversed, rule.late):
         timing = beside(lambda: rule.apply(messages, load.code), messages.sum, rounds if load.d > 10**6 else 3 * rounds)
     if timing is not None:
-        seconds, ratio = timing
         add_row(
             report="decode",
             n=load.n,
             d=load.d,
             rule=rule.name,
-            seconds=seconds,
-            to_yardstick=ratio,
+            seconds=timing.seconds,
+            to_yardstick=timing.ratio,
             bytes=messages.nbytes,
             error=error,
             own=rule.own,

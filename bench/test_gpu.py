@@ -4,22 +4,21 @@
 
 As test_decode.py on the CPU; the yardstick is a device copy that moves as many bytes as the rule must. Before all that
 is timed, 1 GiB that no rule looks at is read: it evicts the cache, and lets the host launch ahead. Small messages are
-exchanged for others from round to round, too.
+exchanged for others from call to call, too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
+import itertools
 import os
-import statistics
 
 import pytest
 import torch
 
 import draco_ext
-from draco_ext.cli.bench.timing import Clock
+from draco_ext.cli.bench.timing import Clock, compare
 from draco_ext.cli.bench.workloads import (
     CYCLIC,
     Rule,
@@ -89,28 +88,26 @@ def test_speed(messages, rule, clock, add_row):
     moved = (rows + 1) * load.d  # elements
     target = torch.empty(moved // 2, device="cuda")
 
-    seconds, ratios = [], []
-    warmup, rounds = 2, SLOW if rule.slow else FAST
+    turns = itertools.cycle(series)
+
+    def own():
+        rule.apply(next(turns), load.code)
+
+    def copy():
+        target.copy_(next(turns).view(-1)[: len(target)])
+
     with contextlib.ExitStack() as stack:
         for messages in series:
             stack.enter_context(reversed_workers(messages, rule.reversed, rule.late))
-        for i in range(warmup + rounds):
-            messages = series[i % len(series)]
-            copy = functools.partial(target.copy_, messages.view(-1)[: len(target)])
-            before = clock(copy)
-            own = clock(functools.partial(rule.apply, messages, load.code))
-            after = clock(copy)
-            if i >= warmup:
-                seconds.append(own)
-                ratios.append(own / ((before + after) / 2))
+        timing = compare(clock, own, copy, rounds=SLOW if rule.slow else FAST)
 
     add_row(
         report="cuda",
         n=load.n,
         d=load.d,
         rule=rule.name,
-        seconds=statistics.median(seconds),
-        to_yardstick=statistics.median(ratios),
+        seconds=timing.seconds,
+        to_yardstick=timing.ratio,
         bytes=moved * target.element_size(),
         error=error,
         own=rule.own,

@@ -20,4 +20,4 @@ def test_speed(case, beside, add_row):
     prepared = case.prepare()
     timing = beside(prepared.call, prepared.yardstick, KERNEL_ROUNDS)
     if timing is not None:
-        add_row(**vars(prepared.row(*timing)))
+        add_row(**vars(prepared.row(timing.seconds, timing.ratio)))

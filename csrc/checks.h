@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/cyclic.h"
+#include "core/limits.h"
 #include "core/random.h"
 
 namespace draco {
@@ -22,10 +23,6 @@ namespace draco {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kMostWorkers = 32767;  // kernels count them in 16 bits, with a byte of shared memory for each
-constexpr int64_t kMostGroup = 511;      // members that a vote can count
-constexpr int64_t kMostLength = int64_t{1} << 60;  // more than any memory holds; arithmetic on it cannot overflow
 
 inline void check_matrix(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", t.dim());
@@ -53,8 +50,8 @@ inline void check_groups(const char* op, const Tensor& messages, const std::vect
                   messages.size(0));
   int64_t workers = 0;
   for (const int64_t size : group_sizes) {
-    STD_TORCH_CHECK(size > 0 && size <= kMostGroup && adversaries >= 0 && adversaries <= (size - 1) / 2, op,
-                    ": group sizes must be from 2 * adversaries + 1 to ", kMostGroup, ", got ", size);
+    STD_TORCH_CHECK(size > 0 && size <= kMostGroupMembers && adversaries >= 0 && adversaries <= (size - 1) / 2, op,
+                    ": group sizes must be from 2 * adversaries + 1 to ", kMostGroupMembers, ", got ", size);
     workers += size;
   }
   STD_TORCH_CHECK(!group_sizes.empty() && workers == messages.size(0), op, ": group_sizes must add up to the ",

@@ -6,6 +6,8 @@
 #include <string>
 
 #include "core/cyclic.h"
+#include "core/limits.h"
+#include "core/locator/search.h"
 #include "core/noise.h"
 #include "core/random.h"
 #include "cpu/kernels.h"
@@ -34,8 +36,9 @@ py::dict build_info() {
 }
 
 void check(int workers, int adversaries) {
-  if (adversaries < 0 || workers < 2 * adversaries + 1 || workers > 32767)
-    throw py::value_error("needs 0 <= adversaries and 2 * adversaries + 1 <= workers <= 32767");
+  if (adversaries < 0 || workers < 2 * adversaries + 1 || workers > draco::kMostWorkers)
+    throw py::value_error("needs 0 <= adversaries and 2 * adversaries + 1 <= workers <= " +
+                          std::to_string(draco::kMostWorkers));
 }
 
 py::array_t<std::complex<double>> nodes(int workers) {
@@ -78,10 +81,15 @@ double tolerance(int workers, int adversaries, bool float64) {
 
 PYBIND11_MODULE(_C, m) {
   m.attr("TILE") = draco::kTile;
+  m.attr("FEW_TILES") = draco::kFewTiles;
+  m.attr("MOST_PROJECTIONS") = draco::kMostProjections;
+  m.attr("FEWEST_PROJECTIONS") = draco::kFewestProjections;
+  m.attr("PROJECTION_SCALE") = draco::kWeightPower;
+  m.attr("MOST_WORKERS") = draco::kMostWorkers;
+  m.attr("MOST_GROUP_MEMBERS") = draco::kMostGroupMembers;
   m.def("build_info", &build_info, "Compiler, instruction set in use, CUDA and the torch this was built against.");
   m.def("cyclic_nodes", &nodes, py::arg("workers"));
   m.def("cyclic_supports", &supports, py::arg("workers"), py::arg("adversaries"));
-  m.attr("PROJECTION_SCALE") = draco::kWeightPower;
   m.def("cyclic_tolerance", &tolerance, py::arg("workers"), py::arg("adversaries"), py::arg("float64"),
         "By how much a check may miss, relative to the reference norm: root mean square over the checks.");
   m.def("cyclic_weights", &weights, py::arg("workers"), py::arg("adversaries"));

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from draco_ext._extension import _C
 
-MOST_WORKERS = 32767
+MOST_WORKERS: int = _C.MOST_WORKERS
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -1,4 +1,4 @@
-// Small dense linear algebra over complex numbers for a team of threads (core/team.h), and the scratch it works on.
+// Small dense linear algebra over complex numbers for a team of threads (core/team.h).
 // Matrices are stored by columns. All of it is double; nothing is allocated.
 #pragma once
 
@@ -10,23 +10,16 @@
 namespace draco {
 namespace {
 
-// Cuts scratch into arrays; without scratch it only counts the bytes.
-struct Arena {
-  unsigned char* scratch;
-  int64_t used;
-
-  DRACO_MEMBER explicit Arena(unsigned char* scratch_) : scratch(scratch_), used(0) {}
-  template <typename T>
-  DRACO_MEMBER T* take(int64_t count) {
-    T* taken = scratch == nullptr ? nullptr : reinterpret_cast<T*>(scratch + used);
-    used += (count * sizeof(T) + 15) / 16 * 16;
-    return taken;
-  }
-};
-
 DRACO_HD Complex quotient(Complex a, Complex b) {
   const double size = norm2(b);
   return size > 0 ? (1 / size) * (a * conj(b)) : Complex{0, 0};
+}
+
+// polynomial[0] + polynomial[1] x + ... + polynomial[degree] x^degree.
+DRACO_HD Complex evaluate(const Complex* polynomial, int degree, Complex x) {
+  Complex value = polynomial[degree];
+  for (int m = degree - 1; m >= 0; --m) value = value * x + polynomial[m];
+  return value;
 }
 
 // sum of conj(x_m) y_m. For one warp.

@@ -1,5 +1,6 @@
-// Host and device alike; no torch, no allocation. Everything in core/ has internal linkage on purpose: kernels.cpp is
-// compiled once per instruction set, and the linker must never merge an AVX-512 copy of a function into the baseline.
+// Host and device alike; no torch, no allocation. Everything in core/ has internal linkage on purpose:
+// cpu/kernels/*.cpp are compiled once per instruction set, and the linker must never merge an AVX-512 copy of a
+// function into the baseline.
 #pragma once
 
 #include <cstddef>

@@ -7,14 +7,16 @@
 #include "core/common.h"
 
 namespace draco {
-namespace {
 
+// Types have no code that the linker could merge; files of a set of kernels share them (cpu/kernels/set.h).
 struct Half {
   uint16_t bits;
 };
 struct BFloat16 {
   uint16_t bits;
 };
+
+namespace {
 
 DRACO_HD float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "core/locator.h"
 #include "core/random.h"
+#include "core/team.h"
 
 namespace draco {
 
@@ -23,9 +23,9 @@ constexpr double kLeastNoise64 = 1e-60, kLeastNoise32 = 2e-43;
 constexpr double kBeyondDoubt = 0x1p200;
 constexpr double kMostNoise = 0x1p1000;  // of a tolerance without bounds
 
-// Root mean square of an honest check in units of rounding; python_tests/kernels/test_cyclic.py::test_noise_model measures it.
-// float32: a message is rounded once, and a projection sums up to 16 terms before going to double: about 1.2. float64:
-// dominated by the checks' own n terms: 1 to 8 for n = 3 .. 255. The model stays above both.
+// Root mean square of an honest check in units of rounding; python_tests/kernels/test_cyclic.py::test_noise_model
+// measures it. float32: a message is rounded once, and a projection sums up to 16 terms before going to double:
+// about 1.2. float64: dominated by the checks' own n terms: 1 to 8 for n = 3 .. 255. The model stays above both.
 DRACO_HD NoiseModel noise_model(bool is_double, int workers, double atol, double rtol) {
   const double rounding = is_double ? 1.1102230246251565e-16 * sqrt(36.0 + workers) : 5.9604644775390625e-8 * 2;
   const double least = is_double ? kLeastNoise64 : kLeastNoise32;

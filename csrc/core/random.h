@@ -12,12 +12,12 @@
 namespace draco {
 namespace {
 
-constexpr int kMostProjections = 4;  // words of one Philox block
-constexpr int kLanes = 16;           // partial sums per projection, in which real columns of a chunk take turns
-constexpr int kBlock = 256;          // columns that are summed in the messages' own precision before going to double
-constexpr int kChunk = 1024;         // columns that share the table phi
+constexpr int kMostProjections = 4, kFewestProjections = 2;  // of a tile; at most the words of one Philox block
+constexpr int kLanes = 16;    // partial sums per projection, in which real columns of a chunk take turns
+constexpr int kBlock = 256;   // columns that are summed in the messages' own precision before going to double
+constexpr int kChunk = 1024;  // columns of the smallest chunk: they share the table phi
 constexpr int kChunkPairs = kChunk / 2;
-constexpr int64_t kTile = 32768;            // columns of one tile: one noise floor, kProjections projections
+constexpr int64_t kTile = 32768;            // columns of one tile: one noise floor, projections_per_tile() projections
 constexpr double kWeightPower = 7.0 / 3.0;  // mean square of a number in +-[1, 2)
 // phi is made so much smaller that the projections of no finite message overflow: up to 64 terms are summed in the
 // messages' own precision.
@@ -29,7 +29,9 @@ DRACO_HD int64_t tile_count(int64_t length) { return (length + kTile - 1) / kTil
 // Independent projections of each tile. An error is overlooked when all of its tile's happen to fall below the noise:
 // that matters more where a tile is a large part of the message.
 constexpr int64_t kFewTiles = 4;
-DRACO_HD int projections_per_tile(int64_t length) { return length <= kFewTiles * kTile ? kMostProjections : 2; }
+DRACO_HD int projections_per_tile(int64_t length) {
+  return length <= kFewTiles * kTile ? kMostProjections : kFewestProjections;
+}
 
 struct Philox {
   uint32_t word[4];

@@ -37,5 +37,36 @@ struct Alone {
   }
 };
 
+// Write one value, a list, or a list without the entry at `left_out`. Collective.
+template <typename Team, typename T>
+DRACO_TEAM void put(const Team& team, T* to, T value) {
+  if (team.thread == 0) *to = value;
+  team.sync();
+}
+template <typename Team>
+DRACO_TEAM void copy(const Team& team, int* to, const int* from, int count) {
+  for (int l = team.thread; l < count; l += team.threads) to[l] = from[l];
+  team.sync();
+}
+template <typename Team>
+DRACO_TEAM void copy_without(const Team& team, int* to, const int* from, int count, int left_out) {
+  for (int l = team.thread; l < count; l += team.threads)
+    if (l != left_out) to[l - (l > left_out)] = from[l];
+  team.sync();
+}
+
+// Writes the workers in a mask to `members`; returns how many there are. Collective.
+template <typename Team>
+DRACO_TEAM int list(const Team& team, const uint8_t* mask, int workers, int* members) {
+  int count = 0;
+  for (int j = 0; j < workers; ++j) {
+    if (!mask[j]) continue;
+    if (team.thread == 0) members[count] = j;
+    ++count;
+  }
+  team.sync();
+  return count;
+}
+
 }  // namespace
 }  // namespace draco

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "core/arena.h"
 #include "cpu/floating_point.h"
 #include "cpu/kernels.h"
 
@@ -93,34 +94,36 @@ void parallel(int64_t count, int64_t grain, const F& f) {
   if (count > 0) in_mode(int64_t{0}, count);
 }
 
-// Memory of one thread for while it works on its tiles; not from its stack, which may be a small one. The first byte is
-// on a multiple of 64.
+// Memory of one thread for as long as it works; not from its stack, which may be a small one. The first byte is on a
+// multiple of 64. Not cleared: much of it may never be touched.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : bytes_(new unsigned char[bytes + 64]) {}
+  explicit Scratch(int64_t bytes) : size_(bytes), bytes_(new unsigned char[bytes + 64]) {}
   void* get() const {
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(bytes_.get()) + 63) & ~uintptr_t{63});
   }
+  Arena arena() const { return Arena(static_cast<unsigned char*>(get()), size_); }
 
  private:
+  int64_t size_;
   std::unique_ptr<unsigned char[]> bytes_;
 };
 
-constexpr int64_t kUnit = 64;  // columns: whole lines of the cache, whatever the dtype
+constexpr int64_t kAlignment = 64;  // columns: whole lines of the cache, whatever the dtype
 
-// f(begin, columns, scratch) for tiles of at most `tile` columns, whole units but for the last, as many for each of
-// torch's threads. Where tiles begin depends on the number of threads. `scratch` bytes, and as many more for each
-// column of a tile as `per_column`, are lent to a thread for one tile after the other.
+// f(begin, columns, scratch) for chunks of at most `most` columns, a multiple of `alignment` but for the last, as many
+// for each of torch's threads. Where chunks begin depends on the number of threads. `scratch` bytes, and as many more
+// for each column of a chunk as `per_column`, are lent to a thread for one chunk after the other.
 template <typename F>
-void for_each_tile(int64_t columns, int64_t tile, int64_t unit, int64_t scratch, int64_t per_column, const F& f) {
-  int64_t tiles = (columns + tile - 1) / tile, width = columns;
-  if (tiles > 1) {
+void for_each_chunk(int64_t columns, int64_t most, int64_t alignment, int64_t scratch, int64_t per_column, const F& f) {
+  int64_t chunks = (columns + most - 1) / most, width = columns;
+  if (chunks > 1) {
     const int64_t threads = torch::stable::get_num_threads();
-    tiles = (tiles + threads - 1) / threads * threads;
-    width = (columns + tiles * unit - 1) / (tiles * unit) * unit;
-    tiles = (columns + width - 1) / width;
+    chunks = (chunks + threads - 1) / threads * threads;
+    width = (columns + chunks * alignment - 1) / (chunks * alignment) * alignment;
+    chunks = (columns + width - 1) / width;
   }
-  parallel(tiles, 1, [&](int64_t first, int64_t last) {
+  parallel(chunks, 1, [&](int64_t first, int64_t last) {
     const Scratch lent(scratch + per_column * width);
     for (int64_t t = first; t < last; ++t) f(t * width, std::min(width, columns - t * width), lent.get());
   });

@@ -73,47 +73,47 @@ class Sweep {
       const bool left_out = weights != nullptr && weights[2 * j] == 0 && weights[2 * j + 1] == 0;
       (left_out ? others : added).push_back(j);
     }
-    // Pieces, which threads take, are smaller than tiles, which have projections: those of a piece are added up after.
+    // The chunks that threads take are smaller than tiles, which have projections: those of a chunk are added up after.
     const int per_tile = projections.per_tile;
-    const int64_t pieces = (end - begin + kPiece - 1) / kPiece, stride = pieces * per_tile;
-    std::vector<double> re(n * stride), im(n * stride), norm(n * pieces);
-    const auto piece = [&](int64_t p, T* total) {
-      const int64_t at = begin + p * kPiece, columns = std::min(kPiece, end - at);
-      float psi[kPiece / kChunk * kMostProjections];
+    const int64_t chunks = (end - begin + kSweepChunk - 1) / kSweepChunk, stride = chunks * per_tile;
+    std::vector<double> re(n * stride), im(n * stride), norm(n * chunks);
+    const auto sweep_chunk = [&](int64_t p, T* total) {
+      const int64_t at = begin + p * kSweepChunk, columns = std::min(kSweepChunk, end - at);
+      float psi[kSweepChunk / kChunk * kMostProjections];
       for (int64_t c = 0; c * kChunk < columns; ++c) {
         const Philox random = projection_psi(seed_, at / kChunk + c);
         for (int k = 0; k < kMostProjections; ++k) psi[c * kMostProjections + k] = signed_weight(random.word[k]);
       }
       std::vector<const T*> from(n);
       for (int64_t j = 0; j < n; ++j) from[j] = rows_[j] == nullptr ? nullptr : rows_[j] + at;
-      kernel.project(ProjectTile<T>{from.data(), weights, added.data(), static_cast<int>(added.size()), others.data(),
-                                    static_cast<int>(others.size()), columns, per_tile,
-                                    static_cast<const T*>(phi_.get()), psi, sum == nullptr ? nullptr : total,
-                                    re.data() + p * per_tile, im.data() + p * per_tile, stride, norm.data() + p,
-                                    pieces});
+      kernel.project(ProjectChunk<T>{from.data(), weights, added.data(), static_cast<int>(added.size()), others.data(),
+                                     static_cast<int>(others.size()), columns, per_tile,
+                                     static_cast<const T*>(phi_.get()), psi, sum == nullptr ? nullptr : total,
+                                     re.data() + p * per_tile, im.data() + p * per_tile, stride, norm.data() + p,
+                                     chunks});
       if (sum != nullptr)
         kernel.finish[static_cast<int>(dtype)](total, columns, divisor, is_large(length_ * sizeof(T)), sum + at);
     };
-    parallel(pieces, 1, [&](int64_t from, int64_t to) {
-      const Scratch total(sum == nullptr ? 0 : std::min(kPiece, end - begin) * sizeof(T));
-      for (int64_t p = from; p < to; ++p) piece(p, static_cast<T*>(total.get()));
+    parallel(chunks, 1, [&](int64_t from, int64_t to) {
+      const Scratch total(sum == nullptr ? 0 : std::min(kSweepChunk, end - begin) * sizeof(T));
+      for (int64_t p = from; p < to; ++p) sweep_chunk(p, static_cast<T*>(total.get()));
     });
     for (int64_t j = 0; j < n; ++j) {
-      for (int64_t p = 0; p < pieces; ++p) {
-        const int64_t tile = first + p / (kTile / kPiece);
+      for (int64_t p = 0; p < chunks; ++p) {
+        const int64_t tile = first + p / (kTile / kSweepChunk);
         for (int k = 0; k < per_tile; ++k) {
           projections.re[j * projections.columns + tile * per_tile + k] += re[j * stride + p * per_tile + k];
           projections.im[j * projections.columns + tile * per_tile + k] += im[j * stride + p * per_tile + k];
         }
         double& all = projections.norm[j * projections.tiles + tile];
-        all = hypotenuse(all, norm[j * pieces + p]);
+        all = hypotenuse(all, norm[j * chunks + p]);
       }
     }
   }
 
  private:
-  static constexpr int64_t kPiece = 8192;  // columns; their sum stays in the second-level cache
-  static_assert(kTile % kPiece == 0 && kPiece % kChunk == 0, "tiles are whole pieces, pieces whole chunks");
+  static constexpr int64_t kSweepChunk = 8192;  // columns; their sum stays in the second-level cache
+  static_assert(kTile % kSweepChunk == 0 && kSweepChunk % kChunk == 0, "the weights of a chunk and a tile begin anew");
 
   const std::vector<const T*>& rows_;
   int64_t length_;
@@ -121,7 +121,7 @@ class Sweep {
   Scratch phi_;  // on whole lines of the cache: every vector of it is loaded for every two rows
 };
 
-constexpr int64_t kCombineTile = 8192;  // columns
+constexpr int64_t kCombineChunk = 8192;  // columns
 
 // out = sum_j weights_j rows_j, divided by `divisor`, over the rows whose weight is not 0, or of all present rows where
 // there are no weights. To the last bit what Sweep::run makes of the same weights and divisor.
@@ -136,12 +136,12 @@ void combine(const std::vector<const T*>& rows, const double* weights, double di
   }
   const Kernels& kernel = kernels();
   const Dtype dtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
-  for_each_tile(length, kCombineTile, kUnit, 0, sizeof(T), [&](int64_t begin, int64_t columns, void* lent) {
+  for_each_chunk(length, kCombineChunk, kAlignment, 0, sizeof(T), [&](int64_t begin, int64_t columns, void* lent) {
     std::vector<const T*> at(used.size());
     for (size_t j = 0; j < used.size(); ++j) at[j] = used[j] + begin;
     auto* sum = static_cast<T*>(lent);
-    kernel.weighted_sum(WeightedSumTile<T>{at.data(), weights == nullptr ? nullptr : factor.data(),
-                                           static_cast<int>(used.size()), columns, sum});
+    kernel.weighted_sum(WeightedSumChunk<T>{at.data(), weights == nullptr ? nullptr : factor.data(),
+                                            static_cast<int>(used.size()), columns, sum});
     kernel.finish[static_cast<int>(dtype)](sum, columns, divisor, is_large(length * sizeof(T)), out + begin);
   });
 }

@@ -9,17 +9,17 @@
 namespace draco {
 namespace {
 
-constexpr int64_t kEncodeTile = 8192;  // columns
+constexpr int64_t kEncodeChunk = 8192;  // columns
 
 template <typename T>
 void encode(const std::vector<const T*>& gradients, const std::vector<EncodingWeight>& weights, int64_t length,
             T* message, T* carry, bool add, bool real) {
   const Kernels& kernel = kernels();
-  for_each_tile(length, kEncodeTile, kUnit, 0, 0, [&](int64_t begin, int64_t columns, void*) {
+  for_each_chunk(length, kEncodeChunk, kAlignment, 0, 0, [&](int64_t begin, int64_t columns, void*) {
     std::vector<const T*> at(gradients.size());
     for (size_t i = 0; i < gradients.size(); ++i) at[i] = gradients[i] + begin;
-    kernel.encode(EncodeTile<T>{at.data(), weights.data(), static_cast<int>(at.size()), columns, message + begin,
-                                carry == nullptr ? nullptr : carry + begin, add, real});
+    kernel.encode(EncodeChunk<T>{at.data(), weights.data(), static_cast<int>(at.size()), columns, message + begin,
+                                 carry == nullptr ? nullptr : carry + begin, add, real});
   });
 }
 

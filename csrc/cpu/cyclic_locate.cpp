@@ -65,8 +65,7 @@ Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& miss
       projections.im[j * columns + c] *= scale;
     }
   }
-  // Not value-initialised: most of the scratch is only touched when there is something to find.
-  const std::unique_ptr<unsigned char[]> scratch(new unsigned char[Locator<Alone>::scratch_bytes(n, adversaries)]);
+  const Scratch scratch(Locator<Alone>::scratch_bytes(n, adversaries));
   std::vector<uint8_t> hint(n, 0);
   int hinted = 0;
   for (int j = 0; j < n && early != nullptr && !early->failed; ++j) {
@@ -91,7 +90,7 @@ Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& miss
                           end - begin, out + begin);
     });
   };
-  Locator<Alone> locator(Alone(), input, scratch.get());
+  Locator<Alone> locator(Alone(), input, scratch.arena());
   std::vector<uint8_t> left_out(n);
   verdict.failed = !locator.locate(energy, per_column.data(), left_out.data(), verdict.suspects.data());
   if (verdict.failed) {
@@ -103,13 +102,11 @@ Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& miss
 }
 
 std::vector<double> decoding_weights(int workers, int adversaries, const std::vector<uint8_t>& erased, double factor) {
-  const std::unique_ptr<unsigned char[]> scratch(
-      new unsigned char[Locator<Alone>::scratch_bytes(workers, adversaries)]);
-  LocatorInput input{};
-  input.workers = workers;
-  input.adversaries = adversaries;
+  const Scratch scratch(Parity<Alone>::scratch_bytes(workers, adversaries));
+  Arena arena = scratch.arena();
   std::vector<Complex> weights(workers);
-  Locator<Alone>(Alone(), input, scratch.get()).weights(erased.data(), factor, weights.data());
+  Parity<Alone>(Alone(), workers, adversaries, ParityArrays(arena, workers, adversaries))
+      .weights(erased.data(), factor, weights.data());
   std::vector<double> pairs;
   for (const Complex& weight : weights) pairs.insert(pairs.end(), {weight.re, weight.im});
   return pairs;

@@ -8,7 +8,7 @@
 namespace draco {
 namespace {
 
-constexpr int64_t kDigestTile = 16 * kDigestBlock;  // bytes that a thread takes at once
+constexpr int64_t kDigestTaken = 16 * kDigestBlock;  // bytes that a thread takes at once
 
 struct alignas(64) Key {
   uint32_t word[kDigestKey];
@@ -31,7 +31,7 @@ Tensor digest(const Tensor& values, int64_t seed_bits) {
 
   const Kernels& kernel = kernels();
   std::atomic<uint64_t> total[kDigestSums] = {};
-  for_each_tile(bytes, kDigestTile, kDigestBlock, 0, 0, [&](int64_t begin, int64_t count, void*) {
+  for_each_chunk(bytes, kDigestTaken, kDigestBlock, 0, 0, [&](int64_t begin, int64_t count, void*) {
     uint64_t own[kDigestSums] = {};
     for (int64_t at = begin; at < begin + count; at += kDigestBlock) {
       uint64_t sums[kDigestSums] = {};

@@ -12,16 +12,24 @@
 namespace draco {
 
 #ifdef DRACO_HAVE_BASELINE
-extern const Kernels kKernels_baseline;
+namespace baseline {
+extern const Kernels kTable;
+}
 #endif
 #ifdef DRACO_HAVE_NEON
-extern const Kernels kKernels_neon;
+namespace neon {
+extern const Kernels kTable;
+}
 #endif
 #ifdef DRACO_HAVE_AVX2
-extern const Kernels kKernels_avx2;
+namespace avx2 {
+extern const Kernels kTable;
+}
 #endif
 #ifdef DRACO_HAVE_AVX512
-extern const Kernels kKernels_avx512;
+namespace avx512 {
+extern const Kernels kTable;
+}
 #endif
 
 namespace {
@@ -40,18 +48,18 @@ namespace {
 const Kernels& choose() {
   std::vector<const Kernels*> usable;
 #ifdef DRACO_HAVE_BASELINE
-  usable.push_back(&kKernels_baseline);
+  usable.push_back(&baseline::kTable);
 #endif
 #ifdef DRACO_HAVE_NEON
-  usable.push_back(&kKernels_neon);
+  usable.push_back(&neon::kTable);
 #endif
 #ifdef DRACO_HAVE_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) usable.push_back(&kKernels_avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) usable.push_back(&avx2::kTable);
 #endif
 #ifdef DRACO_HAVE_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && has_f16c())
-    usable.push_back(&kKernels_avx512);
+    usable.push_back(&avx512::kTable);
 #endif
   const char* wish = std::getenv("DRACO_ISA");
   if (wish == nullptr || *wish == '\0') return *usable.back();

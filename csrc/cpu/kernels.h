@@ -1,6 +1,6 @@
-// The CPU loops, one set per instruction set. kernels.cpp is compiled once for each with its own flags; dispatch.cpp
-// chooses. Loops work on one tile of columns and one thread; cutting into tiles, threads and checks are the ops'
-// business.
+// The CPU loops, one set per instruction set. kernels/*.cpp are compiled once for each with its own flags;
+// dispatch.cpp chooses. Loops work on one chunk of the columns, on one thread; chunks, threads and checks are
+// the ops' business.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,8 @@ enum class Dtype : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 // Votes among the present members of one group over `columns` columns.
 // Moves: members x columns elements read; the sum, which stays in cache, read and written.
-struct VoteTile {
-  const void* const* rows;  // one pointer per present member, at the tile's first column
+struct VoteChunk {
+  const void* const* rows;  // one pointer per present member, at the chunk's first column
   int members;
   int64_t columns;
   bool tolerant;
@@ -31,7 +31,7 @@ constexpr int64_t kVoteScratch = 200;
 // sum[c] = sum over rows of weight[row] * rows[row][c], on pairs of columns as complex numbers; `columns` is even.
 // Moves: rows x columns elements read; the sum written once per four rows, in cache.
 template <typename T>
-struct WeightedSumTile {
+struct WeightedSumChunk {
   const T* const* rows;
   const double* weights;  // (rows, 2): real and imaginary parts; or nullptr: all are 1
   int count;
@@ -42,7 +42,7 @@ struct WeightedSumTile {
 // message[c] = the sum over rows of weight[row] * rows[row][c], as above, in about twice T's precision, rounded once.
 // Moves: rows x columns elements read, the message written; with a carry that as well.
 template <typename T>
-struct EncodeTile {
+struct EncodeChunk {
   const T* const* rows;
   const EncodingWeight* weights;
   int count;
@@ -53,10 +53,11 @@ struct EncodeTile {
   bool real;  // the weights of all parts of the code are real
 };
 
-// Projects rows on random weights and, in the same sweep, adds them up. `columns` is even; the tile begins a chunk.
+// Projects rows on random weights and, in the same sweep, adds them up. `columns` is even; they begin with kChunk
+// columns that share the table phi.
 // Moves: rows x columns elements read; the table phi and the sum stay in cache.
 template <typename T>
-struct ProjectTile {
+struct ProjectChunk {
   const T* const* rows;
   const double* weights;  // (rows, 2) as above, or nullptr: all are 1
   const int* added;       // rows that are projected and, where there is a sum, added to it
@@ -64,9 +65,9 @@ struct ProjectTile {
   const int* others;  // rows that are only projected
   int others_count;
   int64_t columns;
-  int projections;   // 2 or 4
+  int projections;   // kFewestProjections or kMostProjections
   const T* phi;      // (kMostProjections, kChunk), every pair's weight stored twice
-  const float* psi;  // (chunks of the tile, kMostProjections)
+  const float* psi;  // (columns / kChunk, kMostProjections)
   T* sum;            // nullptr: only project
   double* re;        // (rows, stride): projection k goes to column k
   double* im;
@@ -77,15 +78,15 @@ struct ProjectTile {
 
 struct Kernels {
   const char* name;
-  void (*vote[4])(const VoteTile&);  // by Dtype
+  void (*vote[4])(const VoteChunk&);  // by Dtype
   // out = sum / divisor, past the caches where the result is a large one.
   void (*finish[4])(const void* sum, int64_t columns, double divisor, bool large, void* out);
-  void (*weighted_sum_f32)(const WeightedSumTile<float>&);
-  void (*weighted_sum_f64)(const WeightedSumTile<double>&);
-  void (*encode_f32)(const EncodeTile<float>&);
-  void (*encode_f64)(const EncodeTile<double>&);
-  void (*project_f32)(const ProjectTile<float>&);
-  void (*project_f64)(const ProjectTile<double>&);
+  void (*weighted_sum_f32)(const WeightedSumChunk<float>&);
+  void (*weighted_sum_f64)(const WeightedSumChunk<double>&);
+  void (*encode_f32)(const EncodeChunk<float>&);
+  void (*encode_f64)(const EncodeChunk<double>&);
+  void (*project_f32)(const ProjectChunk<float>&);
+  void (*project_f64)(const ProjectChunk<double>&);
   // energy[c] = sum over the `checks` rows of |check * P|^2 in column c; P is (workers, stride), real and imaginary
   // parts apart, check is (checks, workers).
   void (*check_energy)(const Complex* check, int checks, int workers, const double* re, const double* im,
@@ -93,12 +94,12 @@ struct Kernels {
   // Adds the four sums of the bytes of one block of a digest (core/digest.h) to `sums`; bytes > 0.
   void (*digest)(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums);
 
-  void weighted_sum(const WeightedSumTile<float>& tile) const { weighted_sum_f32(tile); }
-  void weighted_sum(const WeightedSumTile<double>& tile) const { weighted_sum_f64(tile); }
-  void encode(const EncodeTile<float>& tile) const { encode_f32(tile); }
-  void encode(const EncodeTile<double>& tile) const { encode_f64(tile); }
-  void project(const ProjectTile<float>& tile) const { project_f32(tile); }
-  void project(const ProjectTile<double>& tile) const { project_f64(tile); }
+  void weighted_sum(const WeightedSumChunk<float>& chunk) const { weighted_sum_f32(chunk); }
+  void weighted_sum(const WeightedSumChunk<double>& chunk) const { weighted_sum_f64(chunk); }
+  void encode(const EncodeChunk<float>& chunk) const { encode_f32(chunk); }
+  void encode(const EncodeChunk<double>& chunk) const { encode_f64(chunk); }
+  void project(const ProjectChunk<float>& chunk) const { project_f32(chunk); }
+  void project(const ProjectChunk<double>& chunk) const { project_f64(chunk); }
 };
 
 // The set for this machine, or the one that DRACO_ISA names; chosen once.

@@ -6,7 +6,7 @@
 namespace draco {
 namespace {
 
-constexpr int64_t kVoteTile = 16384;  // columns; the sum of a tile stays in the second-level cache
+constexpr int64_t kVoteChunk = 16384;  // columns; the sum of a chunk stays in the second-level cache
 
 template <typename T>
 void fill_nan(Tensor& out) {
@@ -40,25 +40,25 @@ std::tuple<Tensor, Tensor, Tensor> vote(const Tensor& messages, const std::vecto
     const Kernels& kernel = kernels();
     const int64_t most = *std::max_element(group_sizes.begin(), group_sizes.end());
     const int64_t votes = (most * kVoteScratch + 63) / 64 * 64, per_column = groups == 1 ? 0 : sizeof(Sum);
-    for_each_tile(d, kVoteTile, kUnit, votes, per_column, [&](int64_t begin, int64_t columns, void* lent) {
+    for_each_chunk(d, kVoteChunk, kAlignment, votes, per_column, [&](int64_t begin, int64_t columns, void* lent) {
       std::vector<const void*> rows(member.size());
       for (size_t i = 0; i < member.size(); ++i) rows[i] = row_pointer<T>(messages, member[i]) + begin;
       std::vector<uint8_t> local(member.size(), 0);
       auto* sum = reinterpret_cast<Sum*>(static_cast<unsigned char*>(lent) + votes);
-      VoteTile tile{};
-      tile.columns = columns;
-      tile.tolerant = atol > 0 || rtol > 0;
-      tile.atol = atol;
-      tile.rtol = rtol;
-      tile.winner = out + begin;
-      tile.sum = groups == 1 ? nullptr : sum;
-      tile.scratch = lent;
+      VoteChunk chunk{};
+      chunk.columns = columns;
+      chunk.tolerant = atol > 0 || rtol > 0;
+      chunk.atol = atol;
+      chunk.rtol = rtol;
+      chunk.winner = out + begin;
+      chunk.sum = groups == 1 ? nullptr : sum;
+      chunk.scratch = lent;
       for (int64_t g = 0; g < groups; ++g) {
-        tile.rows = rows.data() + group_begin[g];
-        tile.members = static_cast<int>(group_begin[g + 1] - group_begin[g]);
-        tile.first = g == 0;
-        tile.differs = local.data() + group_begin[g];
-        kernel.vote[static_cast<int>(dtype)](tile);
+        chunk.rows = rows.data() + group_begin[g];
+        chunk.members = static_cast<int>(group_begin[g + 1] - group_begin[g]);
+        chunk.first = g == 0;
+        chunk.differs = local.data() + group_begin[g];
+        kernel.vote[static_cast<int>(dtype)](chunk);
       }
       if (groups > 1)
         kernel.finish[static_cast<int>(dtype)](sum, columns, mean ? static_cast<double>(groups) : 1.0,

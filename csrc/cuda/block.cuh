@@ -1,7 +1,7 @@
 // A block of threads as a team (core/team.h).
 #pragma once
 
-#include "cuda/common.cuh"
+#include "cuda/reduce.cuh"
 
 namespace draco {
 namespace {
@@ -21,43 +21,28 @@ struct Block {
   __device__ __forceinline__ void sync_warp() const { __syncwarp(); }
   __device__ __forceinline__ bool any(bool x) const { return __syncthreads_or(x); }
 
-  // In a butterfly both lanes of a pair add the same two numbers: all lanes end with the same bits.
-  __device__ __forceinline__ double sum(double x) const {
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
-    return x;
-  }
-  __device__ __forceinline__ Complex sum(Complex x) const { return {sum(x.re), sum(x.im)}; }
-  __device__ __forceinline__ double largest(double x) const {
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-      const double other = __shfl_xor_sync(kAllLanes, x, distance);
-      x = other > x ? other : x;
-    }
-    return x;
-  }
+  __device__ __forceinline__ double sum(double x) const { return sum_of_lanes(x); }
+  __device__ __forceinline__ Complex sum(Complex x) const { return sum_of_lanes(x); }
+  __device__ __forceinline__ double largest(double x) const { return largest_of_lanes(x); }
 
   template <typename Value>
   __device__ __forceinline__ int64_t argmin(int64_t count, Value&& value) const {
-    int64_t best = -1;
-    double smallest = 0;
-    const auto consider = [&](int64_t i, double x) {
-      if (i < 0 || x != x) return;
-      if (best >= 0 && (x > smallest || (x == smallest && i > best))) return;
-      best = i;
-      smallest = x;
+    const auto smaller = [](Indexed own, Indexed other) {
+      if (other.index < 0 || other.value != other.value) return own;
+      if (own.index < 0 || other.value < own.value) return other;
+      return other.value == own.value && other.index < own.index ? other : own;
     };
-    for (int64_t i = thread; i < count; i += threads) consider(i, value(i));
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-      const int64_t other = __shfl_xor_sync(kAllLanes, best, distance);
-      consider(other, __shfl_xor_sync(kAllLanes, smallest, distance));
-    }
+    Indexed best{0, -1};
+    for (int64_t i = thread; i < count; i += threads) best = smaller(best, {value(i), i});
+    best = reduce_lanes(best, smaller);
     if (lane == 0) {
-      least[warp] = smallest;
-      index[warp] = best;
+      least[warp] = best.value;
+      index[warp] = best.index;
     }
     __syncthreads();
-    for (int w = 0; w < warps; ++w) consider(index[w], least[w]);
+    for (int w = 0; w < warps; ++w) best = smaller(best, {least[w], index[w]});
     __syncthreads();
-    return best;
+    return best.index;
   }
 };
 

@@ -1,6 +1,7 @@
 // What the kernels share: 16-byte accesses and the last block of a grid.
 #pragma once
 
+#include "core/arena.h"
 #include "core/common.h"
 #include "torch_compat.h"
 
@@ -78,6 +79,17 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Bytes on the tensor's device.
 inline Tensor new_scratch(const Tensor& like, int64_t bytes) {
   return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+// The same, for the arrays that `place` takes of an arena: first to count them, then to have them.
+template <typename Place>
+Tensor new_arena(const Tensor& like, Place&& place) {
+  Arena count;
+  place(count);
+  Tensor scratch = new_scratch(like, count.needed());
+  Arena arena(static_cast<unsigned char*>(scratch.data_ptr()), count.needed());
+  place(arena);
+  return scratch;
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // What the cyclic code's CUDA ops launch of each other.
 #pragma once
 
+#include "core/arena.h"
 #include "core/half.h"
 #include "core/noise.h"
 #include "core/random.h"
@@ -81,14 +82,15 @@ struct Search {
   uint8_t* failed;                   // ()
   uint8_t* not_in_result = nullptr;  // (n,), or nullptr: left out of the gradient, suspects included, missing not
   DecodeState* state;
-  // Carved out of scratch by place_search().
+  // From place_search().
   double *noise, *per_column;                                 // (columns,)
   double* scale;                                              // (tiles,): what the projections were multiplied with
   Complex* checks;                                            // (2s, n)
   uint8_t *missing, *left_out, *nonfinite, *erased, *beyond;  // (n,)
-  unsigned char* arena;
+  unsigned char* arena;                                       // the locator's scratch
+  int64_t arena_bytes;
 };
-int64_t place_search(Search& search, unsigned char* scratch);
+void place_search(Search& search, Arena& arena);
 // Seed, masks, the first sweep's weights (where asked for) and the checks without the missing. One block.
 void begin_search(const Device& device, const Search& search, Mask missing, Mask expected, bool weigh,
                   std::optional<int64_t> seed);

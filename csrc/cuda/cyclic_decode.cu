@@ -38,20 +38,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages,
   search.not_in_result = static_cast<uint8_t*>(left_out.data_ptr());
   search.partials = partials_of(device, columns);
 
-  const int64_t own = place_search(search, nullptr);
-  Arena sizes(nullptr);
   const auto place = [&](Arena& arena) {
+    place_search(search, arena);
     search.weights = arena.take<Complex>(n);
     search.projections = arena.take<Complex>(n * search.tiles * search.per_tile);
     search.norms = arena.take<double>(n * search.tiles);
     search.partials.sums = arena.take<double>(search.partials.groups * n * slots(search.per_tile));
   };
-  place(sizes);
-  Tensor scratch = new_scratch(messages, own + sizes.used);
-  auto* bytes = static_cast<unsigned char*>(scratch.data_ptr());
-  place_search(search, bytes);
-  Arena arena(bytes + own);
-  place(arena);
+  const Tensor scratch = new_arena(messages, place);
 
   // Without masks all count alike; with masks only the device knows.
   const bool weigh = missing.has_value() || expected.has_value();

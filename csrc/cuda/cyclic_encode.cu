@@ -3,7 +3,7 @@
 //   encode   256 threads a block, 16 bytes of each row a thread and step, at most 32 blocks per multiprocessor. Reads
 //            every row once, (count x d elements), writes d; with a carry reads 2 d more and writes d more. More than
 //            64 rows take several launches, between which the sum waits in the message and a carry.
-#include "cuda/common.cuh"
+#include "cuda/reduce.cuh"
 
 namespace draco {
 namespace {
@@ -27,7 +27,7 @@ struct Encode {
   int64_t columns;  // of both: the length, made even
 };
 
-// A sum before it is rounded, as in cpu/kernels.cpp.
+// A sum before it is rounded, as in cpu/kernels/encode.cpp.
 template <typename T>
 struct Encoded;
 
@@ -100,17 +100,6 @@ DRACO_DEVICE void add_up(const Encode<T>& encode, const Parts& parts, int64_t co
   }
 }
 
-// The largest of a number of the threads that have kCancelBlock columns together.
-template <typename T>
-DRACO_DEVICE double largest_of_block(double x) {
-#pragma unroll
-  for (int distance = kCancelBlock / Vector<T>::kCount / 2; distance > 0; distance /= 2) {
-    const double other = __shfl_xor_sync(kAllLanes, x, distance);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kEncodeThreads)
     encode_kernel(const __grid_constant__ Encode<T> encode, const __grid_constant__ Parts parts, bool aligned) {
@@ -133,7 +122,8 @@ __global__ void __launch_bounds__(kEncodeThreads)
       largest = size > largest ? size : largest;
       term = own > term ? own : term;
     }
-    const bool cancelled = largest_of_block<T>(largest) < encode.cancelling * largest_of_block<T>(term);
+    constexpr int kTogether = kCancelBlock / kCount;  // threads that have so many columns
+    const bool cancelled = largest_of_lanes(largest, kTogether) < encode.cancelling * largest_of_lanes(term, kTogether);
     Vector<T> message, carry;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {

@@ -33,6 +33,11 @@ DRACO_DEVICE LocatorInput locator_input(const Search& search) {
           columns,        search.noise,       search.missing, search.nonfinite, nullptr};
 }
 
+DRACO_DEVICE Parity<Block> parity_of(const Block& team, const Search& search) {
+  Arena arena(search.arena, search.arena_bytes);
+  return {team, search.workers, search.adversaries, ParityArrays(arena, search.workers, search.adversaries)};
+}
+
 // What the decoding weights are multiplied with. Who is left out decides the bits of a result: with nobody left out the
 // plain sum is divided (`divided`), otherwise the weights are.
 DRACO_DEVICE double factor(const Search& search, const uint8_t* erased, bool divided) {
@@ -72,9 +77,9 @@ __global__ void __launch_bounds__(kTeamThreads) begin_kernel(const __grid_consta
     for (int j = team.thread; begin.weigh && j < n; j += team.threads) search.weights[j] = {0, 0};
     return;
   }
-  Locator<Block> locator(team, locator_input(search), search.arena);
-  if (begin.weigh) locator.weights(search.left_out, factor(search, search.left_out, true), search.weights);
-  locator.checks_without(search.missing, search.checks);
+  Parity<Block> parity = parity_of(team, search);
+  if (begin.weigh) parity.weights(search.left_out, factor(search, search.left_out, true), search.weights);
+  parity.write_checks(search.missing, search.checks);
 }
 
 // Energies of some columns under the checks. Few columns: some lanes share one. Collective.
@@ -102,7 +107,7 @@ DRACO_TEAM_CALL void energies(const Block& team, const Search& search, const Com
 #pragma unroll
       for (int t = 0; t < kTogether; ++t) total += m + t < checks ? norm2(sum[t]) : 0;
     }
-    for (int distance = share / 2; distance > 0; distance /= 2) total += __shfl_xor_sync(kAllLanes, total, distance);
+    total = sum_of_lanes(total, share);
     if (i < count && team.thread % share == 0) out[c] = total;
   }
   team.sync();
@@ -249,7 +254,7 @@ __global__ void __launch_bounds__(kTeamThreads) locate_kernel(const __grid_const
     if (!overflow && erase_nonfinite(team, search, absent, bad) < 0) {
       failed = true;
     } else if (!overflow) {
-      Locator<Block> locator(team, locator_input(search), search.arena);
+      Locator<Block> locator(team, locator_input(search), Arena(search.arena, search.arena_bytes));
       const auto energy = [&](const Complex* check, int checks, double* out) {
         energies(team, search, check, checks, 0, search.tiles * search.per_tile, out);
       };
@@ -272,7 +277,7 @@ __global__ void __launch_bounds__(kTeamThreads) locate_kernel(const __grid_const
     for (int j = team.thread; j < n; j += team.threads) search.weights[j] = {NAN, NAN};
   } else if (changed) {
     const double by = factor(search, search.erased, !search.always_weigh);
-    Locator<Block>(team, locator_input(search), search.arena).weights(search.erased, by, search.weights);
+    parity_of(team, search).weights(search.erased, by, search.weights);
     if (team.thread == 0) search.state->divisor = search.mean && by == 1 ? n : 1;
   }
   if (team.thread == 0) {
@@ -306,12 +311,12 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, cons
   search.failed = static_cast<uint8_t*>(failed.data_ptr());
   // Non-finite rows are cleared and the others scaled in place, so on copies.
   const int64_t columns = n * search.tiles * search.per_tile, tiles = n * search.tiles;
-  const int64_t own = place_search(search, nullptr);
-  Tensor scratch = new_scratch(projections, own + columns * sizeof(Complex) + tiles * sizeof(double));
-  auto* bytes = static_cast<unsigned char*>(scratch.data_ptr());
-  place_search(search, bytes);
-  search.projections = reinterpret_cast<Complex*>(bytes + own);
-  search.norms = reinterpret_cast<double*>(search.projections + columns);
+  const auto place = [&](Arena& arena) {
+    place_search(search, arena);
+    search.projections = arena.take<Complex>(columns);
+    search.norms = arena.take<double>(tiles);
+  };
+  const Tensor scratch = new_arena(projections, place);
   copy_on_device(device, projections.data_ptr(), search.projections, columns * sizeof(Complex));
   copy_on_device(device, norms.data_ptr(), search.norms, tiles * sizeof(double));
   begin_search(device, search, Mask(missing), Mask(std::nullopt), false, 0);
@@ -321,9 +326,8 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, cons
 
 }  // namespace
 
-int64_t place_search(Search& search, unsigned char* scratch) {
+void place_search(Search& search, Arena& arena) {
   const int64_t n = search.workers, columns = search.tiles * search.per_tile;
-  Arena arena(scratch);
   search.state = arena.take<DecodeState>(1);
   search.noise = arena.take<double>(columns);
   search.per_column = arena.take<double>(columns);
@@ -334,8 +338,8 @@ int64_t place_search(Search& search, unsigned char* scratch) {
   search.nonfinite = arena.take<uint8_t>(n);
   search.erased = arena.take<uint8_t>(n);
   search.beyond = arena.take<uint8_t>(n);
-  search.arena = arena.take<unsigned char>(Locator<Block>::scratch_bytes(search.workers, search.adversaries));
-  return arena.used;
+  search.arena_bytes = Locator<Block>::scratch_bytes(search.workers, search.adversaries);
+  search.arena = arena.take<unsigned char>(search.arena_bytes);
 }
 
 void begin_search(const Device& device, const Search& search, Mask missing, Mask expected, bool weigh,

@@ -8,6 +8,7 @@
 // Within a chunk a projection keeps 16 partial sums, of the columns c = i mod 16, in the messages' own precision (up to
 // 8 terms one after the other, then a tree over the lanes); from there on all is double.
 #include "cuda/gather.cuh"
+#include "cuda/reduce.cuh"
 
 namespace draco {
 namespace {
@@ -37,11 +38,6 @@ DRACO_DEVICE void halve(T* value, int distance) {
     const T kept = upper ? value[i + kValues / 2] : value[i], sent = upper ? value[i] : value[i + kValues / 2];
     value[i] = kept + __shfl_xor_sync(kAllLanes, sent, distance);
   }
-}
-
-DRACO_DEVICE double add_lanes(double x, int first_distance) {
-  for (int distance = first_distance; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
-  return x;
 }
 
 template <int kFloats>
@@ -101,10 +97,10 @@ DRACO_DEVICE void project_row(const T* row, int64_t left, const float* phi, cons
     const double small = kSmaller * weighted;
     if constexpr (sizeof(T) == 8) small_square += small * small;
   }
-  square = add_lanes(square, 16) / kProjections;
-  if constexpr (sizeof(T) == 8) small_square = add_lanes(small_square, 16) / kProjections;
-  part[0] = add_lanes(part[0], kLanesEach / 2);
-  if (!kPartByLane) part[1] = add_lanes(part[1], kLanesEach / 2);
+  square = sum_of_lanes(square) / kProjections;
+  if constexpr (sizeof(T) == 8) small_square = sum_of_lanes(small_square) / kProjections;
+  part[0] = sum_of_lanes(part[0], kLanesEach);
+  if (!kPartByLane) part[1] = sum_of_lanes(part[1], kLanesEach);
   if (lane % kLanesEach == 0) {
     double* to = slot + lane / kLanesEach * (kPartByLane ? 1 : 2);
 #pragma unroll
@@ -248,8 +244,10 @@ void sweep(const Device& device, const Tensor& messages, const Sweep& sweep, con
                             partials,
                             rows_aligned<T>(messages.data_ptr(), messages.stride(0), messages.size(0))};
     const bool most = projections_per_tile(length) == kMostProjections;
-    const auto kernel = sweep.weights == nullptr ? (most ? sweep_kernel<T, 4, false> : sweep_kernel<T, 2, false>)
-                                                 : (most ? sweep_kernel<T, 4, true> : sweep_kernel<T, 2, true>);
+    const auto kernel =
+        sweep.weights == nullptr
+            ? (most ? sweep_kernel<T, kMostProjections, false> : sweep_kernel<T, kFewestProjections, false>)
+            : (most ? sweep_kernel<T, kMostProjections, true> : sweep_kernel<T, kFewestProjections, true>);
     DRACO_LAUNCH(device, kernel, blocks, kSweepThreads, 0, args);
   });
 }

@@ -5,7 +5,7 @@
 //                  with a key of 19 KiB in shared memory. Reads d elements once; the last block writes 16 bytes.
 // Sums are of integers: the same whatever their order.
 #include "core/digest.h"
-#include "cuda/common.cuh"
+#include "cuda/reduce.cuh"
 
 namespace draco {
 namespace {
@@ -71,10 +71,8 @@ __global__ void __launch_bounds__(kDigestThreads) digest_kernel(const unsigned c
     }
 #pragma unroll
     for (int i = 0; i < kDigestSums; ++i) {
-#pragma unroll
-      for (int distance = kWarp / 2; distance > 0; distance /= 2)
-        sums[i] += __shfl_xor_sync(kAllLanes, sums[i], distance);
-      if (lane == 0) warp_sums[warp * kDigestSums + i] = sums[i];
+      const uint64_t sum = sum_of_lanes(sums[i]);
+      if (lane == 0) warp_sums[warp * kDigestSums + i] = sum;
     }
     __syncthreads();
     if (thread < kDigestSums) {

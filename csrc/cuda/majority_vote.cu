@@ -3,6 +3,7 @@
 //   vote         256 threads a block, 16 bytes of each row a thread and step, at most 32 blocks per multiprocessor.
 //                Reads n x d elements once, writes d (groups other than of 1, 3, 5, 7 read theirs again, from cache).
 //   vote_finish  NaN over the gradient where the vote failed: writes d elements then, otherwise nothing.
+#include "core/limits.h"
 #include "core/majority.h"
 #include "cuda/common.cuh"
 
@@ -81,7 +82,7 @@ DRACO_DEVICE Words majority(int members, Row&& row, const int* member, uint8_t* 
       if (difference != 0) differs[member[i]] = 1;
     }
   } else {
-    MajorityCounter<uint32_t, 8> counter[4];
+    MajorityCounter<uint32_t, kVotePlanes> counter[4];
 #pragma unroll
     for (int b = 0; b < 4; ++b) counter[b].start(members);
     for (int i = 0; i < members; ++i) {

@@ -26,7 +26,7 @@ run() { # folder, libraries, arguments of pytest
 
 tests=("$root"/python_tests/{unit/test_arguments,kernels/test_{ops,fuzz,concurrency,kernels,cyclic,repetition}}.py)
 some="test_arguments or every_call or every_kernel_once or (test_concurrency and not spawn) or (test_ops and opcheck)"
-some+=" or (reference and not kernels) or tiles or missing or overflow or different_size or large_parameters"
+some+=" or (reference and not test_kernels) or tiles or missing or overflow or different_size or large_parameters"
 [[ "${1:-}" == --all ]] && some="not leak"
 
 echo "== address, undefined"

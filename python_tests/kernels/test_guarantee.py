@@ -1,11 +1,11 @@
 """docs/guarantee.md, attacked: what s workers can do at worst who know the code, its decoder and all honest messages.
 
-They do not know the projections, which are drawn afterwards. HYPOTHESIS_PROFILE=long makes many times the trials.
+They do not know the projections, which are drawn afterwards. --long makes more trials, and
+--hypothesis-profile=thorough many times as many.
 """
 
 import itertools
 import math
-import os
 
 import numpy as np
 import pytest
@@ -15,7 +15,13 @@ from conftest import ATTACKS, attacked, honest_messages, named, relative_error
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode, ops, reference
 
-MANY = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+
+@pytest.fixture
+def trials(request):
+    """How many trials to make: one of three numbers."""
+    options = request.config
+    thorough = options.getoption("--hypothesis-profile") == "thorough"
+    return lambda quick, long, most: most if thorough else long if options.getoption("--long") else quick
 
 
 def random_gradients(code, d, dtype, generator):
@@ -44,15 +50,15 @@ def test_weights_amplify_no_more_than_the_bound_says():
             assert largest == sorted(largest)
 
 
-def test_small_ball():
+def test_small_ball(trials):
     """A sum with the projection's weights is small no more often than the bound assumes; near it for two elements."""
-    trials = 4000 if MANY else 800
+    seeds = trials(400, 800, 4000)
     for pattern in ({0: 1.0}, {0: 1.0, 2: -1.0}, {0: 1.0, 2: 1.0, 4: -1.0}, {2 * i: 1.0 for i in range(50)}):
         message = torch.zeros(1, 128)
         for place, value in pattern.items():
             message[0, place] = value
         norm = message.norm().item() * reference.PHI_SCALE[torch.float32]
-        sums = torch.stack([ops.cyclic_project(message, seed)[0].abs() for seed in range(trials)]).flatten()
+        sums = torch.stack([ops.cyclic_project(message, seed)[0].abs() for seed in range(seeds)]).flatten()
         for x in (0.1, 0.2, 0.3):
             share = (sums <= x * norm).double().mean().item()
             assert share <= 2 * x + 4 * math.sqrt(x / len(sums)), f"{pattern} {x}: {share}"
@@ -194,7 +200,7 @@ ADAPTIVE = [
     (15, 3, 1000),
     (64, 5, 1000),
     (64, 5, 2 * ops.TILE),
-    (64, 5, 5 * ops.TILE),
+    pytest.param(64, 5, 5 * ops.TILE, marks=pytest.mark.long),
     (100, 10, 300),
     (255, 8, 300),
 ]
@@ -202,9 +208,9 @@ ADAPTIVE = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("n", "s", "d"), ADAPTIVE)
-def test_adaptive_adversary(n, s, d, dtype, generator):
+def test_adaptive_adversary(n, s, d, dtype, trials, generator):
     search = Search(CyclicCode(n, s), d, dtype, generator.initial_seed())
-    search.run(steps=60 if MANY else 1 if n * d > 1e6 else 3)
+    search.run(steps=trials(1, 1 if n * d > 1e6 else 3, 60))
     told = (
         f"n={n} s={s} d={d} {dtype}: {search.decodes} decodes, worst error {search.worst:.1e}, "
         f"failed {search.failures}, honest accused {search.framed}"
@@ -220,12 +226,12 @@ def test_adaptive_adversary(n, s, d, dtype, generator):
 
 
 @pytest.mark.parametrize(("n", "s"), [(64, 3), (64, 5)])
-def test_neighbours_that_collude_have_no_honest_worker_named(n, s, generator):
+def test_neighbours_that_collude_have_no_honest_worker_named(n, s, trials, generator):
     """Their errors nearly cancel, so that other sets nearly explain them."""
     code, d, rng = CyclicCode(n, s), 1000, np.random.default_rng(generator.initial_seed())
     honest = honest_messages(code, random_gradients(code, d, torch.float32, generator))
     norm, some_named = honest[0].norm().item(), False
-    for trial in range(2000 if MANY else 200):
+    for trial in range(trials(200, 200, 2000)):
         first = int(rng.integers(n))
         bad = [(first + i) % n for i in range(s)]
         error = weak_direction(code, bad, ("most damage", "near-codeword", "weak")[trial % 3], rng)
@@ -261,12 +267,12 @@ def any_code(rng):
     return CyclicCode(n, s) if rng.integers(2) else RepetitionCode(n, s)
 
 
-def test_beyond_s_it_fails_or_is_right(generator):
-    """s+1 .. n-1 bad workers, each wrong in its own way. 100000 trials under the long profile."""
+def test_beyond_s_it_fails_or_is_right(trials, generator):
+    """s+1 .. n-1 bad workers, each wrong in its own way."""
     rng = np.random.default_rng(generator.initial_seed())
     told = {"right": 0, "failed": 0, "wrong": 0, "overflow": 0}
     alone = [name for name in ATTACKS if name not in ("collude", "constant", "zero", "nan", "inf", "low-bit")]
-    for _ in range(100_000 if MANY else 3000):
+    for _ in range(trials(1000, 3000, 100_000)):
         code = any_code(rng)
         gradients = random_gradients(code, 2 * int(rng.integers(1, 45)), torch.float32, generator)
         honest = honest_messages(code, gradients)
@@ -290,10 +296,10 @@ def test_beyond_s_it_fails_or_is_right(generator):
     assert told["failed"] > sum(told.values()) / 2, told
 
 
-def test_honest_are_never_accused(generator):
-    """Sizes and scales from denormal to 1e30, layers of their own scale, one of zeros. 1e6 decodes when long."""
+def test_honest_are_never_accused(trials, generator):
+    """Sizes and scales from denormal to 1e30, layers of their own scale, one of zeros. At most 1e6 decodes."""
     rng = np.random.default_rng(generator.initial_seed())
-    for trial in range(25_000 if MANY else 150):
+    for trial in range(trials(50, 150, 25_000)):
         code = any_code(rng)
         dtype = ops.CYCLIC_DTYPES[trial % 2]
         gradients = random_gradients(code, int(rng.integers(1, 3000)) * 2, dtype, generator)

@@ -208,9 +208,9 @@ def check_vote(sizes, d, dtype, tolerant, fate, layout, mean, device, generator)
 
 @pytest.mark.parametrize("dtype", VOTE_DTYPES, ids=str)
 @pytest.mark.parametrize("tolerant", [False, True], ids=["bitwise", "tolerant"])
-def test_vote(tolerant, dtype, device, simt, generator):
+def test_vote(tolerant, dtype, device, simt, long, generator):
     layouts, means = itertools.cycle(LAYOUTS), itertools.cycle([True, False, False])
-    for sizes, d, fate in every(5 if simt else 1, itertools.product(GROUPS, LENGTHS, FATES)):
+    for sizes, d, fate in every(1 if long else 5, itertools.product(GROUPS, LENGTHS, FATES)):
         check_vote(sizes, d, dtype, tolerant, fate, next(layouts), next(means), device, generator)
 
 

@@ -167,7 +167,7 @@ def usable_instruction_sets():
 
 
 @pytest.mark.parametrize("isa", usable_instruction_sets())
-def test_every_instruction_set(isa, tmp_path):
+def test_every_instruction_set(isa, tmp_path, long):
     """The exhaustive and the reference tests again, in a process that is made to use the instruction set."""
     if draco_ext.build_info()["instruction_set"] == isa or "DRACO_ISA" in os.environ:
         pytest.skip(f"this run uses {draco_ext.build_info()['instruction_set']} already")
@@ -187,12 +187,13 @@ def test_every_instruction_set(isa, tmp_path):
             "-k",
             depend,
             *files,
+            *["--long"] * long,
         ],
         env={**os.environ, "DRACO_ISA": isa},
         cwd=tmp_path,  # not the source tree, whose draco_ext may have no compiled module
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
     )
     assert run.returncode == 0, run.stdout[-4000:]

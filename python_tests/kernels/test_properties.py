@@ -1,6 +1,7 @@
 """What holds for every code, gradient and adversary that strategies.py can draw.
 
-`HYPOTHESIS_PROFILE=long` draws many more, each time others; a failure prints how to see it again.
+`--long` draws ten times as many and others each time, `--hypothesis-profile=thorough` a hundred times; a failure prints
+how to see it again.
 """
 
 import math

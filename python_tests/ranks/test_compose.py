@@ -186,32 +186,53 @@ CASES = [
     for name in SETUPS
     if isinstance(code, RepetitionCode) or "dtype" not in SETUPS[name][0]
 ]
+# What runs without --long as well.
+QUICK = {
+    "float16 parameters, overflow",
+    "GradScaler, overflow, AdamW, clipping",
+    "GradScaler, a step fails",
+    "unused at first, AdamW, buckets, views",
+    "unused but by the bad rank",
+    "static graph, buckets, views",
+    "buckets, views, all-gather",
+}
+COMPILED = [(code, how) for code in CODES for how in ("inside", "outside")]
+QUICK_COMPILED = COMPILED[1:3]  # each code, each way
 RESUMED = {**SCALER, "dropout": 0.2, "optimizer": "adamw", "ddp": BUCKETS}
 
 
-def _compose(rank, report, data):
-    for code, name in CASES:
+def _compose(rank, report, data, cases, compilations):
+    for code, name in cases:
         options, _ = SETUPS[name]
         expected = train(rank, data, code, reference=True, **options)
         report((expected, *(train(rank, data, code, bad, **options) for bad in RUNS)))
     for code in CODES:
         report([train(rank, data, code, bad, stops=at, **RESUMED) for at in ((STEPS,), (3, STEPS)) for bad in RUNS])
-        for compiled in (None, "inside", "outside"):
-            torch._dynamo.reset()
-            torch._dynamo.utils.counters.clear()
-            runs = [train(rank, data, code, bad, dropout=0.2, compiled=compiled) for bad in RUNS]
-            report((*runs, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    for code, compiled in compilations:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        runs = [train(rank, data, code, bad, dropout=0.2, compiled=compiled) for bad in RUNS]
+        report((*runs, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
 
 
 @pytest.fixture(scope="module")
-def composed():
+def composed(request):
     """All that the tests look at, from one start of the processes."""
+    long = request.config.getoption("--long")
+    cases = [(code, name) for code, name in CASES if long or name in QUICK]
+    compilations = [(code, None) for code in CODES] + (COMPILED if long else QUICK_COMPILED)
     from sklearn.datasets import load_digits  # not in every rank
 
     images, labels = load_digits(return_X_y=True)
     data = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
-    others = [(code, name) for code in CODES for name in ("resumed", None, "inside", "outside")]
-    return dict(zip([*CASES, *others], run_local(_compose, 3, data), strict=True))
+    others = [(code, "resumed") for code in CODES]
+    results = run_local(_compose, 3, data, cases, compilations)
+    return dict(zip([*cases, *others, *compilations], results, strict=True))
+
+
+def long_unless(quick, case):
+    """The case as a parameter, marked where it is not among the quick ones."""
+    return pytest.param(*case, marks=[] if quick else pytest.mark.long)
 
 
 def check(code, clean, attacked, *, overflow=False, failing=None):
@@ -233,7 +254,7 @@ def check(code, clean, attacked, *, overflow=False, failing=None):
         assert distance(attacked[0], clean[0]) < 1e-5
 
 
-@pytest.mark.parametrize(("code", "name"), CASES, ids=str)
+@pytest.mark.parametrize(("code", "name"), [long_unless(case[1] in QUICK, case) for case in CASES], ids=str)
 def test_composes(composed, code, name):
     options, tolerance = SETUPS[name]
     by_hand, clean, attacked = composed[code, name]
@@ -261,8 +282,9 @@ def test_resumes(composed, code):
     assert resumed[1][1].suspects[BAD].steps == attacked[1].suspects[BAD].steps
 
 
-@pytest.mark.parametrize("compiled", ["inside", "outside"])
-@pytest.mark.parametrize("code", CODES, ids=str)
+@pytest.mark.parametrize(
+    ("code", "compiled"), [long_unless(case in QUICK_COMPILED, case) for case in COMPILED], ids=str
+)
 def test_compiled(composed, code, compiled):
     """Before it is wrapped, and wrapped; with dropout, which in every step is what it is without compilation."""
     clean, attacked, graphs = composed[code, compiled]

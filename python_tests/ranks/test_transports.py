@@ -32,26 +32,23 @@ def everybodys(value):
 # --------------------------------------------------------------------- the same decision on all ranks
 
 
-FAULTY_STEPS = 100  # of each transport
-
-
-def _near_the_noise_floor(rank, report, code):
+def _near_the_noise_floor(rank, report, code, steps):
     """A rank whose message is off by 6e-7 to 3e-6 of its size in every step, the same to all."""
     torch.set_num_threads(1)
 
     def adversary(step, message):
         error = torch.randn(message.shape, generator=torch.Generator().manual_seed(step))
-        return message + error / error.norm() * message.norm() * (6e-7 + 2.4e-6 * step / FAULTY_STEPS)
+        return message + error / error.norm() * message.norm() * (6e-7 + 2.4e-6 * step / steps)
 
     for transport in TRANSPORTS:
         torch.manual_seed(1)
         model = DistributedDataParallel(nn.Linear(20, 2))
         guard = draco_ext.protect(model, code, transport=transport, adversary=adversary if rank == 1 else None)
         parts = len(code.assignment(rank))
-        inputs = torch.randn(FAULTY_STEPS * code.parts, 3, 20, generator=torch.Generator().manual_seed(2))
-        loader = [inputs[step * code.parts + k] for step in range(FAULTY_STEPS) for k in code.assignment(rank)]
+        inputs = torch.randn(steps * code.parts, 3, 20, generator=torch.Generator().manual_seed(2))
+        loader = [inputs[step * code.parts + k] for step in range(steps) for k in code.assignment(rank)]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        assert len(loader) == FAULTY_STEPS * parts
+        assert len(loader) == steps * parts
         for step in guard.steps(loader):
             for x in step:
                 model(x).square().sum().backward()
@@ -62,14 +59,18 @@ def _near_the_noise_floor(rank, report, code):
         report((transport, everybodys((guard.step, parameters.view(torch.int32).tolist(), named))))
 
 
-@pytest.mark.parametrize("code", [CyclicCode(4, 1), CyclicCode(7, 1)], ids=repr)
-def test_honest_ranks_leave_out_the_same_errors_near_the_noise_floor(code):
-    for transport, everybody in run_local(_near_the_noise_floor, code.workers, code):
+@pytest.mark.parametrize(
+    ("code", "steps"),
+    [(CyclicCode(4, 1), 25), *(pytest.param(CyclicCode(n, 1), 100, marks=pytest.mark.long) for n in (4, 7))],
+    ids=repr,
+)
+def test_honest_ranks_leave_out_the_same_errors_near_the_noise_floor(code, steps):
+    for transport, everybody in run_local(_near_the_noise_floor, code.workers, code, steps):
         assert all(of_rank == everybody[0] for of_rank in everybody), transport
-        steps, _, named = everybody[0]
-        assert steps == FAULTY_STEPS
+        taken, _, named = everybody[0]
+        assert taken == steps
         assert set(named) <= {1}, transport  # among few, errors near the floor are left out without naming anybody
-        assert named.get(1, 0) < FAULTY_STEPS, transport
+        assert named.get(1, 0) < steps, transport
 
 
 # ------------------------------------------------------------------------------------------------- memory

@@ -1,4 +1,4 @@
-"""How long calls take, beside a yardstick."""
+"""The one harness of all benchmarks: times calls beside a yardstick."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,13 @@ class Timing:
     seconds: float
     ratio: float
     rounds: int
+
+    @classmethod
+    def of(cls, calls: Sequence[float], yardsticks: Sequence[float]) -> Timing:
+        """Return the medians of a call's seconds, given those of the yardstick before the first and after each."""
+        around = [(before + after) / 2 for before, after in itertools.pairwise(yardsticks)]
+        ratios = [own / other for own, other in zip(calls, around, strict=True)]
+        return cls(statistics.median(calls), statistics.median(ratios), len(calls))
 
 
 class Clock:
@@ -64,20 +71,15 @@ def compare(
 ) -> Timing:
     """Times the call, and the yardstick before and after each: neighbours in time, on a machine that may be shared."""
     clock(yardstick)
-    before, begin = clock(yardstick), time.perf_counter()
+    yardsticks, begin = [clock(yardstick)], time.perf_counter()
     calls: list[float] = []
-    around: list[float] = []
     while len(calls) < rounds + 1:  # the first warms up, unless it is the only one
-        own, after = clock(call), clock(yardstick)
-        calls.append(own)
-        around.append((before + after) / 2)
-        before = after
+        calls.append(clock(call))
+        yardsticks.append(clock(yardstick))
         if time.perf_counter() - begin > patience:
             break
-    if len(calls) > 1:
-        del calls[0], around[0]
-    ratios = [own / other for own, other in zip(calls, around, strict=True)]
-    return Timing(statistics.median(calls), statistics.median(ratios), len(calls))
+    warmup = min(1, len(calls) - 1)
+    return Timing.of(calls[warmup:], yardsticks[warmup:])
 
 
 def repeat(call: Callable[[], object], seconds: float = 2e-3) -> tuple[Callable[[], None], int]:
