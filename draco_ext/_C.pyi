@@ -2,7 +2,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 TILE: int
+FEW_TILES: int
+MOST_PROJECTIONS: int
+FEWEST_PROJECTIONS: int
 PROJECTION_SCALE: float
+MOST_WORKERS: int
+MOST_GROUP_MEMBERS: int
 
 def build_info() -> dict[str, str | bool]: ...
 def cyclic_nodes(workers: int) -> NDArray[np.complex128]: ...
