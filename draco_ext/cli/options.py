@@ -13,7 +13,8 @@ class Count(click.IntRange):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number, or raise what click prints in one line."""
-        return super().convert(_whole(value) if isinstance(value, str) else value, param, ctx)
+        number: Any = _whole(value) if isinstance(value, str) else value  # a text is refused by click
+        return super().convert(number, param, ctx)
 
 
 def _whole(text: str) -> int | str:
