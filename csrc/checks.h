@@ -1,5 +1,5 @@
-// What the ops of every device check of their arguments. Python checks values and words the errors (draco_ext/ops.py);
-// these keep memory safe whoever calls.
+// What the ops of every device check of their arguments. Python checks values and words the errors
+// (draco_ext/_checks.py); these keep memory safe whoever calls.
 #pragma once
 
 #include <sys/random.h>
@@ -56,6 +56,13 @@ inline void check_groups(const char* op, const Tensor& messages, const std::vect
   }
   STD_TORCH_CHECK(!group_sizes.empty() && workers == messages.size(0), op, ": group_sizes must add up to the ",
                   messages.size(0), " messages, got ", workers);
+}
+
+// A vector of this size that a result is written into, beside the tensor that it is computed from.
+inline void check_out(const char* op, const Tensor& out, int64_t size, const Tensor& from) {
+  STD_TORCH_CHECK(out.dim() == 1 && out.size(0) == size && out.is_contiguous() &&
+                      out.scalar_type() == from.scalar_type() && out.get_device_index() == from.get_device_index(),
+                  op, ": out must be a contiguous vector of ", size, " elements of the same dtype on the same device");
 }
 
 // The bytes of a vector to be digested.

@@ -1,4 +1,5 @@
-// Every op's schema. Documentation: draco_ext/ops.py; kernels: cpu/<op>.cpp, cuda/<op>.cu.
+// Every op's schema. Documentation: draco_ext/ops/; kernels: cpu/<op>.cpp, cuda/<op>.cu.
+// <op>_out writes the result into a contiguous vector that is given; <op> is the same into a new one.
 // DRACO_LIBRARY is draco_ext, or draco_ext_simt for the kernels that tests run on the host (tests/simt.h).
 #include <torch/csrc/stable/library.h>
 
@@ -7,12 +8,16 @@ STABLE_TORCH_LIBRARY(DRACO_LIBRARY, m) {
   m.def(
       "majority_vote(Tensor messages, Tensor? missing, int[] group_sizes, int adversaries, float atol, float rtol, "
       "bool mean) -> (Tensor gradient, Tensor suspects, Tensor failed)");
+  m.def(
+      "majority_vote_out(Tensor messages, Tensor? missing, int[] group_sizes, int adversaries, float atol, float rtol, "
+      "bool mean, Tensor(a!) out) -> (Tensor suspects, Tensor failed)");
 
   // What ranks compare instead of whole messages.
   m.def("digest(Tensor values, int seed) -> Tensor");
 
   // Cyclic code, from the worker's side to the decoder's.
   m.def("cyclic_encode(Tensor gradients, int workers, int adversaries, int worker) -> Tensor");
+  m.def("cyclic_encode_out(Tensor gradients, int workers, int adversaries, int worker, Tensor(a!) out) -> ()");
   m.def(
       "cyclic_encode_add_(Tensor(a!) message, Tensor(b!) carry, Tensor gradient, int workers, int adversaries, "
       "int worker, int part, bool first=False) -> ()");
@@ -21,7 +26,11 @@ STABLE_TORCH_LIBRARY(DRACO_LIBRARY, m) {
       "cyclic_locate(Tensor projections, Tensor norms, Tensor? missing, int adversaries, int length, bool float64, "
       "float atol, float rtol, bool mean) -> (Tensor weights, Tensor suspects, Tensor failed)");
   m.def("cyclic_combine(Tensor messages, Tensor weights, int length) -> Tensor");
+  m.def("cyclic_combine_out(Tensor messages, Tensor weights, Tensor(a!) out) -> ()");
   m.def(
       "cyclic_decode(Tensor messages, Tensor? missing, Tensor? expected, int adversaries, int length, float atol, "
       "float rtol, bool mean, int? seed) -> (Tensor gradient, Tensor suspects, Tensor failed, Tensor left_out)");
+  m.def(
+      "cyclic_decode_out(Tensor messages, Tensor? missing, Tensor? expected, int adversaries, float atol, float rtol, "
+      "bool mean, int? seed, Tensor(a!) out) -> (Tensor suspects, Tensor failed, Tensor left_out)");
 }

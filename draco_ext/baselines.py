@@ -24,7 +24,7 @@ _DTYPES = (torch.float32, torch.float64)
 _TILE = 65536
 
 
-def _check(messages: object, adversaries: object = 0, spare: int = 1) -> None:
+def _check(messages: Tensor, adversaries: int = 0, spare: int = 1) -> None:
     """Raise unless messages is a matrix with at least 2 * adversaries + spare rows."""
     _checks.check_messages(messages, _DTYPES)
     _checks.check_int("adversaries", adversaries, 0)
@@ -121,7 +121,7 @@ def trimmed_mean(messages: Tensor, adversaries: int) -> Tensor:
     _check(messages, adversaries)
     kept = slice(adversaries, messages.size(0) - adversaries)
     count = messages.size(0) - 2 * adversaries
-    return torch.cat([sum(rows[kept]) / count for rows in _sorted_rows(messages)])
+    return torch.cat([sum(rows[kept], start=torch.zeros(())) / count for rows in _sorted_rows(messages)])
 
 
 def _krum_scores(messages: Tensor, adversaries: int) -> Tensor:

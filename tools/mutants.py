@@ -55,14 +55,14 @@ TESTS = {
     "csrc/cpu/digest.cpp": "test_kernels.py test_arguments.py test_concurrency.py",
     "csrc/cpu/majority_vote.cpp": VOTE + " test_properties.py",
     "csrc/cpu/dispatch.cpp": "test_ops.py test_kernels.py::test_every_kernel_once",
-    "csrc/cpu/kernels.cpp": "test_kernels.py test_cyclic.py test_repetition.py test_ops.py",
+    "csrc/cpu/kernels/": "test_kernels.py test_cyclic.py test_repetition.py test_ops.py",
 }
 SOURCES = (
     "draco_ext/codes/*.py",
     *(name for name in TESTS if name.startswith("draco_ext") and name.endswith(".py")),
-    "csrc/core/*.h",
-    "csrc/cpu/*.cpp",
-    "csrc/cpu/*.h",
+    "csrc/core/**/*.h",
+    "csrc/cpu/**/*.cpp",
+    "csrc/cpu/**/*.h",
 )
 
 # Equivalent mutants: (file, the changed line) -> why no test can notice.

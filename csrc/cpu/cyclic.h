@@ -61,8 +61,8 @@ class Sweep {
   }
 
   // Projects the tiles from `first` to before `last` and, where `sum` is given, writes their sum_j weights_j z_j,
-  // divided by `divisor`. weights: (workers, 2) or nullptr for all ones.
-  void run(int64_t first, int64_t last, const double* weights, double divisor, T* sum) {
+  // divided by `divisor`, of the first `sum_length` columns alone. weights: (workers, 2) or nullptr for all ones.
+  void run(int64_t first, int64_t last, const double* weights, double divisor, T* sum, int64_t sum_length) {
     const int64_t n = rows_.size(), begin = first * kTile, end = std::min(last * kTile, length_);
     if (begin >= end) return;
     const Kernels& kernel = kernels();
@@ -92,7 +92,8 @@ class Sweep {
                                      re.data() + p * per_tile, im.data() + p * per_tile, stride, norm.data() + p,
                                      chunks});
       if (sum != nullptr)
-        kernel.finish[static_cast<int>(dtype)](total, columns, divisor, is_large(length_ * sizeof(T)), sum + at);
+        kernel.finish[static_cast<int>(dtype)](total, std::min(columns, sum_length - at), divisor,
+                                               is_large(length_ * sizeof(T)), sum + at);
     };
     parallel(chunks, 1, [&](int64_t from, int64_t to) {
       const Scratch total(sum == nullptr ? 0 : std::min(kSweepChunk, end - begin) * sizeof(T));
@@ -124,9 +125,11 @@ class Sweep {
 constexpr int64_t kCombineChunk = 8192;  // columns
 
 // out = sum_j weights_j rows_j, divided by `divisor`, over the rows whose weight is not 0, or of all present rows where
-// there are no weights. To the last bit what Sweep::run makes of the same weights and divisor.
+// there are no weights; of these, `length` columns, the first `out_length` are written. To the last bit what Sweep::run
+// makes of the same weights and divisor.
 template <typename T>
-void combine(const std::vector<const T*>& rows, const double* weights, double divisor, int64_t length, T* out) {
+void combine(const std::vector<const T*>& rows, const double* weights, double divisor, int64_t length, T* out,
+             int64_t out_length) {
   std::vector<const T*> used;
   std::vector<double> factor;
   for (size_t j = 0; j < rows.size(); ++j) {
@@ -142,7 +145,8 @@ void combine(const std::vector<const T*>& rows, const double* weights, double di
     auto* sum = static_cast<T*>(lent);
     kernel.weighted_sum(WeightedSumChunk<T>{at.data(), weights == nullptr ? nullptr : factor.data(),
                                             static_cast<int>(used.size()), columns, sum});
-    kernel.finish[static_cast<int>(dtype)](sum, columns, divisor, is_large(length * sizeof(T)), out + begin);
+    kernel.finish[static_cast<int>(dtype)](sum, std::min(columns, out_length - begin), divisor,
+                                           is_large(length * sizeof(T)), out + begin);
   });
 }
 

@@ -4,21 +4,30 @@
 namespace draco {
 namespace {
 
-Tensor cyclic_combine(const Tensor& messages, const Tensor& weights, int64_t length) {
+void cyclic_combine_out(const Tensor& messages, const Tensor& weights, Tensor out) {
   const char* op = "cyclic_combine";
+  const int64_t length = out.dim() == 1 ? out.size(0) : 0;
   check_pairs(op, messages, length);
+  check_out(op, out, length, messages);
   check_weights(op, weights, messages);
-  const int64_t columns = messages.size(1);
-  Tensor out = new_result(messages, columns);
   dispatch_real(op, messages.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    combine<T>(row_pointers<T>(messages), static_cast<const double*>(weights.data_ptr()), 1, columns,
-               static_cast<T*>(out.data_ptr()));
+    combine<T>(row_pointers<T>(messages), static_cast<const double*>(weights.data_ptr()), 1, messages.size(1),
+               static_cast<T*>(out.data_ptr()), length);
   });
-  return length == columns ? out : torch::stable::narrow(out, 0, 0, length);
+}
+
+Tensor cyclic_combine(const Tensor& messages, const Tensor& weights, int64_t length) {
+  check_pairs("cyclic_combine", messages, length);
+  Tensor out = new_result(messages, length);
+  cyclic_combine_out(messages, weights, out);
+  return out;
 }
 
 }  // namespace
 }  // namespace draco
 
-STABLE_TORCH_LIBRARY_IMPL(draco_ext, CPU, m) { m.impl("cyclic_combine", TORCH_BOX(&draco::cyclic_combine)); }
+STABLE_TORCH_LIBRARY_IMPL(draco_ext, CPU, m) {
+  m.impl("cyclic_combine", TORCH_BOX(&draco::cyclic_combine));
+  m.impl("cyclic_combine_out", TORCH_BOX(&draco::cyclic_combine_out));
+}

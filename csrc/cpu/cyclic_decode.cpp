@@ -21,7 +21,7 @@ constexpr int64_t kHeadPart = 16;  // the part of the tiles after which suspects
 
 template <typename T>
 Verdict decode(const Tensor& messages, const std::vector<uint8_t>& missing, const std::vector<uint8_t>& expected, int s,
-               const NoiseModel& model, bool mean, uint64_t seed, T* out) {
+               const NoiseModel& model, bool mean, uint64_t seed, T* out, int64_t out_length) {
   const int n = static_cast<int>(messages.size(0));
   const int64_t length = messages.size(1);
   std::vector<const T*> rows = row_pointers<T>(messages);
@@ -44,8 +44,9 @@ Verdict decode(const Tensor& messages, const std::vector<uint8_t>& missing, cons
       f(decoding_weights(n, s, without, mean ? 1.0 / n : 1.0).data(), 1.0);
     };
     const auto run = [&](int64_t first, int64_t last, const std::vector<uint8_t>& without) {
-      with_weights(without,
-                   [&](const double* weights, double divisor) { sweep.run(first, last, weights, divisor, out); });
+      with_weights(without, [&](const double* weights, double divisor) {
+        sweep.run(first, last, weights, divisor, out, out_length);
+      });
     };
     // A worker that is bad is so in the first tiles, as a rule: known from there on, it costs no second sweep.
     const int64_t tiles = tile_count(length), head = tiles / kHeadPart;
@@ -61,41 +62,55 @@ Verdict decode(const Tensor& messages, const std::vector<uint8_t>& missing, cons
     verdict = find_suspects(sweep.projections, missing, s, length, model, head > 0 ? &early : nullptr);
     if (!verdict.failed && !verdict.overflow && (verdict.erased != without || verdict.erased != left_out)) {
       const int64_t wrong = verdict.erased != without ? length : head * kTile;
-      with_weights(verdict.erased,
-                   [&](const double* weights, double divisor) { combine<T>(rows, weights, divisor, wrong, out); });
+      with_weights(verdict.erased, [&](const double* weights, double divisor) {
+        combine<T>(rows, weights, divisor, wrong, out, out_length);
+      });
     }
   }
-  if (verdict.failed || verdict.overflow) std::fill(out, out + length, std::numeric_limits<T>::quiet_NaN());
+  if (verdict.failed || verdict.overflow) std::fill(out, out + out_length, std::numeric_limits<T>::quiet_NaN());
   return verdict;
+}
+
+std::tuple<Tensor, Tensor, Tensor> cyclic_decode_out(const Tensor& messages, const OptionalTensor& missing,
+                                                     const OptionalTensor& expected, int64_t adversaries, double atol,
+                                                     double rtol, bool mean, std::optional<int64_t> seed, Tensor out) {
+  const char* op = "cyclic_decode";
+  const FloatingPointMode mode;
+  const int64_t length = out.dim() == 1 ? out.size(0) : 0;
+  check_pairs(op, messages, length);
+  check_out(op, out, length, messages);
+  const int64_t n = messages.size(0);
+  check_workers(op, n, adversaries);
+  const std::vector<uint8_t> absent = read_mask(op, "missing", missing, messages);
+  const std::vector<uint8_t> likely = read_mask(op, "expected", expected, messages);
+  const int s = static_cast<int>(adversaries);
+  Verdict verdict;
+  dispatch_real(op, messages.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    verdict = decode<T>(messages, absent, likely, s, noise_model(sizeof(T) == 8, static_cast<int>(n), atol, rtol), mean,
+                        seed.has_value() ? static_cast<uint64_t>(*seed) : fresh_seed(op),
+                        static_cast<T*>(out.data_ptr()), length);
+  });
+  std::vector<uint8_t> left_out(n, 0);
+  for (int64_t j = 0; j < n && !verdict.failed && !verdict.overflow; ++j) left_out[j] = verdict.erased[j] && !absent[j];
+  return {mask_tensor(verdict.suspects), flag_tensor(verdict.failed), mask_tensor(left_out)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const OptionalTensor& missing,
                                                          const OptionalTensor& expected, int64_t adversaries,
                                                          int64_t length, double atol, double rtol, bool mean,
                                                          std::optional<int64_t> seed) {
-  const char* op = "cyclic_decode";
-  const FloatingPointMode mode;
-  check_pairs(op, messages, length);
-  const int64_t n = messages.size(0), columns = messages.size(1);
-  check_workers(op, n, adversaries);
-  const std::vector<uint8_t> absent = read_mask(op, "missing", missing, messages);
-  const std::vector<uint8_t> likely = read_mask(op, "expected", expected, messages);
-  const int s = static_cast<int>(adversaries);
-  Tensor gradient = new_result(messages, columns);
-  Verdict verdict;
-  dispatch_real(op, messages.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    verdict = decode<T>(messages, absent, likely, s, noise_model(sizeof(T) == 8, static_cast<int>(n), atol, rtol), mean,
-                        seed.has_value() ? static_cast<uint64_t>(*seed) : fresh_seed(op),
-                        static_cast<T*>(gradient.data_ptr()));
-  });
-  if (length < columns) gradient = torch::stable::narrow(gradient, 0, 0, length);
-  std::vector<uint8_t> left_out(n, 0);
-  for (int64_t j = 0; j < n && !verdict.failed && !verdict.overflow; ++j) left_out[j] = verdict.erased[j] && !absent[j];
-  return {gradient, mask_tensor(verdict.suspects), flag_tensor(verdict.failed), mask_tensor(left_out)};
+  check_pairs("cyclic_decode", messages, length);
+  Tensor gradient = new_result(messages, length);
+  auto [suspects, failed, left_out] =
+      cyclic_decode_out(messages, missing, expected, adversaries, atol, rtol, mean, seed, gradient);
+  return {gradient, suspects, failed, left_out};
 }
 
 }  // namespace
 }  // namespace draco
 
-STABLE_TORCH_LIBRARY_IMPL(draco_ext, CPU, m) { m.impl("cyclic_decode", TORCH_BOX(&draco::cyclic_decode)); }
+STABLE_TORCH_LIBRARY_IMPL(draco_ext, CPU, m) {
+  m.impl("cyclic_decode", TORCH_BOX(&draco::cyclic_decode));
+  m.impl("cyclic_decode_out", TORCH_BOX(&draco::cyclic_decode_out));
+}

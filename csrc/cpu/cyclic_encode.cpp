@@ -23,16 +23,23 @@ void encode(const std::vector<const T*>& gradients, const std::vector<EncodingWe
   });
 }
 
-Tensor cyclic_encode(const Tensor& gradients, int64_t workers, int64_t adversaries, int64_t worker) {
+void cyclic_encode_out(const Tensor& gradients, int64_t workers, int64_t adversaries, int64_t worker, Tensor out) {
   const char* op = "cyclic_encode";
   const std::vector<EncodingWeight> weights = check_encode(op, gradients, workers, adversaries, worker);
   const int64_t d = gradients.size(1);
-  Tensor message = new_result(gradients, d + d % 2);
+  check_out(op, out, d + d % 2, gradients);
   dispatch_real(op, gradients.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    encode<T>(row_pointers<T>(gradients), weights, d, static_cast<T*>(message.data_ptr()), nullptr, false,
+    encode<T>(row_pointers<T>(gradients), weights, d, static_cast<T*>(out.data_ptr()), nullptr, false,
               has_real_weights(workers, adversaries));
   });
+}
+
+Tensor cyclic_encode(const Tensor& gradients, int64_t workers, int64_t adversaries, int64_t worker) {
+  check_matrix("cyclic_encode", "gradients", gradients);
+  const int64_t d = gradients.size(1);
+  Tensor message = new_result(gradients, d + d % 2);
+  cyclic_encode_out(gradients, workers, adversaries, worker, message);
   return message;
 }
 
@@ -53,5 +60,6 @@ void cyclic_encode_add_(Tensor message, Tensor carry, const Tensor& gradient, in
 
 STABLE_TORCH_LIBRARY_IMPL(draco_ext, CPU, m) {
   m.impl("cyclic_encode", TORCH_BOX(&draco::cyclic_encode));
+  m.impl("cyclic_encode_out", TORCH_BOX(&draco::cyclic_encode_out));
   m.impl("cyclic_encode_add_", TORCH_BOX(&draco::cyclic_encode_add_));
 }

@@ -17,12 +17,11 @@ void fill_nan(Tensor& out) {
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> vote(const Tensor& messages, const std::vector<uint8_t>& missing,
-                                        const std::vector<int64_t>& group_sizes, int64_t adversaries, double atol,
-                                        double rtol, bool mean, Dtype dtype) {
+std::tuple<Tensor, Tensor> vote(const Tensor& messages, const std::vector<uint8_t>& missing,
+                                const std::vector<int64_t>& group_sizes, int64_t adversaries, double atol, double rtol,
+                                bool mean, Dtype dtype, Tensor& gradient) {
   using Sum = typename Element<T>::Sum;
   const int64_t n = messages.size(0), d = messages.size(1), groups = group_sizes.size();
-  Tensor gradient = new_result(messages, d);
   auto* out = static_cast<T*>(gradient.data_ptr());
 
   // The present members of all groups, one group after the other.
@@ -76,31 +75,44 @@ std::tuple<Tensor, Tensor, Tensor> vote(const Tensor& messages, const std::vecto
     failed = agreeing < agreement_needed(present, static_cast<int>(adversaries));
   }
   if (failed) fill_nan<T>(gradient);
-  return {gradient, mask_tensor(differs), flag_tensor(failed)};
+  return {mask_tensor(differs), flag_tensor(failed)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> majority_vote(const Tensor& messages, const OptionalTensor& missing,
-                                                 const std::vector<int64_t> group_sizes, int64_t adversaries,
-                                                 double atol, double rtol, bool mean) {
+std::tuple<Tensor, Tensor> majority_vote_out(const Tensor& messages, const OptionalTensor& missing,
+                                             const std::vector<int64_t> group_sizes, int64_t adversaries, double atol,
+                                             double rtol, bool mean, Tensor out) {
   const char* op = "majority_vote";
   check_matrix(op, "messages", messages);
+  check_out(op, out, messages.size(1), messages);
   check_groups(op, messages, group_sizes, adversaries);
   const std::vector<uint8_t> absent = read_mask(op, "missing", missing, messages);
   switch (messages.scalar_type()) {
     case ScalarType::Float:
-      return vote<float>(messages, absent, group_sizes, adversaries, atol, rtol, mean, Dtype::kFloat32);
+      return vote<float>(messages, absent, group_sizes, adversaries, atol, rtol, mean, Dtype::kFloat32, out);
     case ScalarType::Double:
-      return vote<double>(messages, absent, group_sizes, adversaries, atol, rtol, mean, Dtype::kFloat64);
+      return vote<double>(messages, absent, group_sizes, adversaries, atol, rtol, mean, Dtype::kFloat64, out);
     case ScalarType::Half:
-      return vote<Half>(messages, absent, group_sizes, adversaries, atol, rtol, mean, Dtype::kFloat16);
+      return vote<Half>(messages, absent, group_sizes, adversaries, atol, rtol, mean, Dtype::kFloat16, out);
     case ScalarType::BFloat16:
-      return vote<BFloat16>(messages, absent, group_sizes, adversaries, atol, rtol, mean, Dtype::kBFloat16);
+      return vote<BFloat16>(messages, absent, group_sizes, adversaries, atol, rtol, mean, Dtype::kBFloat16, out);
     default:
       STD_TORCH_CHECK(false, op, ": messages must be float32, float64, float16 or bfloat16");
   }
 }
 
+std::tuple<Tensor, Tensor, Tensor> majority_vote(const Tensor& messages, const OptionalTensor& missing,
+                                                 const std::vector<int64_t> group_sizes, int64_t adversaries,
+                                                 double atol, double rtol, bool mean) {
+  check_matrix("majority_vote", "messages", messages);
+  Tensor gradient = new_result(messages, messages.size(1));
+  auto [suspects, failed] = majority_vote_out(messages, missing, group_sizes, adversaries, atol, rtol, mean, gradient);
+  return {gradient, suspects, failed};
+}
+
 }  // namespace
 }  // namespace draco
 
-STABLE_TORCH_LIBRARY_IMPL(draco_ext, CPU, m) { m.impl("majority_vote", TORCH_BOX(&draco::majority_vote)); }
+STABLE_TORCH_LIBRARY_IMPL(draco_ext, CPU, m) {
+  m.impl("majority_vote", TORCH_BOX(&draco::majority_vote));
+  m.impl("majority_vote_out", TORCH_BOX(&draco::majority_vote_out));
+}

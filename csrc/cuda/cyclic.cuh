@@ -58,14 +58,15 @@ struct Sweep {
   const uint64_t* seed;    // on the device
   const Complex* weights;  // (n,), or nullptr
   const double* divisor;   // on the device, or nullptr: 1
-  void* sum;               // (length,), or nullptr
+  void* sum;               // (sum_length,), or nullptr
+  int64_t sum_length;      // at most the messages' length
 };
 void sweep(const Device& device, const Tensor& messages, const Sweep& sweep, const Partials& partials);
 
 // csrc/cuda/cyclic_combine.cu. out = sum_j weights_j rows_j over the rows whose weight is not 0, divided by *divisor,
-// to the last bit as a sweep makes it; or what *action says.
+// to the last bit as a sweep makes it; or what *action says. out: (length,), at most the messages' length.
 void combine(const Device& device, const Tensor& messages, const Complex* weights, const double* divisor,
-             const int* action, void* out);
+             const int* action, void* out, int64_t length);
 
 // csrc/cuda/cyclic_locate.cu. The tables that the search starts with, and the scratch that it works on.
 struct Search {

@@ -18,8 +18,8 @@ struct WeightedSum {
   const Complex* weights;
   const double* divisor;  // or nullptr: 1
   T* out;
-  int64_t columns;
-  const int* action;  // or nullptr: combine
+  int64_t columns, length;  // of the rows; and of these the columns that are written
+  const int* action;        // or nullptr: combine
 };
 
 template <typename T, bool kWhole>
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kSumThreads, 4)
   const int64_t step = int64_t{kSumThreads} * kCount;
   for (int64_t begin = blockIdx.x * step; begin < sum.columns; begin += gridDim.x * step) {
     const int64_t column = begin + threadIdx.x * kCount, left = sum.columns - column;
-    const bool whole = aligned && left >= kCount;
+    const bool whole = aligned && column + kCount <= sum.length;
     Vector<T> total;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) total.at[i] = action == kFillNan ? canonical(static_cast<T>(NAN)) : T{0};
@@ -88,25 +88,32 @@ __global__ void __launch_bounds__(kSumThreads, 4)
     if (whole) {
       store<true>(sum.out + column, left, total);
     } else {
-      store<false>(sum.out + column, left, total);
+      store<false>(sum.out + column, sum.length - column, total);
     }
   }
 }
 
-Tensor cyclic_combine(const Tensor& messages, const Tensor& weights, int64_t length) {
+void cyclic_combine_out(const Tensor& messages, const Tensor& weights, Tensor out) {
   const char* op = "cyclic_combine";
+  const int64_t length = out.dim() == 1 ? out.size(0) : 0;
   check_pairs(op, messages, length);
+  check_out(op, out, length, messages);
   check_weights(op, weights, messages);
   const Device device(messages);
-  Tensor out = torch::stable::new_empty(messages, {messages.size(1)});
-  combine(device, messages, static_cast<const Complex*>(weights.data_ptr()), nullptr, nullptr, out.data_ptr());
-  return length == messages.size(1) ? out : torch::stable::narrow(out, 0, 0, length);
+  combine(device, messages, static_cast<const Complex*>(weights.data_ptr()), nullptr, nullptr, out.data_ptr(), length);
+}
+
+Tensor cyclic_combine(const Tensor& messages, const Tensor& weights, int64_t length) {
+  check_pairs("cyclic_combine", messages, length);
+  Tensor out = torch::stable::new_empty(messages, {length});
+  cyclic_combine_out(messages, weights, out);
+  return out;
 }
 
 }  // namespace
 
 void combine(const Device& device, const Tensor& messages, const Complex* weights, const double* divisor,
-             const int* action, void* out) {
+             const int* action, void* out, int64_t length) {
   const int64_t columns = messages.size(1);
   if (columns == 0) return;
   dispatch_real("cyclic_combine", messages.scalar_type(), [&](auto zero) {
@@ -118,6 +125,7 @@ void combine(const Device& device, const Tensor& messages, const Complex* weight
                              divisor,
                              static_cast<T*>(out),
                              columns,
+                             length,
                              action};
     const int64_t steps = ceil_div(columns, kSumThreads * Vector<T>::kCount);
     const int64_t blocks = std::min(steps, int64_t{kBlocksPerMultiprocessor} * device.multiprocessors);
@@ -129,4 +137,7 @@ void combine(const Device& device, const Tensor& messages, const Complex* weight
 
 }  // namespace draco
 
-DRACO_CUDA_OPS(m) { m.impl("cyclic_combine", TORCH_BOX(&draco::cyclic_combine)); }
+DRACO_CUDA_OPS(m) {
+  m.impl("cyclic_combine", TORCH_BOX(&draco::cyclic_combine));
+  m.impl("cyclic_combine_out", TORCH_BOX(&draco::cyclic_combine_out));
+}

@@ -9,18 +9,18 @@
 namespace draco {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const OptionalTensor& missing,
-                                                         const OptionalTensor& expected, int64_t adversaries,
-                                                         int64_t length, double atol, double rtol, bool mean,
-                                                         std::optional<int64_t> seed) {
+std::tuple<Tensor, Tensor, Tensor> cyclic_decode_out(const Tensor& messages, const OptionalTensor& missing,
+                                                     const OptionalTensor& expected, int64_t adversaries, double atol,
+                                                     double rtol, bool mean, std::optional<int64_t> seed, Tensor out) {
   const char* op = "cyclic_decode";
+  const int64_t length = out.dim() == 1 ? out.size(0) : 0;
   check_pairs(op, messages, length);
+  check_out(op, out, length, messages);
   const int64_t n = messages.size(0), columns = messages.size(1);
   check_workers(op, n, adversaries);
   check_mask(op, "missing", missing, messages);
   check_mask(op, "expected", expected, messages);
   const Device device(messages);
-  Tensor gradient = torch::stable::new_empty(messages, {columns});
   Tensor suspects = torch::stable::new_empty(messages, {n}, ScalarType::Bool);
   Tensor failed = torch::stable::new_empty(messages, {}, ScalarType::Bool);
   Tensor left_out = torch::stable::new_empty(messages, {n}, ScalarType::Bool);
@@ -53,15 +53,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages,
   if (columns > 0)
     sweep(device, messages,
           Sweep{Mask(missing), &search.state->seed, weigh ? search.weights : nullptr, &search.state->divisor,
-                gradient.data_ptr()},
+                out.data_ptr(), length},
           search.partials);
   locate(device, search);
-  combine(device, messages, search.weights, &search.state->divisor, &search.state->action, gradient.data_ptr());
-  if (length < columns) gradient = torch::stable::narrow(gradient, 0, 0, length);
+  combine(device, messages, search.weights, &search.state->divisor, &search.state->action, out.data_ptr(), length);
+  return {suspects, failed, left_out};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cyclic_decode(const Tensor& messages, const OptionalTensor& missing,
+                                                         const OptionalTensor& expected, int64_t adversaries,
+                                                         int64_t length, double atol, double rtol, bool mean,
+                                                         std::optional<int64_t> seed) {
+  check_pairs("cyclic_decode", messages, length);
+  Tensor gradient = torch::stable::new_empty(messages, {length});
+  auto [suspects, failed, left_out] =
+      cyclic_decode_out(messages, missing, expected, adversaries, atol, rtol, mean, seed, gradient);
   return {gradient, suspects, failed, left_out};
 }
 
 }  // namespace
 }  // namespace draco
 
-DRACO_CUDA_OPS(m) { m.impl("cyclic_decode", TORCH_BOX(&draco::cyclic_decode)); }
+DRACO_CUDA_OPS(m) {
+  m.impl("cyclic_decode", TORCH_BOX(&draco::cyclic_decode));
+  m.impl("cyclic_decode_out", TORCH_BOX(&draco::cyclic_decode_out));
+}

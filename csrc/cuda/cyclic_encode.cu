@@ -171,19 +171,26 @@ void launch(const Device& device, const Tensor& rows, int64_t stride, const std:
   }
 }
 
-Tensor cyclic_encode(const Tensor& gradients, int64_t workers, int64_t adversaries, int64_t worker) {
+void cyclic_encode_out(const Tensor& gradients, int64_t workers, int64_t adversaries, int64_t worker, Tensor out) {
   const char* op = "cyclic_encode";
   const std::vector<EncodingWeight> weights = check_encode(op, gradients, workers, adversaries, worker);
-  const Device device(gradients);
   const int64_t d = gradients.size(1);
-  Tensor message = torch::stable::new_empty(gradients, {d + d % 2});
+  check_out(op, out, d + d % 2, gradients);
+  const Device device(gradients);
   dispatch_real(op, gradients.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const bool several = weights.size() > kParts;
     Tensor carry = new_scratch(gradients, several ? (d + d % 2) * sizeof(T) : 0);
-    launch<T>(device, gradients, gradients.stride(0), weights, has_real_weights(workers, adversaries), message,
+    launch<T>(device, gradients, gradients.stride(0), weights, has_real_weights(workers, adversaries), out,
               several ? static_cast<T*>(carry.data_ptr()) : nullptr, false);
   });
+}
+
+Tensor cyclic_encode(const Tensor& gradients, int64_t workers, int64_t adversaries, int64_t worker) {
+  check_matrix("cyclic_encode", "gradients", gradients);
+  const int64_t d = gradients.size(1);
+  Tensor message = torch::stable::new_empty(gradients, {d + d % 2});
+  cyclic_encode_out(gradients, workers, adversaries, worker, message);
   return message;
 }
 
@@ -204,5 +211,6 @@ void cyclic_encode_add_(Tensor message, Tensor carry, const Tensor& gradient, in
 
 DRACO_CUDA_OPS(m) {
   m.impl("cyclic_encode", TORCH_BOX(&draco::cyclic_encode));
+  m.impl("cyclic_encode_out", TORCH_BOX(&draco::cyclic_encode_out));
   m.impl("cyclic_encode_add_", TORCH_BOX(&draco::cyclic_encode_add_));
 }

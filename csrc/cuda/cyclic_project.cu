@@ -25,6 +25,8 @@ struct SweepArgs {
   const Complex* weights;
   const double* divisor;
   T* sum;
+  int64_t sum_length;
+  int64_t whole;  // columns that exist in the messages and, where there is one, in the sum
   Partials partials;
   bool aligned;
 };
@@ -45,7 +47,8 @@ struct alignas(kFloats >= 4 ? 16 : 8) Floats {
   float at[kFloats];
 };
 
-// One row of one chunk: adds it to the sum and writes its slots. kWhole: all columns exist and are aligned.
+// One row of one chunk: adds it to the sum and writes its slots. kWhole: all columns exist, in the sum too, and are
+// aligned.
 template <typename T, int kProjections, bool kWeighted, bool kWhole>
 DRACO_DEVICE void project_row(const T* row, int64_t left, const float* phi, const float (&psi)[kProjections],
                               T weight_re, T weight_im, Vector<T> (&sum)[kChunk / kWarp / Vector<T>::kCount],
@@ -147,7 +150,7 @@ DRACO_DEVICE void project_chunk(const SweepArgs<T>& args, int64_t chunk, uint64_
   for (int step = 0; step < kSteps; ++step) {
     const int column = (step * kWarp + lane) * kCount;
     divide(sum[step], divisor);
-    store<kWhole>(args.sum + begin + column, left - column, sum[step]);
+    store<kWhole>(args.sum + begin + column, args.sum_length - begin - column, sum[step]);
   }
 }
 
@@ -171,7 +174,7 @@ __global__ void __launch_bounds__(kSweepThreads, sizeof(T) == 4 && kProjections 
   const int64_t first = group * args.partials.chunks, chunks = (args.length + kChunk - 1) / kChunk;
   const int64_t last = first + args.partials.chunks < chunks ? first + args.partials.chunks : chunks;
   for (int64_t chunk = first; chunk < last; ++chunk) {
-    if (args.aligned && (chunk + 1) * kChunk <= args.length) {
+    if (args.aligned && (chunk + 1) * kChunk <= args.whole) {
       project_chunk<T, kProjections, kWeighted, true>(args, chunk, seed, phi, slot, chunk == first);
     } else {
       project_chunk<T, kProjections, kWeighted, false>(args, chunk, seed, phi, slot, chunk == first);
@@ -202,7 +205,7 @@ std::tuple<Tensor, Tensor> cyclic_project(const Tensor& messages, const Optional
   auto* seed_at = static_cast<uint64_t*>(scratch.data_ptr());
   partials.sums = reinterpret_cast<double*>(seed_at + 1);
   DRACO_LAUNCH(device, set_seed, 1, 1, 0, seed_at, static_cast<uint64_t>(seed));
-  sweep(device, messages, Sweep{Mask(missing), seed_at, nullptr, nullptr, nullptr}, partials);
+  sweep(device, messages, Sweep{Mask(missing), seed_at, nullptr, nullptr, nullptr, 0}, partials);
   const Gather gather{partials,
                       n,
                       tiles,
@@ -232,17 +235,20 @@ void sweep(const Device& device, const Tensor& messages, const Sweep& sweep, con
   const int64_t length = messages.size(1), blocks = ceil_div(partials.groups, kWarps);
   dispatch_real("cyclic_project", messages.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const SweepArgs<T> args{static_cast<const T*>(messages.data_ptr()),
-                            messages.stride(0),
-                            length,
-                            static_cast<int>(messages.size(0)),
-                            sweep.missing,
-                            sweep.seed,
-                            sweep.weights,
-                            sweep.divisor,
-                            static_cast<T*>(sweep.sum),
-                            partials,
-                            rows_aligned<T>(messages.data_ptr(), messages.stride(0), messages.size(0))};
+    const SweepArgs<T> args{
+        static_cast<const T*>(messages.data_ptr()),
+        messages.stride(0),
+        length,
+        static_cast<int>(messages.size(0)),
+        sweep.missing,
+        sweep.seed,
+        sweep.weights,
+        sweep.divisor,
+        static_cast<T*>(sweep.sum),
+        sweep.sum_length,
+        sweep.sum == nullptr ? length : sweep.sum_length,
+        partials,
+        rows_aligned<T>(messages.data_ptr(), messages.stride(0), messages.size(0)) && rows_aligned<T>(sweep.sum, 0, 1)};
     const bool most = projections_per_tile(length) == kMostProjections;
     const auto kernel =
         sweep.weights == nullptr

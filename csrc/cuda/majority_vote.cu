@@ -333,26 +333,27 @@ void launch_vote(const Device& device, const Tensor& messages, const OptionalTen
   const int64_t steps = ceil_div(d, kVoteThreads * Vector<Bits>::kCount);
   const int64_t most = int64_t{kBlocksPerMultiprocessor} * device.multiprocessors;
   const int64_t blocks = std::max<int64_t>(1, std::min(steps, most));
-  const bool aligned = rows_aligned<Bits>(messages.data_ptr(), messages.stride(0), n);
+  const bool aligned =
+      rows_aligned<Bits>(messages.data_ptr(), messages.stride(0), n) && rows_aligned<Bits>(gradient.data_ptr(), 0, 1);
   const auto kernel = atol > 0 || rtol > 0 ? vote_kernel<T, true> : vote_kernel<T, false>;
   DRACO_LAUNCH(device, kernel, blocks, kVoteThreads, n, vote, aligned);
   if (d > 0) DRACO_LAUNCH(device, vote_finish<T>, blocks, kVoteThreads, 0, vote.gradient, d, vote.failed);
 }
 
-std::tuple<Tensor, Tensor, Tensor> majority_vote(const Tensor& messages, const OptionalTensor& missing,
-                                                 const std::vector<int64_t> group_sizes, int64_t adversaries,
-                                                 double atol, double rtol, bool mean) {
+std::tuple<Tensor, Tensor> majority_vote_out(const Tensor& messages, const OptionalTensor& missing,
+                                             const std::vector<int64_t> group_sizes, int64_t adversaries, double atol,
+                                             double rtol, bool mean, Tensor out) {
   const char* op = "majority_vote";
   check_matrix(op, "messages", messages);
+  check_out(op, out, messages.size(1), messages);
   check_groups(op, messages, group_sizes, adversaries);
   check_mask(op, "missing", missing, messages);
   const Device device(messages);
-  Tensor gradient = torch::stable::new_empty(messages, {messages.size(1)});
   Tensor suspects = torch::stable::new_empty(messages, {messages.size(0)}, ScalarType::Bool);
   Tensor failed = torch::stable::new_empty(messages, {}, ScalarType::Bool);
   const auto run = [&](auto element) {
-    launch_vote<decltype(element)>(device, messages, missing, group_sizes, adversaries, atol, rtol, mean, gradient,
-                                   suspects, failed);
+    launch_vote<decltype(element)>(device, messages, missing, group_sizes, adversaries, atol, rtol, mean, out, suspects,
+                                   failed);
   };
   switch (messages.scalar_type()) {
     case ScalarType::Float:
@@ -370,10 +371,22 @@ std::tuple<Tensor, Tensor, Tensor> majority_vote(const Tensor& messages, const O
     default:
       STD_TORCH_CHECK(false, op, ": messages must be float32, float64, float16 or bfloat16");
   }
+  return {suspects, failed};
+}
+
+std::tuple<Tensor, Tensor, Tensor> majority_vote(const Tensor& messages, const OptionalTensor& missing,
+                                                 const std::vector<int64_t> group_sizes, int64_t adversaries,
+                                                 double atol, double rtol, bool mean) {
+  check_matrix("majority_vote", "messages", messages);
+  Tensor gradient = torch::stable::new_empty(messages, {messages.size(1)});
+  auto [suspects, failed] = majority_vote_out(messages, missing, group_sizes, adversaries, atol, rtol, mean, gradient);
   return {gradient, suspects, failed};
 }
 
 }  // namespace
 }  // namespace draco
 
-DRACO_CUDA_OPS(m) { m.impl("majority_vote", TORCH_BOX(&draco::majority_vote)); }
+DRACO_CUDA_OPS(m) {
+  m.impl("majority_vote", TORCH_BOX(&draco::majority_vote));
+  m.impl("majority_vote_out", TORCH_BOX(&draco::majority_vote_out));
+}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
 
 from draco_ext.baselines import AGGREGATORS
 from draco_ext.reporting.report import Seconds
@@ -30,7 +31,7 @@ class Averaging:
         self._corrupt = corrupt
         self._step = 0
 
-    def hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(self, state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Handle a bucket of gradients; DDP calls it for every bucket."""
         buffer = bucket.buffer()
         sent = self._corrupt(self._step, buffer)
@@ -47,6 +48,6 @@ class Averaging:
             buffer.copy_(AGGREGATORS[self._rule](torch.stack(rows), self._adversaries))
         self.seconds.communicate += gathered - begin
         self.seconds.decode += time.perf_counter() - gathered
-        future = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
         future.set_result(buffer)
         return future

@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterator
 from math import inf, isfinite, lcm
 from pathlib import Path
+from typing import Any
 
 import click
-import torch.multiprocessing
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from draco_ext._version import __version__
 from draco_ext.baselines import AGGREGATORS
@@ -70,23 +72,23 @@ def draco() -> None:
     default="fixed",
     help="Who is bad. " + "; ".join(f"{name}: {what}" for name, what in BAD_CHOICES.items()) + ".",
 )
-@click.option("--steps", type=Count(1), default=LEARNING["steps"], help="Steps to train.")
+@click.option("--steps", type=Count(1), default=LEARNING.steps, help="Steps to train.")
 @click.option(
     "--batch-size",
     type=Count(1, TRAIN_SAMPLES),
-    default=LEARNING["batch_size"],
+    default=LEARNING.batch_size,
     help="Samples per step, of all workers together; by default less where the parts must be even.",
 )
 @click.option(
     "--learning-rate",
     type=click.FloatRange(0, inf, min_open=True, max_open=True),
-    default=LEARNING["learning_rate"],
+    default=LEARNING.learning_rate,
     help="Learning rate of SGD.",
 )
 @click.option(
     "--momentum",
     type=click.FloatRange(0, 1, max_open=True),
-    default=LEARNING["momentum"],
+    default=LEARNING.momentum,
     help="Momentum of SGD.",
 )
 @click.option("--seed", type=_SEED, default=0, help="Seed of the data, the net and the attack.")
@@ -97,7 +99,7 @@ def draco() -> None:
     help="Folder for the figures, train.json, and the picture, train.png.",
 )
 @click.pass_context
-def train(context: click.Context, output: Path, **options: object) -> None:
+def train(context: click.Context, /, output: Path, **options: Any) -> None:
     """Train through an attack, with several rules side by side.
 
     A small convolutional net learns scikit-learn's handwritten digits in real processes, with
@@ -212,8 +214,8 @@ def _check_workers(workers: int, adversaries: int) -> None:
 
 def _learns(config: Config) -> bool:
     """Return whether the net is known to learn well with these settings."""
-    return config.steps >= LEARNING["steps"] and all(
-        getattr(config, name) == value for name, value in LEARNING.items() if name != "steps"
+    return config.steps >= LEARNING.steps and all(
+        getattr(config, name) == value for name, value in LEARNING._asdict().items() if name != "steps"
     )
 
 
@@ -236,8 +238,8 @@ def _run_with_progress(config: Config, console: Console) -> list[Outcome]:
         try:
             return run(config, on_step)
         except (
-            torch.multiprocessing.ProcessRaisedException,
-            torch.multiprocessing.ProcessExitedException,
+            ProcessRaisedException,
+            ProcessExitedException,
         ) as error:
             raise click.ClickException(f"a process of the training stopped: {error}") from error
         except ConnectionError as error:
@@ -274,7 +276,7 @@ def doctor(workers: int, as_json: bool) -> None:
     console = Console()
     try:
         diagnosis = doctors.diagnose(workers)
-    except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
+    except (ProcessRaisedException, ProcessExitedException) as error:
         raise click.ClickException(f"a rank stopped: {error}") from error
     except ConnectionError as error:
         raise click.ClickException(str(error)) from error

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich import box
 from rich.table import Table
 from torch.nn.functional import cross_entropy
@@ -19,7 +18,7 @@ from draco_ext.cli.digits import Digits, make_net
 from draco_ext.cli.train_report import processor
 from draco_ext.ops import build_info
 from draco_ext.protocol.groups import gather_json
-from draco_ext.testing.local import own_device, run_ranks
+from draco_ext.testing.local import all_ranks, own_device, run_ranks
 from draco_ext.training.reproducibility import SelfTest, self_test
 
 
@@ -61,10 +60,10 @@ def _rank(rank: int, report: Callable[[Any], None]) -> None:
         torch.get_num_threads(),
         platform.python_version(),
     )
-    everybody = [Facts(**other) for other in gather_json(asdict(facts), dist.group.WORLD, device)]
+    everybody = [Facts(**other) for other in gather_json(asdict(facts), all_ranks(), device)]
     batch = Digits(seed=0, device=device).train[:256]
     net = make_net(seed=0).to(device)
-    result = self_test(net, dist.group.WORLD, batch, lambda net, batch: cross_entropy(net(batch[0]), batch[1]))
+    result = self_test(net, all_ranks(), batch, lambda net, batch: cross_entropy(net(batch[0]), batch[1]))
     report(Diagnosis(everybody, result))
 
 

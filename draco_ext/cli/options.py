@@ -13,7 +13,8 @@ class Count(click.IntRange):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number, or raise an error that click prints in one line."""
-        return super().convert(_whole(value) if isinstance(value, str) else value, param, ctx)
+        number: Any = _whole(value) if isinstance(value, str) else value  # click refuses text
+        return super().convert(number, param, ctx)
 
 
 def _whole(text: str) -> int | str:

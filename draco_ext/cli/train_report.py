@@ -25,6 +25,8 @@ from draco_ext.ops import build_info
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 SPLIT = ("compute", "encode", "communicate", "decode")
 
@@ -36,7 +38,8 @@ def describe(training: Training) -> str:
 
 def step_seconds(outcome: Outcome) -> np.ndarray:
     """Return the seconds of every step, all kinds together."""
-    return np.sum([outcome.seconds[kind] for kind in SPLIT], axis=0)
+    seconds: np.ndarray = np.sum([outcome.seconds[kind] for kind in SPLIT], axis=0)
+    return seconds
 
 
 def make_tables(config: Config, outcomes: list[Outcome]) -> tuple[Table, Table]:
@@ -49,11 +52,11 @@ def make_tables(config: Config, outcomes: list[Outcome]) -> tuple[Table, Table]:
         times.add_column(name, justify="right")
     for outcome in outcomes:
         training = outcome.training
-        name = training.label, str(config.adversaries if training.attacked else 0)
-        results.add_row(*name, f"{outcome.accuracy:.1%}", _named(outcome), format_distance(outcome.distance))
+        label = training.label, str(config.adversaries if training.attacked else 0)
+        results.add_row(*label, f"{outcome.accuracy:.1%}", _named(outcome), format_distance(outcome.distance))
         milliseconds = [1e3 * outcome.mean_seconds(kind) for kind in SPLIT]
         times.add_row(
-            *name,
+            *label,
             f"{outcome.compute_factor:.3g}x",
             *(f"{value:.2f}" for value in milliseconds),
             f"{sum(milliseconds):.1f}",
@@ -201,15 +204,16 @@ def _machine() -> dict[str, Any]:
 
 
 # Okabe and Ito's palette for colour-blind readers.
-_LOOKS = {
+_Look = tuple[str, str | tuple[int, tuple[int, int]]]  # colour, and matplotlib's line style
+_LOOKS: dict[str, _Look] = {
     "mean": ("#D55E00", "-"),
     "geometric-median-gram": ("#E69F00", "-"),
     "krum": ("#CC79A7", "-"),
     "repetition": ("#0072B2", "-"),
     "cyclic": ("#56B4E9", (0, (4, 2))),
 }
-_OTHER_LOOK = ("#009E73", "-.")
-_CLEAN_LOOK = ("#BBBBBB", "-")
+_OTHER_LOOK: _Look = ("#009E73", "-.")
+_CLEAN_LOOK: _Look = ("#BBBBBB", "-")
 
 
 def draw(path: Path, config: Config, outcomes: list[Outcome]) -> None:
@@ -246,16 +250,16 @@ def draw(path: Path, config: Config, outcomes: list[Outcome]) -> None:
 def _look(training: Training) -> dict[str, Any]:
     """Return the colour and line style of a training."""
     if training.rule == "mean" and not training.attacked:
-        color, style, width = *_CLEAN_LOOK, 5.0
+        (color, style), width = _CLEAN_LOOK, 5.0
     else:
-        color, style, width = *_LOOKS.get(training.rule, _OTHER_LOOK), 1.8
+        (color, style), width = _LOOKS.get(training.rule, _OTHER_LOOK), 1.8
     return {"color": color, "linestyle": style, "linewidth": width, "solid_capstyle": "round"}
 
 
-def _legend(panel: plt.Axes, shown: list[Outcome]) -> None:
+def _legend(panel: Axes, shown: list[Outcome]) -> None:
     """Name the lines in a legend beside the panel, best accuracy first."""
     ranked = sorted(shown, key=lambda outcome: -outcome.accuracy)
-    handles = [plt.Line2D([], [], **_look(outcome.training)) for outcome in ranked]
+    handles = [Line2D([], [], **_look(outcome.training)) for outcome in ranked]
     names = [
         f"{describe(o.training)}\n{o.accuracy:.1%}"
         + (f", distance from clean run: {format_distance(o.distance)}" if o.training.rule in CODES else "")

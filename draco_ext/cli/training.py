@@ -26,7 +26,7 @@ from draco_ext.codes import Code, CyclicCode, RepetitionCode
 from draco_ext.protocol.groups import gather
 from draco_ext.reporting.ledger import Finding
 from draco_ext.reporting.report import Seconds
-from draco_ext.testing.local import own_device, run_ranks
+from draco_ext.testing.local import all_ranks, own_device, run_ranks
 from draco_ext.training.api import protect
 from draco_ext.training.guard import Guard
 from draco_ext.training.sampler import RedundantBatchSampler
@@ -45,8 +45,18 @@ LABELS = {
 }
 # The number of points of the accuracy curve.
 EVALUATIONS = 60
-# Settings that determine whether the net learns well; with these defaults the accuracy is judged, too.
-LEARNING = {"steps": 100, "batch_size": 90, "learning_rate": 0.05, "momentum": 0.9}
+
+
+class Learning(NamedTuple):
+    """The settings that determine whether the net learns well; with these defaults accuracy is judged, too."""
+
+    steps: int = 100
+    batch_size: int = 90
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+
+
+LEARNING = Learning()
 
 
 @dataclass(frozen=True)
@@ -314,7 +324,7 @@ class Learner:
         """Return the outcome of this training on rank 0. All ranks must call it."""
         config, training, code = self._config, self._training, self._code
         parameters = parameters_to_vector(self._net.parameters()).detach()
-        rows = gather(torch.tensor(self._work, dtype=torch.float64), dist.group.WORLD, parameters.device)
+        rows = gather(torch.tensor(self._work, dtype=torch.float64), all_ranks(), parameters.device)
         if dist.get_rank() > 0:
             return None
         work = rows[[self._workers.index(j) for j in range(code.workers)]].numpy()

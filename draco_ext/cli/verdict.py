@@ -90,11 +90,12 @@ def _code_checks(outcome: Outcome, clean: Outcome) -> Iterator[Check]:
         f"{len(wrong)} of {steps} steps name others{_first(wrong)}",
     )
     if attacked:
+        distance = inf if outcome.distance is None else outcome.distance
         bound = 0.0 if exact else max(ROUNDING, ROUNDING_FACTOR * (clean.distance or 0.0))
         yield Check(
             f"{name}: distance from its clean run {'is 0' if exact else f'is at most {bound:.2g}'}",
-            outcome.distance <= bound,
-            f"{outcome.distance:.3g}",
+            distance <= bound,
+            f"{distance:.3g}",
         )
 
 

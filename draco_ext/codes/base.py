@@ -138,12 +138,14 @@ class Code(abc.ABC):
         """Return the length of a message for a gradient of d elements."""
 
     @abc.abstractmethod
-    def encode(self, worker: int, gradients: Tensor) -> Tensor:
+    def encode(self, worker: int, gradients: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the worker's message.
 
         Args:
             worker: from 0 to n - 1.
             gradients: (len(assignment(worker)), d), a gradient for each of its parts, in that order.
+            out: receives the message, and is returned: contiguous, of its length, dtype and device, sharing no memory
+                with the gradients.
 
         Returns:
             The message, (message_length(d),).
@@ -182,6 +184,7 @@ class Code(abc.ABC):
         atol: float = 0.0,
         rtol: float = 0.0,
         length: int | None = None,
+        out: Tensor | None = None,
         seed: int | None = None,
     ) -> Decoded:
         """Decode the workers' messages; see `draco_ext.decode` for all arguments but one.
@@ -194,6 +197,7 @@ class Code(abc.ABC):
             atol: see `draco_ext.decode`.
             rtol: see `draco_ext.decode`.
             length: see `draco_ext.decode`.
+            out: see `draco_ext.decode`.
             seed: of the random projections that the decoder draws, 64 bits. It must not be known to the workers before
                 their messages are in. Ranks that each decode the same messages agree on one, so as to get the same
                 bits. Default: from the operating system. A code without projections ignores it.
@@ -238,12 +242,13 @@ class Code(abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not use projections")
 
-    def combine(self, messages: Tensor, weights: Tensor) -> Tensor:
+    def combine(self, messages: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the weighted sum of messages, where the code `uses_projections`.
 
         Args:
             messages: (m, L), any messages of this code.
             weights: (m,) complex128, those of their workers, from `locate`.
+            out: (L,), receives the sum, and is returned; as in `encode`.
 
         Returns:
             (L,), the messages' dtype. Sums over disjoint sets of workers add up to the gradient's mean.
@@ -321,6 +326,7 @@ def decode(
     atol: float = 0.0,
     rtol: float = 0.0,
     length: int | None = None,
+    out: Tensor | None = None,
 ) -> Decoded:
     """Decode the workers' messages into the gradient that honest workers would have given.
 
@@ -342,6 +348,9 @@ def decode(
             noise floor.
         rtol: the same, relative.
         length: d, where the message is longer by padding (cyclic code, odd d); default: the message's length.
+        out: receives the gradient, and is its `Decoded.gradient`: contiguous, of the gradient's length and the
+            messages' dtype and device, sharing no memory with the messages. Saves the new memory that the gradient
+            otherwise takes, which for a large one costs as much as a good part of the decode. Changes no bit.
 
     Returns:
         `Decoded` with the gradient, the suspects and whether decoding failed. If so many messages of the cyclic
@@ -362,4 +371,5 @@ def decode(
         atol=atol,
         rtol=rtol,
         length=length,
+        out=out,
     )

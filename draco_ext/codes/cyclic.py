@@ -68,9 +68,9 @@ class CyclicCode(Code):
         _checks.check_int("d", d, 0)
         return d + d % 2
 
-    def encode(self, worker: int, gradients: Tensor) -> Tensor:
+    def encode(self, worker: int, gradients: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the weighted sum of the worker's gradients; see `Code.encode`."""
-        return ops.cyclic_encode(gradients, self.workers, self.adversaries, worker)
+        return ops.cyclic_encode(gradients, self.workers, self.adversaries, worker, out=out)
 
     def encode_add_(
         self, message: Tensor, carry: Tensor, gradient: Tensor, worker: int, part: int, *, first: bool = False
@@ -90,6 +90,7 @@ class CyclicCode(Code):
         atol: float = 0.0,
         rtol: float = 0.0,
         length: int | None = None,
+        out: Tensor | None = None,
         seed: int | None = None,
     ) -> Decoded:
         """Find the bad workers by random projections and add up the other messages; see `Code.decode`."""
@@ -104,6 +105,7 @@ class CyclicCode(Code):
             rtol=rtol,
             mean=reduction == "mean",
             seed=seed,
+            out=out,
         )
         return Decoded(*result, self)
 
@@ -124,9 +126,9 @@ class CyclicCode(Code):
         """Find the bad workers from the projections of all messages; see `Code.locate`."""
         return ops.cyclic_locate(projections, norms, self.adversaries, length, dtype=dtype, atol=atol, rtol=rtol)
 
-    def combine(self, messages: Tensor, weights: Tensor) -> Tensor:
+    def combine(self, messages: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the weighted sum of messages, pairs of elements as complex numbers; see `Code.combine`."""
-        return ops.cyclic_combine(messages, weights)
+        return ops.cyclic_combine(messages, weights, out=out)
 
     def error_bound(self, dtype: torch.dtype, *, length: int | None = None, probability: float = 1e-6) -> float:
         """Return a bound on rounding and on errors below the noise floor; see `Code.error_bound`."""

@@ -75,8 +75,8 @@ class RepetitionCode(Code):
         _checks.check_int("d", d, 0)
         return d
 
-    def encode(self, worker: int, gradients: Tensor) -> Tensor:
-        """Return the worker's one gradient, unchanged and not copied; see `Code.encode`."""
+    def encode(self, worker: int, gradients: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the worker's one gradient, not copied unless into `out`; see `Code.encode`."""
         self._check_worker(worker)
         _checks.check_tensor("gradients", gradients, 2, ops.VOTE_DTYPES)
         _checks.check_rows("gradients", gradients)
@@ -84,7 +84,10 @@ class RepetitionCode(Code):
             raise ValueError(
                 f"gradients must have 1 row, for part {self.assignment(worker)[0]}, got {gradients.size(0)}"
             )
-        return gradients[0]
+        if out is None:
+            return gradients[0]
+        _checks.check_out(out, gradients.size(1), "gradients", gradients)
+        return out.copy_(gradients[0])
 
     def encode_add_(
         self, message: Tensor, carry: Tensor, gradient: Tensor, worker: int, part: int, *, first: bool = False
@@ -111,6 +114,7 @@ class RepetitionCode(Code):
         atol: float = 0.0,
         rtol: float = 0.0,
         length: int | None = None,
+        out: Tensor | None = None,
         seed: int | None = None,
     ) -> Decoded:
         """Vote in each group and average the winners; see `Code.decode`. Nothing is drawn: the seed is not used."""
@@ -128,6 +132,7 @@ class RepetitionCode(Code):
             atol=atol,
             rtol=rtol,
             mean=reduction == "mean",
+            out=out,
         )
         return Decoded(gradient, suspects, failed, suspects, self)
 

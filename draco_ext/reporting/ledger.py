@@ -69,8 +69,9 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.unwritten = 0
+        self._torn = False  # whether the last line has no end
         self._path = path.absolute()
-        self._close: weakref.finalize | None = None
+        self._close: weakref.finalize[[int], Ledger] | None = None
         self._open()
 
     def append(self, finding: Finding) -> None:

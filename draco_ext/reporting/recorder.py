@@ -149,7 +149,9 @@ class Recorder:
     def deliver(self) -> None:
         """Call the callback with the step's findings; its errors are logged and do not end the job."""
         findings, self._undelivered_findings = self._undelivered_findings, []
-        for finding in findings if self._callback is not None else ():
+        if self._callback is None:
+            return
+        for finding in findings:
             try:
                 self._callback(finding)
             except Exception as error:

@@ -105,7 +105,7 @@ class Reversed(Attack):
 
     scale: float = 100.0
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         return message.mul_(-self.scale)
 
 
@@ -118,7 +118,7 @@ class Constant(Attack):
 
     value: float = -100.0
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         return message.fill_(self.value)
 
 
@@ -132,7 +132,7 @@ class Gaussian(Attack):
 
     std: float = 200.0
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         noise = torch.randn(
             message.shape,
             generator=generator,
@@ -178,13 +178,13 @@ class LittleIsEnough(Attack):
         """The shift z that is used."""
         if self.z is not None:
             return self.z
-        if self.workers is None:
+        if self.workers is None or self.adversaries is None:  # of which both are given, or none
             return 1.5
         honest = self.workers - self.adversaries
         supporters = self.workers // 2 + 1 - self.adversaries
         return max(0.0, NormalDist().inv_cdf((honest - supporters) / honest))
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         wide = _wide(message.dtype)
         if honest is None or honest.size(0) < 2:
             mean = message.to(wide)
@@ -209,7 +209,7 @@ class InnerProduct(Attack):
 
     omniscient: ClassVar[bool] = True
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         wide = _wide(message.dtype)
         mean = message.to(wide) if honest is None else honest.mean(dim=0, dtype=wide)
         return message.copy_(mean.mul(-self.epsilon))
@@ -229,7 +229,7 @@ class BitFlip(Attack):
 
     bit: int | None = None
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         width = 8 * message.element_size()
         bit = width - 2 if self.bit is None else self.bit
         _checks.check_int("bit", bit, 0, width - 1)
@@ -257,7 +257,7 @@ class ZeroedRun(Attack):
         _checks.check_int("runs", self.runs, 1)
         _checks.check_int("length", self.length, 1)
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         places = max(1, message.size(0) - self.length + 1)
         for start in _draw(places, self.runs, generator):
             message[start : start + self.length] = 0
@@ -283,7 +283,7 @@ class MultiBitFlip(Attack):
         _checks.check_int("bits", self.bits, 1, 16)
         _checks.check_int("period", self.period, 1)
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         width = 8 * message.element_size()
         order = torch.randperm(width, generator=generator, device=generator.device)
         (start,) = _draw(min(self.period, message.size(0)), 1, generator)
@@ -308,7 +308,7 @@ class SmallBias(Attack):
         if not 0 < abs(self.bias) < 1e-3:
             raise ValueError(f"bias must be below 1e-3 in magnitude and not 0, got {self.bias}")
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         return message.copy_(message.to(_wide(message.dtype)) * (1 + self.bias))
 
 

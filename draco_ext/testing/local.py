@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch._C._distributed_c10d import TCPStore
+from torch.multiprocessing.spawn import start_processes
 
 # The timeout of collectives, longer than any pause on a busy machine.
 SILENCE = timedelta(minutes=5)
@@ -22,6 +24,18 @@ SILENCE = timedelta(minutes=5)
 def under_torchrun() -> bool:
     """Return whether torchrun, or a similar launcher, has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def all_ranks() -> dist.ProcessGroup:
+    """Return the group of all ranks, of which this one is a member.
+
+    Raises:
+        RuntimeError: torch.distributed is not set up.
+    """
+    group = dist.group.WORLD
+    if group is None:
+        raise RuntimeError("torch.distributed must be set up, got no process group")
+    return group
 
 
 def own_device() -> torch.device:
@@ -80,9 +94,9 @@ def run_local(function: Callable[..., None], ranks: int, *args: Any) -> Iterator
     multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", function.__module__])
     # The store is in this process, on a port that the system chooses, so that two runs never use the same one.
     address = loopback_address()
-    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    context = torch.multiprocessing.start_processes(
+    context = start_processes(
         _rank,
         args=(ranks, address, store.port, sender, function, args),
         nprocs=ranks,
@@ -137,7 +151,7 @@ def _rank(
     loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
     if loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
-    store = dist.TCPStore(address, port, is_master=False)
+    store = TCPStore(address, port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=SILENCE)
     try:
         function(rank, sender.send if rank == 0 else _ignore, *args)

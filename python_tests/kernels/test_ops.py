@@ -15,13 +15,17 @@ from draco_ext import _C, CyclicCode, RepetitionCode, ops
 
 NAMES = [
     "majority_vote",
+    "majority_vote_out",
     "digest",
     "cyclic_encode",
+    "cyclic_encode_out",
     "cyclic_encode_add_",
     "cyclic_project",
     "cyclic_locate",
     "cyclic_combine",
+    "cyclic_combine_out",
     "cyclic_decode",
+    "cyclic_decode_out",
 ]
 VOTE_DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 CYCLIC_DTYPES = [torch.float32, torch.float64]
@@ -166,37 +170,44 @@ def usable_instruction_sets():
     return sets
 
 
-@pytest.mark.parametrize("isa", usable_instruction_sets())
-def test_every_instruction_set(isa, tmp_path, long):
-    """The exhaustive and the reference tests again, in a process that is made to use the instruction set."""
-    if draco_ext.build_info()["instruction_set"] == isa or "DRACO_ISA" in os.environ:
-        pytest.skip(f"this run uses {draco_ext.build_info()['instruction_set']} already")
+@pytest.fixture(scope="module")
+def other_instruction_sets(request, tmp_path_factory):
+    """The exhaustive and the reference tests in a process for each instruction set, which is made to use it.
+
+    All run at the same time: each of them on one core.
+    """
     here = os.path.dirname(__file__)
-    files = [os.path.join(here, name) for name in ("test_repetition.py", "test_cyclic.py")]
     depend = "every_bad_set or matches_reference or fused or sum or bit or half or missing or large_param"
-    depend = f"({depend}) and not cuda"
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            depend,
-            *files,
-            *["--long"] * long,
-        ],
-        env={**os.environ, "DRACO_ISA": isa},
-        cwd=tmp_path,  # not the source tree, whose draco_ext may have no compiled module
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"({depend}) and not cuda"]
+    command += [os.path.join(here, name) for name in ("test_repetition.py", "test_cyclic.py")]
+    command += ["--long"] * request.config.getoption("--long")
+    processes = {
+        isa: subprocess.Popen(
+            command,
+            env={**os.environ, "DRACO_ISA": isa, "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path_factory.mktemp(isa),  # not the source tree, whose draco_ext may have no compiled module
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for isa in OTHER_INSTRUCTION_SETS
+    }
+    yield processes
+    for process in processes.values():
+        process.kill()
+
+
+OTHER_INSTRUCTION_SETS = [
+    isa
+    for isa in usable_instruction_sets()
+    if isa != draco_ext.build_info()["instruction_set"] and "DRACO_ISA" not in os.environ
+]
+
+
+@pytest.mark.parametrize("isa", OTHER_INSTRUCTION_SETS)
+def test_every_instruction_set(isa, other_instruction_sets):
+    output, _ = other_instruction_sets[isa].communicate(timeout=900)
+    assert other_instruction_sets[isa].returncode == 0, output[-4000:]
 
 
 def test_unknown_instruction_set_is_named(tmp_path):
@@ -218,13 +229,17 @@ def every_call(messages, projections, norms):
     ones, carry = torch.ones(9, dtype=torch.complex128), torch.zeros(50)
     return {
         "majority_vote": (lambda x: ops.majority_vote(x, (5, 4), 1)[0], messages),
+        "majority_vote_out": (lambda x: ops.majority_vote(messages, (5, 4), 1, out=x)[0], torch.zeros(50)),
         "digest": (lambda x: ops.digest(x, 1), messages[0]),
         "cyclic_encode": (lambda x: ops.cyclic_encode(x, 9, 1, 0), messages[:3]),
+        "cyclic_encode_out": (lambda x: ops.cyclic_encode(messages[:3], 9, 1, 0, out=x), torch.zeros(50)),
         "cyclic_encode_add_": (lambda x: ops.cyclic_encode_add_(torch.zeros(50), carry, x, 9, 1, 0, 0), messages[0]),
         "cyclic_project": (lambda x: ops.cyclic_project(x, 1)[0], messages),
         "cyclic_locate": (lambda x: ops.cyclic_locate(projections, x, 2, 50)[0], norms),
         "cyclic_combine": (lambda x: ops.cyclic_combine(x, ones), messages),
+        "cyclic_combine_out": (lambda x: ops.cyclic_combine(messages, ones, out=x), torch.zeros(50)),
         "cyclic_decode": (lambda x: ops.cyclic_decode(x, 2)[0], messages),
+        "cyclic_decode_out": (lambda x: ops.cyclic_decode(messages, 2, out=x)[0], torch.zeros(50)),
     }
 
 

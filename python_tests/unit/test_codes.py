@@ -113,8 +113,8 @@ class Median(Code):
     def message_length(self, d):
         return d
 
-    def encode(self, worker, gradients):
-        return gradients[0]
+    def encode(self, worker, gradients, out=None):
+        return gradients[0] if out is None else out.copy_(gradients[0])
 
     def encode_add_(self, message, carry, gradient, worker, part, *, first=False):
         return message.copy_(gradient)

@@ -52,7 +52,7 @@ class Peer:
         messages = torch.randn(workers, 1000, generator=generator) + torch.randn(1000, generator=generator)
         messages[0] *= -100
         expected = self.definition(messages.double(), 1)
-        return ((self.call(messages, 1).double() - expected).norm() / expected.norm()).item()
+        return float((self.call(messages, 1).double() - expected).norm() / expected.norm())
 
     def apply(self, messages: Tensor, code: object) -> Tensor:
         """Apply it as a rule of the benchmarks, with at most one bad worker."""
@@ -64,14 +64,15 @@ def _byzfl() -> types.ModuleType:
     if "byzfl" not in sys.modules:
         spec = importlib.util.find_spec("byzfl")
         package = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("byzfl", None, is_package=True))
-        package.__path__ = list(spec.submodule_search_locations)
+        package.__path__ = list((spec and spec.submodule_search_locations) or ())
         sys.modules["byzfl"] = package
     return importlib.import_module("byzfl.aggregators.aggregators")
 
 
 def _geom_median(messages: Tensor, adversaries: int) -> Tensor:
     module = importlib.import_module("geom_median.torch")
-    return module.compute_geometric_median(messages, skip_typechecks=True).median
+    median: Tensor = module.compute_geometric_median(messages, skip_typechecks=True).median
+    return median
 
 
 def _krum(messages: Tensor, neighbours: int) -> Tensor:

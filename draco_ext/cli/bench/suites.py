@@ -14,7 +14,7 @@ from torch import Tensor
 import draco_ext
 from draco_ext import baselines, ops
 from draco_ext.cli.bench.report import Row
-from draco_ext.cli.bench.timing import Clock, available_memory, compare, memory_limit, repeat
+from draco_ext.cli.bench.timing import Clock, Timing, available_memory, compare, memory_limit, repeat
 from draco_ext.cli.bench.workloads import (
     ONE_READ,
     Rule,
@@ -56,8 +56,8 @@ def decode(device: str, n: int, d: int, with_peers: bool) -> Iterator[Job]:
 def _decode_row(rule: Rule, clock: Clock, device: str, n: int, d: int) -> list[Row]:
     load = workload(device, n, d, rule.code, rule.adversaries)
     row = Row("decode" if device == "cpu" else "cuda", n, d, rule.name, None, own=rule.own)
-    if rule.peer is not None and rule.peer.missing():
-        return [replace(row, note=rule.peer.missing())]
+    if rule.peer is not None and (why := rule.peer.missing()):
+        return [replace(row, note=why)]
     messages = _built(load)
     moved = messages.nbytes
     yardstick = messages.sum
@@ -79,7 +79,9 @@ def _decode_row(rule: Rule, clock: Clock, device: str, n: int, d: int) -> list[R
     return [replace(row, seconds=timing.seconds, to_yardstick=timing.ratio, error=error, note=note)]
 
 
-def _measure(rule: Rule, clock: Clock, load: Workload, messages: Tensor, yardstick: Callable[[], object]):
+def _measure(
+    rule: Rule, clock: Clock, load: Workload, messages: Tensor, yardstick: Callable[[], object]
+) -> tuple[float | None, Timing]:
     error = relative_error(rule, load.device, load.n)
     with reversed_workers(messages, rule.reversed, rule.late):
         return error, compare(clock, lambda: rule.apply(messages, load.code), yardstick)
@@ -101,6 +103,8 @@ def same_messages(n: int, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 KERNEL_ROUNDS = 21
+# A call, its yardstick, and how many bytes the call reads.
+Built = tuple[Callable[[], object], Callable[[], object], int]
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Case:
     yardstick: str
     n: int
     d: int
-    build: Callable[[], tuple[Callable[[], object], Callable[[], object], int]]
+    build: Callable[[], Built]
     short: bool = False
 
     def prepare(self) -> Prepared:
@@ -176,7 +180,7 @@ def kernel_cases(d: int) -> Iterator[Case]:
 
 
 def _vote_case(n: int, d: int, group: int, dtype: torch.dtype) -> Case:
-    def build():
+    def build() -> Built:
         messages = same_messages(n, d, dtype)
         words = messages if dtype.itemsize > 2 else messages.view(torch.float32)  # torch adds up 16-bit types slowly
         code = draco_ext.RepetitionCode(n, (group - 1) // 2)
@@ -185,28 +189,28 @@ def _vote_case(n: int, d: int, group: int, dtype: torch.dtype) -> Case:
     return Case(f"vote of {group}, {str(dtype).removeprefix('torch.')}", "one read", n, d, build)
 
 
-def _encode_part(d: int):
+def _encode_part(d: int) -> Built:
     gradient, message, carry = part_gradient("cpu", 0, d), torch.zeros(d), torch.zeros(d)
     encode = functools.partial(ops.cyclic_encode_add_, message, carry, gradient, 45, 5, 0, 0)
     return encode, functools.partial(message.add_, gradient), 2 * gradient.nbytes
 
 
-def _encode(d: int):
+def _encode(d: int) -> Built:
     gradients = same_messages(11, d)
     return functools.partial(ops.cyclic_encode, gradients, 45, 5, 0), gradients.sum, gradients.nbytes
 
 
-def _digest(d: int):
+def _digest(d: int) -> Built:
     values = part_gradient("cpu", 0, d)
     return functools.partial(ops.digest, values, 7), values.sum, values.nbytes
 
 
-def _project(d: int):
+def _project(d: int) -> Built:
     messages = same_messages(45, d)
     return functools.partial(ops.cyclic_project, messages, 7), messages.sum, messages.nbytes
 
 
-def _short(code: draco_ext.Code):
+def _short(code: draco_ext.Code) -> Built:
     messages = same_messages(code.workers, 1000)
     return functools.partial(draco_ext.decode, messages, code), messages.sum, messages.nbytes
 
@@ -333,7 +337,10 @@ ACCURACY = Config(
     attack="constant",
     bad="fixed",
     seed=0,
-    **{**LEARNING, "steps": 150},
+    steps=150,
+    batch_size=LEARNING.batch_size,
+    learning_rate=LEARNING.learning_rate,
+    momentum=LEARNING.momentum,
 )
 
 

@@ -53,13 +53,13 @@ class Clock:
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._unrelated.sum()  # evicts the cache, and lets the host launch ahead
-        start.record()
+        begin.record()
         call()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(begin.elapsed_time(end)) / 1e3
 
 
 def compare(

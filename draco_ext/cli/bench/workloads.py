@@ -8,6 +8,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def reversed_workers(messages: Tensor, workers: Sequence[int], late: bool = Fals
         messages[list(workers)] = honest
 
 
-Apply = Callable[[Tensor, draco_ext.Code | None], Tensor]
+Apply = Callable[[Tensor, Any], Tensor]  # the rule says which class of code, or None
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Rule:
 @functools.cache
 def workload(device: str, n: int, d: int, code: type[draco_ext.Code] | None, adversaries: int) -> Workload:
     """Return the workload; rules with the same messages share one, so that it is built once."""
-    return Workload(device, n, d, code and code(n, adversaries))
+    return Workload(device, n, d, None if code is None else code(n, adversaries))
 
 
 def decode(messages: Tensor, code: draco_ext.Code) -> Tensor:
@@ -199,7 +200,7 @@ def votes(n: int) -> list[Rule]:
     """Return the majority vote, and the same in plain torch, which is slower if workers are bad."""
     sizes = draco_ext.RepetitionCode(n, 1).group_sizes
     liars = tuple(itertools.accumulate(sizes[:-1], initial=0))  # one bad worker in every group
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "": {},
         f", {len(liars)} reversed": {"reversed": liars},
         f", {len(liars)} in their last element": {"reversed": liars, "late": True},
@@ -232,7 +233,7 @@ def relative_error(rule: Rule, device: str, n: int) -> float | None:
     messages = load.build()
     reverse(messages, rule.reversed or range(rule.adversaries), rule.late)
     honest = load.honest_mean()
-    error = ((rule.apply(messages, load.code).double() - honest).norm() / honest.norm()).item()
+    error = float((rule.apply(messages, load.code).double() - honest).norm() / honest.norm())
     assert rule.code is None or error <= EXACT
     return error
 

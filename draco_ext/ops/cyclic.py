@@ -1,19 +1,6 @@
-"""Typed, checked and documented functions over ``torch.ops.draco_ext``, with their fake kernels.
-
-Every function works on CPU tensors and, in a build with CUDA, on those of a GPU: there on the current stream of their
-device, without waiting for it. None makes a hidden copy: message matrices may have any row stride but need contiguous
-rows. The same call on the same kind of device gives the same bits, whatever the number of threads. The child of a fork
-computes on one thread, since torch's do not survive it: torch's own ops wait there for ever unless it begins with
-`torch.set_num_threads(1)`, as a DataLoader's workers do. A plain-torch version of each stands in `draco_ext.reference`.
-
-All raise TypeError for an argument of the wrong type or dtype and ValueError for a wrong value, naming the argument,
-what came and what was expected, before anything is computed. A tensor that is being differentiated is refused, also
-in `torch.func.grad` and `jvp`; `torch.ops.draco_ext`, where these functions are not called, cannot see tangents.
-"""
+"""The cyclic code, from the worker's side to the decoder's."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,157 +8,24 @@ from torch import Tensor
 from draco_ext import _checks
 from draco_ext._extension import _C
 
+CYCLIC_DTYPES = (torch.float32, torch.float64)
 TILE: int = _C.TILE
 """Columns of a tile, the unit that has a noise floor of its own."""
+_FEW_TILES: int = _C.FEW_TILES
+_MOST_PROJECTIONS: int = _C.MOST_PROJECTIONS
+_FEWEST_PROJECTIONS: int = _C.FEWEST_PROJECTIONS
 
 
 def projections_shape(length: int) -> tuple[int, int]:
-    """Tiles of a message and random projections of each: four up to four tiles, two beyond."""
+    """Return the number of tiles of a message and of random projections of each: four up to four tiles, else two."""
     _checks.check_int("length", length, 0)
-    return (length + TILE - 1) // TILE, 4 if length <= 4 * TILE else 2
+    return (length + TILE - 1) // TILE, _MOST_PROJECTIONS if length <= _FEW_TILES * TILE else _FEWEST_PROJECTIONS
 
 
-VOTE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-CYCLIC_DTYPES = (torch.float32, torch.float64)
-DIGEST_DTYPES = (*VOTE_DTYPES, torch.uint8)
-MOST_GROUP_MEMBERS = 511
-
-
-def build_info() -> dict[str, str | bool]:
-    """How the extension was built and what it uses on this machine.
-
-    Returns:
-        A dict with the keys `compiler`, `instruction_set` (of the CPU kernels in use; the environment variable
-        `DRACO_ISA` forces one), `cuda` (bool), `cuda_architectures` and `torch` (the version it was built against).
-    """
-    return _C.build_info()
-
-
-def _check_pairs(messages: Tensor) -> None:
-    if messages.size(1) % 2:
-        raise ValueError(
-            f"messages must have an even number of columns (pairs are complex numbers), got {messages.size(1)}"
-        )
-
-
-def _overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether two contiguous vectors of the same dtype share elements of a storage."""
-    apart = x.storage_offset() - y.storage_offset()
-    return -x.size(0) < apart < y.size(0) and x.untyped_storage()._cdata == y.untyped_storage()._cdata
-
-
-def _check_length(length: object, messages: Tensor) -> None:
-    _checks.check_int("length", length, max(0, messages.size(1) - 1), messages.size(1))
-
-
-# -------------------------------------------------------------------------------------------- repetition code
-
-
-def majority_vote(
-    messages: Tensor,
-    group_sizes: Sequence[int],
-    adversaries: int,
-    *,
-    missing: Tensor | None = None,
-    atol: float = 0.0,
-    rtol: float = 0.0,
-    mean: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Votes in each group of consecutive workers and averages the winners.
-
-    Bitwise (both tolerances 0): every bit of every element is decided by the majority, so the winner is the honest
-    vector whenever `m - adversaries` of a group's m present members are bit-identical; NaN compares by bits, -0 and
-    +0 differ.
-    Tolerant: the winner is the coordinate-wise lower median in the total order of floats, and a member agrees where it
-    is within `atol + rtol * abs(winner)`. One sweep: n x d elements read, d written. Deterministic.
-
-    Source: DRACO, arXiv 1803.09877, section 4.1 (repetition code, majority vote decoder).
-
-    Args:
-        messages: (n, d), float32, float64, float16 or bfloat16.
-        group_sizes: members of each group, adding up to n, each from 2 * adversaries + 1 to 511.
-        adversaries: s, how many workers may be bad.
-        missing: (n,) bool, workers whose row is to be ignored.
-        atol: absolute tolerance.
-        rtol: relative tolerance.
-        mean: divide by the number of groups; otherwise the sum over groups. Sums are taken in float32 (float64 for
-            float64), in the order of the groups.
-
-    Returns:
-        gradient (d,), NaN everywhere if failed; suspects (n,) bool, the present members that differ from their group's
-        winner; failed () bool, whether too few members of some group agree for the guarantee to hold.
-    """
-    _checks.check_messages(messages, VOTE_DTYPES)
-    _checks.check_int("adversaries", adversaries, 0)
-    if not isinstance(group_sizes, (tuple, list)):
-        raise TypeError(f"group_sizes must be a tuple or list of ints, got {type(group_sizes).__name__}")
-    least = 2 * adversaries + 1
-    for size in group_sizes:
-        if type(size) is not int or not least <= size <= MOST_GROUP_MEMBERS:  # calls cost as much as a vote
-            _checks.check_int("group_sizes", size, least, MOST_GROUP_MEMBERS)
-    if sum(group_sizes) != messages.size(0):
-        raise ValueError(f"group_sizes must add up to the {messages.size(0)} messages, got {sum(group_sizes)}")
-    _checks.check_mask("missing", missing, messages)
-    _checks.check_tolerance("atol", atol)
-    _checks.check_tolerance("rtol", rtol)
-    _checks.check_bool("mean", mean)
-    return torch.ops.draco_ext.majority_vote(
-        messages, missing, list(group_sizes), adversaries, float(atol), float(rtol), mean
-    )
-
-
-@torch.library.register_fake("draco_ext::majority_vote")
-def _(messages, missing, group_sizes, adversaries, atol, rtol, mean):
-    return _decoded(messages, messages.size(1))
-
-
-def _decoded(messages: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        messages.new_empty((length,)),
-        messages.new_empty((messages.size(0),), dtype=torch.bool),
-        messages.new_empty((), dtype=torch.bool),
-    )
-
-
-# ------------------------------------------------------------------------------------------------------ digest
-
-
-def digest(values: Tensor, seed: int) -> Tensor:
-    """128 bits that stand for all bits of a vector, wherever they are: what ranks compare instead of whole messages.
-
-    Vectors of the same bits and seed have the same digest, on every device and machine; -0 and +0 differ, so do NaNs of
-    different bits. Over a random seed two vectors that differ in any bit or in length, chosen without knowing the seed,
-    have the same digest with a probability of at most 2^-121; who knows the seed can make such vectors. Reads d
-    elements. Deterministic, whatever the number of threads.
-
-    Source: NH with a Toeplitz key (Black, Halevi, Krawczyk, Krovetz and Rogaway, UMAC, CRYPTO 1999) over the nine
-    chunks that an erasure code makes of every eight (encode, hash, combine: Nandi, FSE 2014), joined by multilinear
-    hashing (Carter and Wegman, 1979) with weights from Philox4x32-10.
-
-    Args:
-        values: (d,) contiguous; float32, float64, float16, bfloat16, or uint8, as which other types can be viewed.
-        seed: the key, 64 bits.
-
-    Returns:
-        (2,) int64.
-    """
-    _checks.check_tensor("values", values, 1, DIGEST_DTYPES)
-    if not values.is_contiguous():
-        raise ValueError(f"values must be contiguous, got stride {values.stride(0)}: call .contiguous()")
-    _checks.check_int("seed", seed, -(2**63), 2**63 - 1)
-    return torch.ops.draco_ext.digest(values, seed)
-
-
-@torch.library.register_fake("draco_ext::digest")
-def _(values, seed):
-    return values.new_empty((2,), dtype=torch.int64)
-
-
-# ------------------------------------------------------------------------------------------------ cyclic code
-
-
-def cyclic_encode(gradients: Tensor, workers: int, adversaries: int, worker: int) -> Tensor:
-    """One worker's message: the weighted sum of its parts' gradients, pairs of elements taken as complex numbers.
+def cyclic_encode(
+    gradients: Tensor, workers: int, adversaries: int, worker: int, *, out: Tensor | None = None
+) -> Tensor:
+    """Return one worker's message: the weighted sum of its parts' gradients, pairs of elements as complex numbers.
 
     The sum is rounded once: its error is relative to the message, also where gradients nearly cancel. What is below
     2^-44 (float64: 2^-95) of its terms counts as cancelled, and is 0; so are 16 columns that are below this part of the
@@ -182,6 +36,7 @@ def cyclic_encode(gradients: Tensor, workers: int, adversaries: int, worker: int
         workers: n.
         adversaries: s.
         worker: from 0 to n - 1.
+        out: (d + d % 2,), receives the message; see `draco_ext.ops`.
 
     Returns:
         (d + d % 2,), the gradients' dtype; an odd last element is paired with 0.
@@ -194,13 +49,23 @@ def cyclic_encode(gradients: Tensor, workers: int, adversaries: int, worker: int
         raise ValueError(
             f"gradients must have 2 * adversaries + 1 = {2 * adversaries + 1} rows, got {gradients.size(0)}"
         )
-    return torch.ops.draco_ext.cyclic_encode(gradients, workers, adversaries, worker)
+    if out is None:
+        return torch.ops.draco_ext.cyclic_encode(gradients, workers, adversaries, worker)
+    d = gradients.size(1)
+    _checks.check_out(out, d + d % 2, "gradients", gradients)
+    torch.ops.draco_ext.cyclic_encode_out(gradients, workers, adversaries, worker, out)
+    return out
 
 
 @torch.library.register_fake("draco_ext::cyclic_encode")
 def _(gradients, workers, adversaries, worker):
     d = gradients.size(1)
     return gradients.new_empty((d + d % 2,))
+
+
+@torch.library.register_fake("draco_ext::cyclic_encode_out")
+def _(gradients, workers, adversaries, worker, out):
+    return None
 
 
 def cyclic_encode_add_(
@@ -240,22 +105,13 @@ def cyclic_encode_add_(
     _checks.check_workers(workers, adversaries)
     _checks.check_int("worker", worker, 0, workers - 1)
     _checks.check_int("part", part, 0, workers - 1)
-    for name, vector in (("message", message), ("carry", carry)):
-        if vector.is_neg():  # torch cannot write to a view that stands for the negative of its memory
-            raise ValueError(f"{name} must not be a negated view (such as z.conj().imag): call .resolve_neg()")
-    for name, vector in (("message", message), ("carry", carry), ("gradient", gradient)):
-        if not vector.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got stride {vector.stride(0)}")
     d = gradient.size(0)
     for name, vector in (("message", message), ("carry", carry)):
-        if vector.size(0) != d + d % 2:
-            raise ValueError(f"{name} must have {d + d % 2} elements, got {vector.size(0)}")
-    if not torch.compiler.is_compiling():
-        for name, vector in (("carry", carry), ("gradient", gradient)):
-            if _overlap(message, vector):
-                raise ValueError(f"{name} must not share memory with message")
-        if _overlap(carry, gradient):
-            raise ValueError("gradient must not share memory with carry")
+        _checks.check_writable(name, vector, d + d % 2)
+    _checks.check_contiguous("gradient", gradient)
+    _checks.check_apart("carry", carry, "message", message)
+    _checks.check_apart("gradient", gradient, "message", message)
+    _checks.check_apart("gradient", gradient, "carry", carry)
     r = 2 * adversaries + 1
     if all((part + (2 * t * workers + r) // (2 * r)) % workers != worker for t in range(r)):
         raise ValueError(f"part must be one that worker {worker} computes, got {part}")
@@ -270,7 +126,7 @@ def _(message, carry, gradient, workers, adversaries, worker, part, first=False)
 
 
 def cyclic_project(messages: Tensor, seed: int, *, missing: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Random projections of the messages, a few for every tile of `TILE` columns (see `projections_shape`).
+    """Project the messages at random, a few times for every tile of `TILE` columns (see `projections_shape`).
 
     The weights are products of two numbers of +-[1, 2), drawn by Philox4x32-10 from the seed (csrc/core/random.h). They
     must not be known to the workers before their messages are in. Reads n x d elements. Deterministic for a given seed
@@ -286,7 +142,7 @@ def cyclic_project(messages: Tensor, seed: int, *, missing: Tensor | None = None
         float64, of each worker's tiles, in the same units.
     """
     _checks.check_messages(messages, CYCLIC_DTYPES)
-    _check_pairs(messages)
+    _checks.check_pairs(messages)
     _checks.check_mask("missing", missing, messages)
     _checks.check_int("seed", seed, -(2**63), 2**63 - 1)
     return torch.ops.draco_ext.cyclic_project(messages, missing, seed)
@@ -313,7 +169,7 @@ def cyclic_locate(
     rtol: float = 0.0,
     mean: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Names the bad workers from projections and gives the weights that decode without them.
+    """Find the bad workers from projections, and the weights that decode without them.
 
     Looks for the smallest set of workers without which the others' projections satisfy the code's checks up to rounding
     (csrc/core/locator.h), all in double precision, in O(n s^2) per projection. Deterministic.
@@ -370,8 +226,10 @@ def _(projections, norms, missing, adversaries, length, float64, atol, rtol, mea
     )
 
 
-def cyclic_combine(messages: Tensor, weights: Tensor, *, length: int | None = None) -> Tensor:
-    """The weighted sum of the messages, pairs of elements taken as complex numbers.
+def cyclic_combine(
+    messages: Tensor, weights: Tensor, *, length: int | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Return the weighted sum of the messages, pairs of elements taken as complex numbers.
 
     Rows whose weight is exactly 0 are not read. Reads the others once, writes d elements. Deterministic.
 
@@ -379,23 +237,33 @@ def cyclic_combine(messages: Tensor, weights: Tensor, *, length: int | None = No
         messages: (n, L), L even, float32 or float64.
         weights: (n,) complex128.
         length: L or L - 1; the default L keeps the padding of an odd gradient.
+        out: (length,), receives the sum; see `draco_ext.ops`.
 
     Returns:
         (length,), the messages' dtype.
     """
     _checks.check_messages(messages, CYCLIC_DTYPES)
-    _check_pairs(messages)
+    _checks.check_pairs(messages)
     _checks.check_tensor("weights", weights, 1, (torch.complex128,), like=messages)
     if weights.size(0) != messages.size(0) or not weights.is_contiguous():
         raise ValueError(f"weights must be contiguous with {messages.size(0)} entries, got {weights.size(0)}")
     length = messages.size(1) if length is None else length
-    _check_length(length, messages)
-    return torch.ops.draco_ext.cyclic_combine(messages, weights, length)
+    _checks.check_length(length, messages)
+    if out is None:
+        return torch.ops.draco_ext.cyclic_combine(messages, weights, length)
+    _checks.check_out(out, length, "messages", messages)
+    torch.ops.draco_ext.cyclic_combine_out(messages, weights, out)
+    return out
 
 
 @torch.library.register_fake("draco_ext::cyclic_combine")
 def _(messages, weights, length):
     return messages.new_empty((length,))
+
+
+@torch.library.register_fake("draco_ext::cyclic_combine_out")
+def _(messages, weights, out):
+    return None
 
 
 def cyclic_decode(
@@ -409,8 +277,9 @@ def cyclic_decode(
     rtol: float = 0.0,
     mean: bool = True,
     seed: int | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Decodes the cyclic code in one sweep over the messages, two if there are suspects that were not expected.
+    """Decode the cyclic code in one sweep over the messages, two if there are suspects that were not expected.
 
     On the CPU the second one is of the first sixteenth alone, unless a suspect shows only after that. Equivalent to
     `cyclic_project`, `cyclic_locate` and `cyclic_combine`. To the last bit the gradient is that of who is left out: it
@@ -426,6 +295,7 @@ def cyclic_decode(
         rtol: see `cyclic_locate`.
         mean: divide by the number of parts, n.
         seed: of the random projection; None, the only safe choice in production, draws one from the operating system.
+        out: (length,), receives the gradient; see `draco_ext.ops`.
 
     Returns:
         gradient (length,), NaN everywhere if failed or if 2 * nonfinite + missing > 2 * s; suspects (n,) bool; failed
@@ -433,22 +303,32 @@ def cyclic_decode(
         be bad as well as others. Not the missing ones; nobody where the gradient is NaN.
     """
     _checks.check_messages(messages, CYCLIC_DTYPES)
-    _check_pairs(messages)
+    _checks.check_pairs(messages)
     _checks.check_workers(messages.size(0), adversaries, "messages' rows")
     _checks.check_mask("missing", missing, messages)
     _checks.check_mask("expected", expected, messages)
     length = messages.size(1) if length is None else length
-    _check_length(length, messages)
+    _checks.check_length(length, messages)
     _checks.check_tolerance("atol", atol)
     _checks.check_tolerance("rtol", rtol)
     _checks.check_bool("mean", mean)
     if seed is not None:
         _checks.check_int("seed", seed, -(2**63), 2**63 - 1)
-    return torch.ops.draco_ext.cyclic_decode(
-        messages, missing, expected, adversaries, length, float(atol), float(rtol), mean, seed
-    )
+    options = (float(atol), float(rtol), mean, seed)
+    if out is None:
+        return torch.ops.draco_ext.cyclic_decode(messages, missing, expected, adversaries, length, *options)
+    _checks.check_out(out, length, "messages", messages)
+    return out, *torch.ops.draco_ext.cyclic_decode_out(messages, missing, expected, adversaries, *options, out)
+
+
+@torch.library.register_fake("draco_ext::cyclic_decode_out")
+def _(messages, missing, expected, adversaries, atol, rtol, mean, seed, out):
+    n = messages.size(0)
+    return tuple(messages.new_empty(shape, dtype=torch.bool) for shape in ((n,), (), (n,)))
 
 
 @torch.library.register_fake("draco_ext::cyclic_decode")
 def _(messages, missing, expected, adversaries, length, atol, rtol, mean, seed):
-    return *_decoded(messages, length), messages.new_empty((messages.size(0),), dtype=torch.bool)
+    n = messages.size(0)
+    flags = (messages.new_empty(shape, dtype=torch.bool) for shape in ((n,), (), (n,)))
+    return messages.new_empty((length,)), *flags
