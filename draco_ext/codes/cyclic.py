@@ -30,7 +30,7 @@ class CyclicCode(Code):
 
     @property
     def parts(self) -> int:
-        """How many parts a batch is cut into: n."""
+        """The number of parts of a batch: n."""
         return self.workers
 
     @property
