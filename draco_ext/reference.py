@@ -188,7 +188,7 @@ def cyclic_project(
 def cyclic_locate(
     projections: Tensor, adversaries: int, noise: Tensor, *, missing: Tensor | None = None, tolerance: float = 6.0
 ) -> set[int] | None:
-    """Return the smallest set of workers without which every check is at the noise, by trying all; None if there is none.
+    """Return the smallest set of workers without which every check is at the noise, or None; tries all sets.
 
     Args:
         projections: (n, tiles, k) complex128.
