@@ -303,8 +303,9 @@ class Code(abc.ABC):
         if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
             got = repr(reduction) if isinstance(reduction, str) else type(reduction).__name__
             raise ValueError(f"reduction must be 'mean' or 'sum', got {got}")
-        plain = isinstance(messages, Tensor) and not messages.is_nested
-        if plain and messages.dim() == 2 and messages.size(0) != self.workers:
+        if not isinstance(messages, Tensor) or messages.is_nested:
+            return  # refused by the op
+        if messages.dim() == 2 and messages.size(0) != self.workers:
             raise ValueError(
                 f"messages must have a row for each of the {self.workers} workers, got shape {tuple(messages.shape)}"
             )

@@ -157,7 +157,8 @@ def _places_on_circle(code: Code, sizes: list[int]) -> list[int]:
     stride = strides[int(np.argmin(prices))]
     place = apart * stride % n
     host = np.repeat(np.arange(len(sizes)), sizes)
-    return (_improve(place, host, price) if n <= MOST_IMPROVED else place).tolist()
+    places = _improve(place, host, price) if n <= MOST_IMPROVED else place
+    return [int(worker) for worker in places]
 
 
 def pair_prices(code: Code) -> np.ndarray:

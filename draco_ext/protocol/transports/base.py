@@ -70,24 +70,27 @@ class Transport(abc.ABC):
         """Forget the exchanges of an aborted step."""
 
     def _decode_rows(
-        self, rows: Tensor, missing: Collection[int] = (), seed: int | None = None
-    ) -> tuple[Tensor, ExchangeOutcome]:
+        self, rows: Tensor, out: Tensor, missing: Collection[int] = (), seed: int | None = None
+    ) -> ExchangeOutcome:
         """Decode all workers' messages, or slices of them.
 
         Args:
             rows: row j from worker j, with truncation sentinels.
+            out: the vector that the gradient is written into.
             missing: workers whose rows are ignored.
             seed: the seed of the decoder's random numbers; default: one from the operating system.
 
         Returns:
-            The gradient, and the outcome.
+            The outcome.
         """
         mask = torch.zeros(self.code.workers, dtype=torch.bool, device=rows.device)
         mask[list(missing)] = True
         reject_truncated(rows, mask)
-        decoded = self.code.decode(rows, missing=mask if missing else None, seed=seed, atol=self.atol, rtol=self.rtol)
+        decoded = self.code.decode(
+            rows, missing=mask if missing else None, seed=seed, atol=self.atol, rtol=self.rtol, out=out
+        )
         suspects = _differences(rows, decoded, missing)
-        return decoded.gradient, ExchangeOutcome(suspects, bool(decoded.failed), left_out=workers_in(decoded.left_out))
+        return ExchangeOutcome(suspects, bool(decoded.failed), left_out=workers_in(decoded.left_out))
 
 
 def _differences(rows: Tensor, decoded: Decoded, missing: Collection[int] = ()) -> dict[int, Difference | None]:

@@ -79,7 +79,9 @@ class ServerTransport(Transport):
     def _serve(self, values: Tensor, *, last: bool) -> ExchangeOutcome:
         """Decode all workers' values on the server; the result replaces its own values."""
         rows, absent = self._collect(values.cpu())
-        gradient, outcome = self._decode_rows(rows.to(values.device), absent)
+        # Not into the values: the result may wait for a late worker beyond this step.
+        gradient = torch.empty_like(values)
+        outcome = self._decode_rows(rows.to(values.device), gradient, absent)
         outcome = replace(outcome, missing=tuple(sorted(absent)))
         verdict = _write(outcome, self.code.workers)
         self._answer((verdict,) if outcome.failed else (verdict, gradient.cpu()), absent, complete=last)
