@@ -343,7 +343,7 @@ def bench(suites: tuple[str, ...], workers: int, parameters: int, device: str, p
 
     \b
     decode    decoders, robust averages and other libraries
-    kernels   every kernel compared with its yardstick
+    kernels   every kernel beside its yardstick
     scaling   time per byte for growing sizes
     paper     the paper's comparison, on gradients of the sizes of its models
     accuracy  time to accuracy under attack
