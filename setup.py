@@ -1,4 +1,4 @@
-"""Drives CMake, which owns sources and flags (CMakeLists.txt)."""
+"""The build, which calls CMake; CMakeLists.txt has the sources and flags."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def find_torch() -> torch_at.Torch:
 
 
 def cuda_compiler(torch: torch_at.Torch) -> str | None:
-    """The nvcc to use, or None for a CPU-only build; DRACO_CUDA=auto|on|off decides."""
+    """Return the nvcc to use, or None for a CPU-only build; DRACO_CUDA=auto|on|off decides."""
     wish = os.environ.get("DRACO_CUDA", "auto").lower()
     if wish not in ("auto", "on", "off"):
         stop(f"DRACO_CUDA must be auto, on or off, got {wish!r}.")
@@ -54,7 +54,7 @@ def check_compiler() -> None:
 
 
 class CMakeBuild(build_ext):
-    """Builds draco_ext._C with CMake and Ninja."""
+    """A command that builds draco_ext._C with CMake and Ninja."""
 
     def build_extension(self, ext: Extension) -> None:
         torch = find_torch()

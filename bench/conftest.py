@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and the tables that they end with (draco_ext/cli/bench/report.py)."""
+"""The options of the benchmarks, and the tables at their end (draco_ext/cli/bench/report.py)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def add_row(request):
-    """Adds a `report.Row` to the table, given its fields by name."""
+    """Add a `report.Row` to the table, given its fields by name."""
     return lambda **fields: request.config.stash[ROWS].append(report.Row(**fields))
 
 

@@ -1,6 +1,6 @@
-"""The tables of docs/guarantee.md about naming: which faults the cyclic code leaves out, and whom it names.
+"""The tables of docs/guarantee.md about naming: the faults that the cyclic code leaves out, and those that it names.
 
-``python bench/naming.py`` prints them, with machine and date, in less than a minute; ``--write`` puts them there.
+``python bench/naming.py`` prints them, with machine and date, in less than a minute; ``--write`` also updates the page.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ SIZES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
 LENGTH = 1000
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "guarantee.md"
 
-# f(honest message, another honest message, random numbers) -> what is sent
+# f(honest message, another honest message, random numbers) -> message to send
 Fault = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
 
 def one_bit(message: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
-    """Any of the bits of one element, flipped."""
+    """Flip a random bit of a random element."""
     sent = message.clone()
     place, bit = (int(torch.randint(high, (), generator=generator)) for high in (message.numel(), 32))
     sent.view(torch.int32)[place] ^= 2**bit - 2**32 * (bit == 31)
@@ -45,7 +45,7 @@ def one_bit(message: Tensor, other: Tensor, generator: torch.Generator) -> Tenso
 
 
 def zeroed_run(message: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
-    """16 elements in a row are 0: a line of a cache."""
+    """Set 16 consecutive elements, as many as fit in a cache line, to 0."""
     sent = message.clone()
     place = int(torch.randint(message.numel() - 16, (), generator=generator))
     sent[place : place + 16] = 0
@@ -62,7 +62,7 @@ NATURAL: dict[str, Fault] = {
 
 
 def wrong_element(size: float) -> Fault:
-    """One element is off, by so much of the message's norm."""
+    """Return a fault that adds an error to one element; its size is relative to the message's norm."""
 
     def fault(message: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
         sent = message.clone()
@@ -73,7 +73,7 @@ def wrong_element(size: float) -> Fault:
 
 
 def wrong_everywhere(size: float) -> Fault:
-    """All elements are, each by something else, together by so much of the message's norm."""
+    """Return a fault that adds random errors to all elements; their norm is relative to the message's norm."""
 
     def fault(message: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
         error = torch.randn(message.shape, generator=generator)
@@ -84,7 +84,7 @@ def wrong_everywhere(size: float) -> Fault:
 
 @dataclass
 class Counts:
-    """What decodes with the same kind of fault came to."""
+    """The counts of the results of decodes with the same kind of fault."""
 
     decodes: int = 0
     left_out: int = 0
@@ -95,7 +95,7 @@ class Counts:
     evidence: Evidence = field(default_factory=Evidence)
 
     def add(self, out: draco_ext.Decoded, bad: list[int], mean: Tensor) -> None:
-        """Counts a decode. Left out and named: all of the bad workers."""
+        """Count a decode; it counts as left out or named if all bad workers are."""
         self.decodes += 1
         self.failed += bool(out.failed)
         if out.failed:
@@ -109,7 +109,7 @@ class Counts:
 
 
 class Scene:
-    """A code with honest messages of random gradients, and of the step before."""
+    """A code with honest messages of random gradients, and those of the step before."""
 
     def __init__(self, n: int, s: int, generator: torch.Generator) -> None:
         self.code = CyclicCode(n, s)
@@ -123,7 +123,7 @@ class Scene:
         )
 
     def decode(self, counts: Counts, fault: Fault, bad: list[int]) -> None:
-        """Decodes with a fault in some workers, each its own."""
+        """Decode with faults in some workers, drawn for each of them."""
         sent = self.honest.clone()
         for j in bad:
             sent[j] = fault(self.honest[j], self.before[j], self.generator)
@@ -131,7 +131,7 @@ class Scene:
 
 
 def natural(trials: int, generator: torch.Generator, total: Counts) -> Iterator[list[str]]:
-    """One worker, which is another one in every eighth of the trials. All decodes are counted together in `total`."""
+    """Yield rows for one bad worker, another one after every eighth of the trials; also count all decodes in total."""
     faults = NATURAL
     faults |= {f"one element, {size:.0e}": wrong_element(size) for size in SIZES}
     faults |= {f"all elements, {size:.0e}": wrong_everywhere(size) for size in SIZES}
@@ -153,7 +153,7 @@ def natural(trials: int, generator: torch.Generator, total: Counts) -> Iterator[
 
 
 def evidence(generator: torch.Generator) -> Iterator[list[str]]:
-    """The same worker in all decodes, with one wrong element: after how many it is probable or has been named."""
+    """Yield rows with the number of decodes until a worker with one wrong element in each is probable or named."""
     yield ["one element, size", *(f"{n}, {s}" for n, s in CODES)]
     scenes = [Scene(n, s, generator) for n, s in CODES]
     for size in SIZES:
@@ -171,7 +171,7 @@ def evidence(generator: torch.Generator) -> Iterator[list[str]]:
 
 
 def colluders(trials: int, generator: torch.Generator) -> Iterator[list[str]]:
-    """All s workers together, with one error in the directions that checks see least; neighbours, or spread out."""
+    """Yield rows for s colluding workers, adjacent or spread, with errors in directions that checks see least."""
     from test_guarantee import misplace, weak_direction
 
     codes = [(15, 3), (64, 3), (64, 5)]
@@ -198,7 +198,7 @@ def colluders(trials: int, generator: torch.Generator) -> Iterator[list[str]]:
 
 
 def cell(counts: Counts) -> str:
-    """Per cent left out / named, the worst error, and what must not be."""
+    """Return a cell: per cent left out / named, the worst error, and results that must not occur."""
     said = f"{percent(counts.left_out, counts.decodes)} / {percent(counts.named, counts.decodes)}, {counts.worst:.0e}"
     if counts.honest_named:
         said += f", honest named {counts.honest_named}"
@@ -206,12 +206,12 @@ def cell(counts: Counts) -> str:
 
 
 def percent(count: int, of: int) -> str:
-    """Never rounded to 0 or 100."""
+    """Return a percentage that is never rounded to 0 or 100."""
     return f"{min(max(round(100 * count / of), int(count > 0)), 100 - (count < of))}"
 
 
 def table(rows: Iterator[list[str]]) -> str:
-    """As Markdown, printed as it comes."""
+    """Return the rows as Markdown; each row is also printed immediately."""
     lines = []
     for row in rows:
         lines.append(f"| {' | '.join(row)} |")
@@ -223,7 +223,7 @@ def table(rows: Iterator[list[str]]) -> str:
 
 
 def write(tables: list[str], sentences: list[tuple[str, str]]) -> None:
-    """Puts tables, each in the place of the one with the same first cell, and sentences into docs/guarantee.md."""
+    """Write tables and sentences into docs/guarantee.md; a table replaces the one with the same first cell."""
     text = PAGE.read_text()
     for new in tables:
         sentences = [*sentences, (rf"{re.escape(new.split(' |')[0])} \|.*\n(\|.*\n)+", new)]
@@ -235,7 +235,7 @@ def write(tables: list[str], sentences: list[tuple[str, str]]) -> None:
 
 
 def main() -> None:
-    """Print the tables, or put them into docs/guarantee.md."""
+    """Print the tables, or write them into docs/guarantee.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=200, help="decodes for each number")
     parser.add_argument("--seed", type=int, default=0)

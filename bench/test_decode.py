@@ -31,7 +31,7 @@ FAST, SLOW = 7, 3  # rounds
 
 
 def rules(n: int) -> list[Rule]:
-    """The lines of the table; those with the same messages are neighbours."""
+    """Return the lines of the table; those with the same messages are consecutive."""
     return [ONE_READ, *others(n, with_peers=False), *votes(n), *cyclic_rules(n)]
 
 
@@ -42,7 +42,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def messages(request):
-    """The honest messages of a workload, kept while neighbouring tests use them."""
+    """The honest messages of a workload, kept while consecutive tests use them."""
     gc.collect()
     return request.param, request.param.build()
 

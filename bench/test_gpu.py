@@ -37,9 +37,9 @@ BASELINES = ("mean", "coordinate-median", "geometric-median", "geometric-median-
 
 
 def rules(n: int) -> list[Rule]:
-    """The lines of the table; those with the same messages are neighbours."""
+    """Return the lines of the table; those with the same messages are consecutive."""
     lines = [Rule(name, baseline(name), slow=name != "mean") for name in BASELINES]
-    # Its number of iterations depends on the messages.
+    # Timed with reversed messages, too, since its number of iterations depends on the messages.
     lines += [Rule(f"{name}, 1 reversed", baseline(name), reversed=(0,), slow=True) for name in BASELINES[2:]]
     lines += [rule for rule in votes(n) if rule.own]
     cyclic = cyclic_rules(n)
@@ -68,7 +68,7 @@ def gpu():
 
 @pytest.fixture(scope="module")
 def messages(request, gpu):
-    """Honest messages of a workload, kept while neighbouring tests use them: as many times as exceed the cache."""
+    """The honest messages of a workload, in copies that exceed the cache, kept while consecutive tests use them."""
     gc.collect()
     torch.cuda.empty_cache()
     load = request.param

@@ -1,4 +1,4 @@
-"""Every kernel beside its yardstick, on the CPU.
+"""A comparison of every kernel with its yardstick, on the CPU.
 
 pytest bench/test_kernels.py [--quick] [--bench-output FOLDER]
 """

@@ -1,4 +1,4 @@
-"""That the libraries that decoders are compared with compute what they are said to.
+"""Tests that the rules of other libraries, with which decoders are compared, agree with their definitions.
 
 pip install ".[bench]" && pytest bench/test_peers.py
 """

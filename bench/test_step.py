@@ -2,9 +2,9 @@
 
     pytest bench/test_step.py [--quick] [--bench-output FOLDER]
 
-Six ranks over gloo on this machine, a model of which computing the gradient costs next to nothing; every variant takes
-turns with the plain one, round by round. Timed on rank 0 from a barrier: the backward pass that communicates, less one
-that does not, but encodes where a code has several parts.
+Six ranks run over gloo on this machine, with a model whose gradient costs almost nothing. Every variant alternates with
+the plain one, round by round. The time is measured on rank 0 from a barrier: a backward pass that communicates, minus
+one that does not (but encodes, if a code has several parts).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ VARIANTS["allreduce, repetition s=1, parameters compared in every step"] = (
 
 
 class Scales(nn.Module):
-    """d parameters in ten tensors; the gradient is a constant."""
+    """A model of d parameters in ten tensors, whose gradient is constant."""
 
     def __init__(self, d: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Scales(nn.Module):
 
 
 class Step(NamedTuple):
-    """Seconds of a backward pass that does not communicate and of one that does, its bytes, and where its time went."""
+    """The seconds of backward passes without and with communication, and the bytes and times of the latter."""
 
     alone: float
     seconds: float
@@ -65,7 +65,7 @@ class Step(NamedTuple):
 
     @property
     def exchange(self) -> float:
-        """Seconds of communication and decoding."""
+        """The seconds of communication and decoding."""
         return self.seconds - self.alone
 
 

@@ -1,8 +1,8 @@
-"""The rules people use instead of a code: averages, plain or robust, as baselines.
+"""Baselines: plain and robust averages, which people use instead of a code.
 
 All take the workers' messages, one gradient per worker in the rows of an (n, d) float32 or float64
-matrix, and return one vector of d elements. None of them recovers the honest mean exactly once
-somebody is bad, and none names who was. `AGGREGATORS` holds them by the name used on the command
+matrix, and return one vector of d elements. If a worker is bad, none of them recovers the honest
+mean exactly, and none names the worker. `AGGREGATORS` holds them by the name used on the command
 line, all with the signature ``rule(messages, adversaries)``.
 
 All raise TypeError for an argument of the wrong type or dtype and ValueError for a wrong value.
@@ -20,12 +20,12 @@ from draco_ext import _checks, ops
 
 _DTYPES = (torch.float32, torch.float64)
 
-# Columns worked on at once on a CPU: enough to use its threads, few enough to stay in its cache.
+# Columns processed at once on a CPU: enough to use its threads, few enough to stay in its cache.
 _TILE = 65536
 
 
-def _check(messages: object, adversaries: object = 0, spare: int = 1) -> None:
-    """Raises unless messages is a matrix with at least 2 * adversaries + spare rows."""
+def _check(messages: Tensor, adversaries: int = 0, spare: int = 1) -> None:
+    """Raise unless messages is a matrix with at least 2 * adversaries + spare rows."""
     _checks.check_messages(messages, _DTYPES)
     _checks.check_int("adversaries", adversaries, 0)
     needed = 2 * adversaries + spare
@@ -36,12 +36,12 @@ def _check(messages: object, adversaries: object = 0, spare: int = 1) -> None:
 
 
 def _tiles(messages: Tensor) -> tuple[Tensor, ...]:
-    """The columns in tiles on a CPU, in one piece on other devices."""
+    """Return the columns in tiles on a CPU, and all columns at once on other devices."""
     return messages.split(_TILE, dim=1) if messages.is_cpu else (messages,)
 
 
 def mean(messages: Tensor) -> Tensor:
-    """The plain average. One bad worker moves it anywhere.
+    """Return the plain average, which one bad worker can move anywhere.
 
     Args:
         messages: (n, d).
@@ -54,7 +54,7 @@ def mean(messages: Tensor) -> Tensor:
 
 
 def _sorting_network(n: int) -> Iterator[tuple[int, int]]:
-    """The comparators (i, j), i < j, that sort n values: Batcher's merge exchange.
+    """Return the comparators (i, j), i < j, that sort n values: Batcher's merge exchange.
 
     Source: Knuth, The Art of Computer Programming, volume 3, section 5.2.2, algorithm M.
     """
@@ -71,7 +71,7 @@ def _sorting_network(n: int) -> Iterator[tuple[int, int]]:
 
 
 def _sorted_rows(messages: Tensor) -> Iterator[list[Tensor]]:
-    """For each tile of columns its n rows, sorted within every column; NaN spreads in its column.
+    """Yield the n rows of each tile of columns, sorted within every column; a NaN makes its whole column NaN.
 
     A network of row-wise minima and maxima is several times faster than torch.sort or torch.median,
     which gather each column with a stride.
@@ -85,7 +85,7 @@ def _sorted_rows(messages: Tensor) -> Iterator[list[Tensor]]:
 
 
 def coordinate_median(messages: Tensor) -> Tensor:
-    """The median of every coordinate; with an even number of messages the mean of the middle two.
+    """Return the median of every coordinate; with an even number of messages, the mean of the middle two.
 
     A coordinate in which any message is NaN is NaN.
 
@@ -105,7 +105,7 @@ def coordinate_median(messages: Tensor) -> Tensor:
 
 
 def trimmed_mean(messages: Tensor, adversaries: int) -> Tensor:
-    """The mean of every coordinate without its s smallest and s largest values.
+    """Return the mean of every coordinate without its s smallest and s largest values.
 
     A coordinate in which any message is NaN is NaN.
 
@@ -121,14 +121,14 @@ def trimmed_mean(messages: Tensor, adversaries: int) -> Tensor:
     _check(messages, adversaries)
     kept = slice(adversaries, messages.size(0) - adversaries)
     count = messages.size(0) - 2 * adversaries
-    return torch.cat([sum(rows[kept]) / count for rows in _sorted_rows(messages)])
+    return torch.cat([sum(rows[kept], start=torch.zeros(())) / count for rows in _sorted_rows(messages)])
 
 
 def _krum_scores(messages: Tensor, adversaries: int) -> Tensor:
-    """For each message the sum of its squared distances to the n-s-2 nearest others.
+    """Return, for each message, the sum of its squared distances to the n-s-2 nearest others.
 
-    The distances come from the Gram matrix: in float32, those below about 3e-4 of the norms are
-    lost in its rounding. A message that is not finite is infinitely far from all others.
+    The distances come from the Gram matrix. In float32 its rounding hides distances below about
+    3e-4 of the norms. A message that is not finite is infinitely far from all others.
     """
     gram = (messages @ messages.T).double()
     norms = gram.diagonal()
@@ -139,7 +139,7 @@ def _krum_scores(messages: Tensor, adversaries: int) -> Tensor:
 
 
 def krum(messages: Tensor, adversaries: int) -> Tensor:
-    """The message that is nearest to its n-s-2 nearest others.
+    """Return the message that is nearest to its n-s-2 nearest others.
 
     Source: Blanchard et al., "Machine Learning with Adversaries", 2017 (arXiv 1703.02757).
 
@@ -155,7 +155,7 @@ def krum(messages: Tensor, adversaries: int) -> Tensor:
 
 
 def multi_krum(messages: Tensor, adversaries: int, selected: int | None = None) -> Tensor:
-    """The mean of the messages with the smallest Krum scores.
+    """Return the mean of the messages with the smallest Krum scores.
 
     Source: Blanchard et al., "Machine Learning with Adversaries", 2017 (arXiv 1703.02757).
 
@@ -178,18 +178,18 @@ def multi_krum(messages: Tensor, adversaries: int, selected: int | None = None) 
 
 
 def _weighted_sum(messages: Tensor, weights: Tensor) -> Tensor:
-    """The sum of weights[i] * messages[i] over the weights that are not 0."""
+    """Return the sum of weights[i] * messages[i] over the weights that are not 0."""
     weights = weights.to(messages.dtype)
     total = weights @ messages
     used = weights != 0
     if used.all() or total.isfinite().all():
         return total
-    # 0 * NaN is NaN: leave out what has no weight, at the price of a copy.
+    # Messages of weight 0 are left out, since 0 * NaN is NaN; this costs a copy.
     return weights[used] @ messages[used]
 
 
 def _inverse_distances(distances: Tensor, usable: Tensor, floor: float) -> Tensor:
-    """Weiszfeld's weights, adding up to 1; 0 for messages that are not usable."""
+    """Return Weiszfeld's weights, which add up to 1; 0 for messages that are not usable."""
     weights = torch.where(usable, 1 / distances.clamp_min(floor), 0.0)
     return weights / weights.sum()
 
@@ -201,7 +201,7 @@ def _check_weiszfeld(messages: Tensor, iterations: int, tolerance: float, smooth
     _checks.check_tolerance("smoothing", smoothing)
 
 
-# A floor under distances, whose inverse can still be summed.
+# The smallest distance, so that the sum of inverse distances is finite.
 _TINY = 1e-150
 
 
@@ -212,7 +212,7 @@ def geometric_median(
     tolerance: float = 1e-6,
     smoothing: float = 1e-6,
 ) -> Tensor:
-    """The point with the smallest sum of distances to the messages, by Weiszfeld's algorithm.
+    """Return the point with the smallest sum of distances to the messages, by Weiszfeld's algorithm.
 
     Starts from the mean. Each iteration reads the messages twice: once for their distances to the
     point, once for their mean weighted by the inverse distances, which is the next point.
@@ -241,7 +241,7 @@ def geometric_median(
 
     point = _weighted_sum(messages, usable.double() / usable.sum())
     for _ in range(iterations):
-        # Row by row, so that the difference is not a second matrix.
+        # Row by row, so that the differences do not need a second matrix.
         distances = torch.stack([torch.dist(row, point) for row in messages]).double()
         weights = _inverse_distances(distances, usable, floor)
         previous, point = point, _weighted_sum(messages, weights)
@@ -257,7 +257,7 @@ def geometric_median_gram(
     tolerance: float = 1e-6,
     smoothing: float = 1e-6,
 ) -> Tensor:
-    """The geometric median of `geometric_median`, found on the Gram matrix of the messages.
+    """Return the result of `geometric_median`, computed from the Gram matrix of the messages.
 
     Every point that Weiszfeld's algorithm visits is a weighted mean w of the messages X, and its
     distances to them follow from the n x n matrix G = X X^T: the square of the i-th is
@@ -299,9 +299,9 @@ def geometric_median_gram(
 
 
 def vote_torch(messages: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """The majority vote of the repetition code in plain torch, to compare with.
+    """Return the majority vote of the repetition code, in plain torch, for comparison.
 
-    In each group of consecutive workers the message that most members sent, bit for bit, wins.
+    In each group of consecutive workers, the message that most members sent, bit for bit, wins.
 
     Source: DRACO (arXiv 1803.09877), the repetition code.
 
@@ -310,7 +310,7 @@ def vote_torch(messages: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         group_size: members of each group; divides n.
 
     Returns:
-        gradient (d,), the mean of the groups' winners; suspects (n,) bool, who sent something else.
+        gradient (d,), the mean of the groups' winners; suspects (n,) bool, the workers that sent another message.
 
     Raises:
         ValueError: in some group no message has a majority, or an argument is wrong.

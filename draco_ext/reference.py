@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +22,16 @@ _INTEGERS = {
 }
 
 
-def majority_vote(messages, group_sizes, adversaries, *, missing=None, atol=0.0, rtol=0.0, mean=True):
+def majority_vote(
+    messages: Tensor,
+    group_sizes: Sequence[int],
+    adversaries: int,
+    *,
+    missing: Tensor | None = None,
+    atol: float = 0.0,
+    rtol: float = 0.0,
+    mean: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `ops.majority_vote`, the gradient in float64: per element the most frequent bits, or the median."""
     bits = messages.view(_INTEGERS[messages.dtype])
     present = ~missing if missing is not None else torch.ones(len(messages), dtype=torch.bool)
@@ -72,7 +82,8 @@ def digest(values: Tensor, seed: int) -> Tensor:
 
     def weigh(number: int, sums: np.ndarray) -> np.ndarray:
         w = philox(seed, number * len(sums) + np.arange(len(sums)), 5).astype(np.uint64)
-        return (sums & low) * (w[:, 1] << high | w[:, 0]) + (sums >> high) * (w[:, 3] << high | w[:, 2])
+        weighed: np.ndarray = (sums & low) * (w[:, 1] << high | w[:, 0]) + (sums >> high) * (w[:, 3] << high | w[:, 2])
+        return weighed
 
     for number, begin in enumerate(range(0, len(words), chunks * chunk)):
         block = words[begin:][: chunks * chunk]
@@ -146,7 +157,7 @@ def projection_weights(length: int, seed: int, dtype: torch.dtype) -> Tensor:
     """(projections, length): the random weight of every column of this dtype, the same for both columns of a pair."""
 
     def signed(words: np.ndarray) -> np.ndarray:
-        return ((words & np.uint32(0x807FFFFF)) | np.uint32(0x3F800000)).view(np.float32)
+        return np.asarray((words & np.uint32(0x807FFFFF)) | np.uint32(0x3F800000)).view(np.float32)
 
     chunk, projections = 1024, 4 if length <= 131072 else 2
     columns = np.arange(length)
@@ -155,7 +166,9 @@ def projection_weights(length: int, seed: int, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy((phi * psi).T.copy() * PHI_SCALE[dtype])
 
 
-def cyclic_project(messages: Tensor, seed: int, *, missing=None, tile: int = 32768):
+def cyclic_project(
+    messages: Tensor, seed: int, *, missing: Tensor | None = None, tile: int = 32768
+) -> tuple[Tensor, Tensor]:
     """As `ops.cyclic_project`."""
     n, length = messages.shape
     if length == 0:
@@ -175,7 +188,7 @@ def cyclic_project(messages: Tensor, seed: int, *, missing=None, tile: int = 327
 def cyclic_locate(
     projections: Tensor, adversaries: int, noise: Tensor, *, missing: Tensor | None = None, tolerance: float = 6.0
 ) -> set[int] | None:
-    """The smallest set of workers whose removal leaves every check at the noise, by trying all; None if there is none.
+    """Return the smallest set of workers without which every check is at the noise, or None; tries all sets.
 
     Args:
         projections: (n, tiles, k) complex128.
@@ -205,7 +218,7 @@ def cyclic_locate(
     return None
 
 
-def decoding_weights(workers: int, adversaries: int, erased) -> np.ndarray:
+def decoding_weights(workers: int, adversaries: int, erased: Iterable[int]) -> np.ndarray:
     """(n,) complex128: b = 1 + X q, zero on the erased workers, of minimal norm, by least squares."""
     nodes = np.exp(2j * np.pi * np.arange(workers) / workers)
     powers = nodes[:, None] ** np.arange(1, 2 * adversaries + 1)
@@ -213,7 +226,7 @@ def decoding_weights(workers: int, adversaries: int, erased) -> np.ndarray:
     if not erased:
         return np.ones(workers, dtype=np.complex128)
     q = np.linalg.lstsq(powers[erased], -np.ones(len(erased)), rcond=None)[0]
-    b = 1 + powers @ q
+    b: np.ndarray = 1 + powers @ q
     b[erased] = 0
     return b
 

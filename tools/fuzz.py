@@ -1,9 +1,9 @@
-"""Calls everything that takes arguments with wrong ones: `python tools/fuzz.py --calls 1000000`.
+"""A fuzzer that calls all public functions with wrong arguments: `python tools/fuzz.py --calls 1000000`.
 
-A call is drawn from the seed and its number alone: a valid one, of which none, some or all arguments are then spoilt.
-Allowed are a result, or a TypeError or ValueError whose message begins with the argument's name; calls straight to
-`torch.ops.draco_ext`, around the checks in Python, may raise anything. No input may change. Calls are made in a child
-process, so that a crash or an endless loop is told with the number of the call, and the rest still runs.
+A call depends on the seed and its number only. It is a valid call in which none, some or all arguments are replaced.
+It must return a result, or raise a TypeError or ValueError whose message begins with the argument's name. Calls to
+`torch.ops.draco_ext`, which bypass the checks in Python, may raise anything. No input may change. A child process makes
+the calls, so that a crash or an endless loop is reported with the number of the call, and the other calls still run.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import torch
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode, ops
 
-PATIENCE = 60.0  # seconds without a new call until it counts as endless
-IMPORTING = 120.0  # and without a first one
+PATIENCE = 60.0  # seconds after which a call counts as endless
+IMPORTING = 120.0  # seconds for the imports before the first call
 SIZES = (0, 1, 1, 2, 3, 5, 6, 7, 8, 9, 15, 33, 64, 130)
 DTYPES = sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)
 
@@ -40,11 +40,11 @@ DTYPES = sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)},
 
 
 class Plain(torch.Tensor):
-    """A subclass that behaves as a Tensor does."""
+    """A subclass that behaves like a Tensor."""
 
 
 class Stubborn(torch.Tensor):
-    """A subclass that no function is defined for."""
+    """A subclass for which no function is defined."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -52,13 +52,13 @@ class Stubborn(torch.Tensor):
 
 
 class Number(enum.IntEnum):
-    """Ints that are not of the type int."""
+    """A subclass of int."""
 
     THREE = 3
 
 
 def floats(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Random bits half of the time, NaN among them, otherwise ordinary numbers."""
+    """Return random bits (which may be NaN) half of the time, otherwise ordinary numbers."""
     generator = torch.Generator().manual_seed(draw.getrandbits(40))
     if dtype.is_complex or draw.random() < 0.5:
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -70,7 +70,7 @@ def floats(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype = tor
 
 
 def arrange(draw: random.Random, t: torch.Tensor) -> torch.Tensor:
-    """The same shape laid out in another way."""
+    """Return a tensor of the same shape, possibly with another layout in memory."""
     kind = draw.randrange(9)
     if kind == 0 and t.dim() >= 2:
         return t.transpose(0, 1).contiguous().transpose(0, 1)
@@ -84,7 +84,7 @@ def arrange(draw: random.Random, t: torch.Tensor) -> torch.Tensor:
         return torch.stack([t, t], 1)[:, 0]  # every other row
     if kind == 4 and t.dim():
         return torch.stack([t, t], -1)[..., 0]  # every other element
-    if kind == 5:  # any stride will do where there is nothing to step to
+    if kind == 5:  # dimensions of size 0 or 1 may have any stride
         huge = draw.choice((2**31, 2**40, 2**60))
         strides = [huge if size <= 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
         return t.as_strided(t.shape, strides) if t.numel() else t
@@ -94,7 +94,7 @@ def arrange(draw: random.Random, t: torch.Tensor) -> torch.Tensor:
 
 
 def disguise(draw: random.Random, t: torch.Tensor) -> torch.Tensor:
-    """The tensor in a form that few functions expect."""
+    """Return the tensor in a form that few functions expect."""
     kind = draw.randrange(14)
     if kind == 0:
         return t.to("meta")
@@ -112,7 +112,7 @@ def disguise(draw: random.Random, t: torch.Tensor) -> torch.Tensor:
         return torch.nn.Parameter(t, requires_grad=draw.random() < 0.5)
     if kind == 7:
         return t.clone().requires_grad_()
-    if kind == 8:  # whose negation has not happened yet
+    if kind == 8:  # a view with the negative bit set
         return torch.complex(t, t).conj().imag
     if kind == 9:
         return torch.zeros(t.numel() + 4, dtype=t.dtype)[4:].view(t.shape)
@@ -127,7 +127,7 @@ def disguise(draw: random.Random, t: torch.Tensor) -> torch.Tensor:
 
 
 def any_tensor(draw: random.Random) -> torch.Tensor:
-    """Of any dtype, shape, layout and form."""
+    """Return a tensor of any dtype, shape, layout and form."""
     shape = tuple(draw.choice(SIZES) for _ in range(draw.choice((0, 1, 1, 2, 2, 2, 3, 4))))
     while np.prod(shape) > 20000:
         shape = shape[1:]
@@ -152,7 +152,7 @@ def any_float(draw: random.Random) -> object:
 
 
 def anything(draw: random.Random) -> object:
-    """A value of any type."""
+    """Return a value of any type."""
     kind = draw.randrange(16)
     if kind < 5:
         return any_tensor(draw)
@@ -363,7 +363,7 @@ TARGETS = {
 
 
 def raw(function):
-    """The op itself under the same arguments, without the checks in Python."""
+    """Call the op itself with the same arguments, without the checks in Python."""
     op = getattr(torch.ops.draco_ext, function.__name__)
     names = [argument.name for argument in op.default._schema.arguments]
 
@@ -394,11 +394,11 @@ HIDDEN = {
 
 
 class Bug(Exception):
-    """What a call did that it must not do."""
+    """A wrong result of a call."""
 
 
 def spoil(draw: random.Random, arguments: dict[str, object], keep: tuple[str, ...]) -> None:
-    """Replaces none, some or all arguments by others, mostly of the same type."""
+    """Replace none, some or all arguments by others, mostly of the same type."""
     names = [name for name in arguments if name not in keep]
     for name in draw.sample(names, min(len(names), draw.choice((0, 0, 1, 1, 1, 1, 2, 2, 20)))):
         old = arguments[name]
@@ -430,7 +430,7 @@ def spoil(draw: random.Random, arguments: dict[str, object], keep: tuple[str, ..
 
 
 def memory(arguments: dict[str, object]) -> dict[str, torch.Tensor]:
-    """The bytes behind each argument that is an ordinary tensor on the CPU."""
+    """Return the bytes in memory of each argument that is an ordinary tensor on the CPU."""
     found = {}
     for name, t in arguments.items():
         if type(t) in (torch.Tensor, Plain, torch.nn.Parameter) and t.is_cpu and t.layout == torch.strided:
@@ -457,7 +457,7 @@ def layout_of(t: torch.Tensor) -> str:
 
 
 def one_call(seed: int, number: int, names: tuple[str, ...]) -> str:
-    """Makes a call; returns what came of it; raises Bug."""
+    """Make a call and return its outcome; raise Bug if it is wrong."""
     draw = random.Random(seed * 2**40 + number)
     name = draw.choice(names)
     function, make, keep = EVERY[name] if name in EVERY else HIDDEN[name]
@@ -492,7 +492,7 @@ def one_call(seed: int, number: int, names: tuple[str, ...]) -> str:
 
 
 def child(seed: int, first: int, last: int, names: tuple[str, ...], progress: str) -> None:
-    """Makes the calls; tells in the file `progress` which one is being made. Bugs go to the standard output."""
+    """Make the calls; write the number of the current one to the file `progress`, and bugs to the standard output."""
     torch.set_num_threads(2)
     warnings.simplefilter("ignore")
     outcomes: dict[str, int] = {}
@@ -508,7 +508,7 @@ def child(seed: int, first: int, last: int, names: tuple[str, ...], progress: st
 
 
 def run(seed: int, calls: int, names: tuple[str, ...], patience: float = PATIENCE) -> tuple[list[str], dict[str, int]]:
-    """Bugs, each with its call's number, and how often each outcome came."""
+    """Return the bugs, each with the number of its call, and the number of times that each outcome occurred."""
     bugs: list[str] = []
     outcomes: dict[str, int] = {}
     first = 0
@@ -557,21 +557,21 @@ def run(seed: int, calls: int, names: tuple[str, ...], patience: float = PATIENC
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds."""
+    """Return the resident memory of this process in bytes."""
     return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def growth(seed: int, calls: int, names: tuple[str, ...], different: int = 1000) -> int:
-    """By how many bytes the process has grown while the same few calls were made again and again."""
+    """Return the number of bytes by which the process has grown while it repeated the same calls."""
     warnings.simplefilter("ignore")
     numbers = []
     for number in range(different):
-        with contextlib.suppress(Bug):  # these are not the question here
+        with contextlib.suppress(Bug):  # bugs are ignored when memory is measured
             one_call(seed, number, names)
             numbers.append(number)
     start = 0
     for made in range(calls):
-        if made == calls // 3:  # by then every allocator has what it needs
+        if made == calls // 3:  # by then the allocators have reached their steady state
             start = resident()
         one_call(seed, numbers[made % len(numbers)], names)
     return resident() - start
@@ -587,7 +587,7 @@ def growth(seed: int, calls: int, names: tuple[str, ...], different: int = 1000)
 @click.option("--first", default=0, hidden=True)
 @click.option("--child", "progress", hidden=True)
 def main(calls, seed, targets, only, leaks, patience, first, progress):
-    """Calls everything that takes arguments with wrong ones; exit status 1 where that is answered wrongly."""
+    """Call all public functions with wrong arguments; the exit status is 1 if there is a bug."""
     names = targets or tuple(EVERY)
     if unknown := [name for name in names if name not in EVERY and name not in HIDDEN]:
         raise click.BadParameter(f"no {unknown[0]}; there are {', '.join(EVERY)}")

@@ -1,8 +1,8 @@
-"""Plants mistakes and looks whether the tests notice: `python tools/mutants.py --count 40 --only csrc`.
+"""Mutation tests: `python tools/mutants.py --count 40 --only csrc`.
 
-A mutant is the code with one comparison, sign, connective, `not` or whole number changed. All is done in a copy of the
-tree in a temporary folder, with a CMake build of its own. A mutant that no test notices survives: a test is missing, or
-the change makes no difference that a test could see (EQUIVALENT). A time-out counts as noticed.
+A mutant is the code with one comparison, sign, connective, `not` or whole number changed. Mutants are built and tested
+in a copy of the tree in a temporary folder, with a CMake build of its own. A mutant that no test notices survives: a
+test is missing, or no test can notice the change (EQUIVALENT). A timeout counts as noticed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch_at  # noqa: E402
 
 KILLED, SURVIVED, BROKEN = "killed", "SURVIVED", "does not compile"
 
-# Prefix of a source -> the tests that are to notice, those first that are likely to; the longest prefix counts.
+# Prefix of a source -> the tests that should notice its mutants, the most likely ones first. The longest prefix counts.
 VOTE = "test_repetition.py test_arguments.py test_kernels.py"
 CYCLIC = "test_cyclic.py test_kernels.py test_arguments.py test_guarantee.py"
 PROTECT = "test_protect.py::test_a_bucket_of_one_element test_protect.py::test_bad_ranks_are_named"
@@ -55,18 +55,18 @@ TESTS = {
     "csrc/cpu/digest.cpp": "test_kernels.py test_arguments.py test_concurrency.py",
     "csrc/cpu/majority_vote.cpp": VOTE + " test_properties.py",
     "csrc/cpu/dispatch.cpp": "test_ops.py test_kernels.py::test_every_kernel_once",
-    "csrc/cpu/kernels.cpp": "test_kernels.py test_cyclic.py test_repetition.py test_ops.py",
+    "csrc/cpu/kernels/": "test_kernels.py test_cyclic.py test_repetition.py test_ops.py",
 }
 SOURCES = (
     "draco_ext/codes/*.py",
     "draco_ext/ops/*.py",
     *(name for name in TESTS if name.startswith("draco_ext") and name.endswith(".py")),
-    "csrc/core/*.h",
-    "csrc/cpu/*.cpp",
-    "csrc/cpu/*.h",
+    "csrc/core/**/*.h",
+    "csrc/cpu/**/*.cpp",
+    "csrc/cpu/**/*.h",
 )
 
-# equivalent: (file, the changed line) -> why no test can notice.
+# Equivalent mutants: (file, the changed line) -> why no test can notice.
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
         "draco_ext/protocol/encoder.py",
@@ -101,7 +101,7 @@ class Mutant:
         return old[: self.start] + self.new.encode() + old[self.end :]
 
     def lines(self) -> tuple[str, str]:
-        """The line, before and after."""
+        """Return the line before and after the change."""
         before, after = ((ROOT / self.file).read_bytes(), self.source())
         return tuple(text.decode().split("\n")[self.line() - 1].strip() for text in (before, after))
 
@@ -124,7 +124,7 @@ CXX = [
     (re.compile(r"!(?=[\w(])"), lambda found: ""),
     (re.compile(r"(?<![\w.'])\d+(?![\w.'])"), lambda found: str(int(found[0]) + 1)),
 ]
-# What is not code, or fails to compile for nothing: comments, strings, directives, declarations of the build's facts.
+# Text that is not mutated: comments, strings and directives, and declarations, whose mutants would not compile.
 NO_CXX = re.compile(r'//.*|"(\\.|[^"])*"|^\s*(#|template|using|static_assert|case ).*')
 
 
@@ -151,7 +151,7 @@ def of_python(file: str) -> Iterator[Mutant]:
         return starts[node.end_lineno - 1] + node.end_col_offset
 
     def between(left: ast.AST, right: ast.AST) -> Iterator[Mutant]:
-        """The operator between two operands, with whatever parentheses stand there too."""
+        """Yield the mutant of the operator between two operands, which may have parentheses around them."""
         gap = source[end(left) : begin(right)].decode()
         found = re.search(r"is not|not in|is|in|and|or|[<>=!]=|[<>+-]", gap)
         if found:
@@ -184,7 +184,7 @@ def of_python(file: str) -> Iterator[Mutant]:
 
 
 class Scratch:
-    """A copy of the tree, built, in which one file at a time is another."""
+    """A built copy of the tree, in which one file at a time is replaced by a mutant."""
 
     def __init__(self, folder: str, patience: float) -> None:
         self.tree = Path(folder) / "tree"
@@ -194,7 +194,7 @@ class Scratch:
             "PYTHONDONTWRITEBYTECODE": "1",  # a mutant may have the size and, to the second, the time of the last one
             "OMP_NUM_THREADS": "1",
         }
-        # What git knows or would: neither builds nor caches.
+        # All files that git tracks or would add: neither builds nor caches.
         listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
         for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
             if name and (ROOT / name).is_file():
@@ -202,7 +202,7 @@ class Scratch:
                 shutil.copyfile(ROOT / name, self.tree / name)
         torch = torch_at.find()
         configure = ["cmake", "-S", str(self.tree), "-B", str(self.tree / "build"), "-G", "Ninja"]
-        # A mutant is compiled more often than its tests run: -O1, and torch's headers, most of the work, only once.
+        # Compiling takes longer than testing, so use -O1, and a unity build that compiles torch's headers only once.
         configure += ["-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=0"]
         configure += ["-DCMAKE_BUILD_TYPE=Mutant", "-DCMAKE_CXX_FLAGS_MUTANT=-O1 -DNDEBUG", "-DDRACO_CUDA=OFF"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
@@ -217,7 +217,7 @@ class Scratch:
         return subprocess.run(command, capture_output=True, env=self.environment).returncode == 0
 
     def tests(self, names: str, patience: float | None) -> tuple[bool, str]:
-        """Whether they pass in so many seconds, and what was seen."""
+        """Return whether these tests pass before the timeout, and the first failure or the last line."""
         command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-m", "not gpu"]
         for name in names.split():
             module, *rest = name.partition("::")
@@ -239,14 +239,14 @@ class Scratch:
             return False, f"not done after {patience:.0f} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # ranks too that the tests have left
+                os.killpg(process.pid, signal.SIGKILL)  # also ranks that the tests have left running
             process.wait()
         failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
         last = f"exit status {process.returncode}" if process.returncode < 0 else said.strip().split("\n")[-1]
         return process.returncode == 0, failures[0] if failures else last
 
     def judge(self, mutant: Mutant) -> tuple[str, str]:
-        """What became of a mutant, and by what."""
+        """Return the result of a mutant, and the reason."""
         path = self.tree / mutant.file
         path.write_bytes(mutant.source())
         if mutant.file.startswith("csrc/") and not self.build():
@@ -265,7 +265,7 @@ class Scratch:
 @click.option("--at", "line", type=int, help="Only mutants of this line: see whether a new test notices.")
 @click.option("--patience", default=600.0, show_default=True, help="Seconds until tests count as endless.")
 def main(count, seed, only, line, patience):
-    """Plants mistakes and looks whether the tests notice; exit status 1 where they do not."""
+    """Test mutants of the code; the exit status is 1 if an unknown one survives."""
     files = sorted({str(path.relative_to(ROOT)) for pattern in SOURCES for path in ROOT.glob(pattern)})
     every = [
         mutant
@@ -275,7 +275,7 @@ def main(count, seed, only, line, patience):
         if line is None or mutant.line() == line
     ]
     drawn = random.Random(seed).sample(every, min(count, len(every)))
-    # File by file: a header that changes back is compiled again by all who include it.
+    # File by file, since everything that includes a header is compiled again when the header is restored.
     drawn.sort(key=lambda mutant: (mutant.file, mutant.start))
     results: Counter[str] = Counter()
     unexplained = []

@@ -1,4 +1,4 @@
-"""Decodes once with each code, as a first sign of life of an installed draco_ext."""
+"""A smoke test of an installed draco_ext, which decodes once with each code."""
 
 import importlib.metadata
 

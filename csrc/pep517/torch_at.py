@@ -1,4 +1,4 @@
-"""Finds torch's folder and version without importing it."""
+"""A search for torch's folder and version that does not import torch."""
 
 import argparse
 import importlib.util
@@ -27,7 +27,7 @@ class Torch(NamedTuple):
 
 
 def oldest_to_run_on(torch: Torch, cuda: bool) -> tuple[int, int]:
-    """The oldest torch that runs what was built with this one."""
+    """Return the oldest torch that runs what was built with this one."""
     return STREAMS if cuda and torch.release >= STREAMS else OLDEST
 
 
@@ -100,7 +100,7 @@ def _installed_here() -> Torch | None:
 
 
 def find() -> Torch | None:
-    """The torch to build against: the installed one, else the one in the build environment."""
+    """Return the torch to build against: the installed one, else the one in the build environment."""
     if torch := installed():
         return torch
     spec = importlib.util.find_spec("torch")

@@ -1,4 +1,4 @@
-"""Fails where a kernel through which the messages pass spills registers or uses local memory, by the compiler's report.
+"""A test of the compiler's report: no kernel that reads messages may spill registers or use local memory.
 
 NVCC_APPEND_FLAGS=-Xptxas=-v pip wheel --verbose --no-deps . 2>&1 | tee build.log
 python csrc/tests/spills.py build.log

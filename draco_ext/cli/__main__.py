@@ -1,4 +1,4 @@
-"""``python -m draco_ext.cli``."""
+"""The entry point of ``python -m draco_ext.cli``."""
 
 from draco_ext.cli import main
 

@@ -1,4 +1,4 @@
-"""The rules people use instead of a code, as DistributedDataParallel's communication hook."""
+"""Baselines as communication hooks of DistributedDataParallel."""
 
 import time
 from collections.abc import Callable
@@ -6,21 +6,22 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
 
 from draco_ext.baselines import AGGREGATORS
 from draco_ext.reporting.report import Seconds
 
 
 class Averaging:
-    """Every rank gathers all gradients and takes a robust average of them; the plain mean is DDP's own all-reduce.
+    """A hook with which every rank gathers all gradients and averages them robustly; the mean is DDP's all-reduce.
 
     Args:
-        rule: One of `AGGREGATORS`.
-        adversaries: What the rule is told.
-        corrupt: What this rank really sends: f(step, gradient).
+        rule: one of `AGGREGATORS`.
+        adversaries: the number of bad workers for which the rule is set up.
+        corrupt: returns the message that this rank sends: f(step, gradient).
 
     Attributes:
-        seconds: Where its time went.
+        seconds: the time that this rank has spent.
     """
 
     def __init__(self, rule: str, adversaries: int, corrupt: Callable[[int, Tensor], Tensor]) -> None:
@@ -30,8 +31,8 @@ class Averaging:
         self._corrupt = corrupt
         self._step = 0
 
-    def hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """What DDP calls for every bucket of gradients."""
+    def hook(self, state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Handle a bucket of gradients; DDP calls it for every bucket."""
         buffer = bucket.buffer()
         sent = self._corrupt(self._step, buffer)
         self._step += bucket.is_last()
@@ -47,6 +48,6 @@ class Averaging:
             buffer.copy_(AGGREGATORS[self._rule](torch.stack(rows), self._adversaries))
         self.seconds.communicate += gathered - begin
         self.seconds.decode += time.perf_counter() - gathered
-        future = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device] if buffer.is_cuda else None)
         future.set_result(buffer)
         return future

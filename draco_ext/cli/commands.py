@@ -1,4 +1,4 @@
-"""The commands and their options; what they do stands in the modules beside."""
+"""The commands and their options; the modules beside implement them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterator
 from math import inf, isfinite, lcm
 from pathlib import Path
+from typing import Any
 
 import click
-import torch.multiprocessing
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from draco_ext._version import __version__
 from draco_ext.baselines import AGGREGATORS
@@ -34,7 +36,7 @@ from draco_ext.testing.attacks import ATTACKS
 from draco_ext.testing.local import under_torchrun
 
 DEFAULT_RULES = ("mean", "geometric-median-gram", "krum", "repetition", "cyclic")
-# Rules that need more than the 2s+1 workers of a code: 2s+3.
+# Rules that need 2s+3 workers; the codes need 2s+1.
 KRUM_RULES = ("krum", "multi-krum")
 
 _SEED = click.IntRange(0, 2**32 - 1)
@@ -70,23 +72,23 @@ def draco() -> None:
     default="fixed",
     help="Who is bad. " + "; ".join(f"{name}: {what}" for name, what in BAD_CHOICES.items()) + ".",
 )
-@click.option("--steps", type=Count(1), default=LEARNING["steps"], help="Steps to train.")
+@click.option("--steps", type=Count(1), default=LEARNING.steps, help="Steps to train.")
 @click.option(
     "--batch-size",
     type=Count(1, TRAIN_SAMPLES),
-    default=LEARNING["batch_size"],
+    default=LEARNING.batch_size,
     help="Samples per step, of all workers together; by default less where the parts must be even.",
 )
 @click.option(
     "--learning-rate",
     type=click.FloatRange(0, inf, min_open=True, max_open=True),
-    default=LEARNING["learning_rate"],
+    default=LEARNING.learning_rate,
     help="Learning rate of SGD.",
 )
 @click.option(
     "--momentum",
     type=click.FloatRange(0, 1, max_open=True),
-    default=LEARNING["momentum"],
+    default=LEARNING.momentum,
     help="Momentum of SGD.",
 )
 @click.option("--seed", type=_SEED, default=0, help="Seed of the data, the net and the attack.")
@@ -97,12 +99,12 @@ def draco() -> None:
     help="Folder for the figures, train.json, and the picture, train.png.",
 )
 @click.pass_context
-def train(context: click.Context, output: Path, **options: object) -> None:
+def train(context: click.Context, /, output: Path, **options: Any) -> None:
     """Train through an attack, with several rules side by side.
 
     A small convolutional net learns scikit-learn's handwritten digits in real processes, with
     DistributedDataParallel and draco_ext.protect. Every code is trained with and without bad
-    workers. Exits with 1 if a line is not what theory says. On ranks of several hosts:
+    workers. The exit status is 1 if a result is not what theory says. On ranks of several hosts:
     torchrun ... -m draco_ext.cli train.
     """
     console = Console(quiet=not _speaks())
@@ -129,7 +131,7 @@ def train(context: click.Context, output: Path, **options: object) -> None:
 
 
 def _make_folder(output: Path) -> None:
-    """Before hours of work, not after."""
+    """Create the output folder, so that an error appears before hours of work."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -138,7 +140,7 @@ def _make_folder(output: Path) -> None:
 
 @contextlib.contextmanager
 def _writing_to(output: Path) -> Iterator[None]:
-    """A disk may be full by now; the figures stand on the console."""
+    """Report errors of writing, such as a full disk; the figures are also on the console."""
     try:
         yield
     except OSError as error:
@@ -146,17 +148,17 @@ def _writing_to(output: Path) -> Iterator[None]:
 
 
 def _speaks() -> bool:
-    """Whether this process is the one that reports: rank 0 under torchrun."""
+    """Return whether this process is the one that reports, which is rank 0 under torchrun."""
     return not under_torchrun() or int(os.environ["RANK"]) == 0
 
 
 def _check(config: Config, context: click.Context, console: Console) -> Config:
-    """The same, with defaults that can be run; raises if it cannot be.
+    """Return the configuration with defaults adapted so that it can run; raise if it cannot run.
 
     Args:
-        config: What the options say.
-        context: Tells which of them are defaults.
-        console: For notes on defaults that were left.
+        config: the configuration from the options.
+        context: knows which options have default values.
+        console: prints a note for each changed default.
     """
 
     def asked(option: str) -> bool:
@@ -195,7 +197,7 @@ def _check(config: Config, context: click.Context, console: Console) -> Config:
 
 
 def _check_workers(workers: int, adversaries: int) -> None:
-    """One clear line for numbers that no code can serve."""
+    """Raise a one-line error if no code can have these numbers of workers."""
     if adversaries < 0:
         raise click.UsageError(f"--adversaries must be at least 0, got {adversaries}")
     needed = 2 * adversaries + 1
@@ -211,9 +213,9 @@ def _check_workers(workers: int, adversaries: int) -> None:
 
 
 def _learns(config: Config) -> bool:
-    """Whether the net is known to learn well at these settings."""
-    return config.steps >= LEARNING["steps"] and all(
-        getattr(config, name) == value for name, value in LEARNING.items() if name != "steps"
+    """Return whether the net is known to learn well with these settings."""
+    return config.steps >= LEARNING.steps and all(
+        getattr(config, name) == value for name, value in LEARNING._asdict().items() if name != "steps"
     )
 
 
@@ -236,8 +238,8 @@ def _run_with_progress(config: Config, console: Console) -> list[Outcome]:
         try:
             return run(config, on_step)
         except (
-            torch.multiprocessing.ProcessRaisedException,
-            torch.multiprocessing.ProcessExitedException,
+            ProcessRaisedException,
+            ProcessExitedException,
         ) as error:
             raise click.ClickException(f"a process of the training stopped: {error}") from error
         except ConnectionError as error:
@@ -266,14 +268,15 @@ def plan(workers: int, adversaries: int, parameters: int, dtype: str) -> None:
 def doctor(workers: int, as_json: bool) -> None:
     """Test whether ranks compute the same bits.
 
-    Every rank computes the gradient of the same batch twice. The repetition code convicts ranks that differ in a bit,
-    so honest ones must not. For the ranks of a real job: torchrun ... -m draco_ext.cli doctor. Exits with 1 if
-    gradients differ, and says where and what to switch on. Your own model: Guard.self_test.
+    Every rank computes the gradient of the same batch twice. The repetition code accuses ranks that differ in a bit,
+    so honest ranks must not differ. If gradients differ, the exit status is 1, and the output says where, and which
+    setting may help. For the ranks of a real job: torchrun ... -m draco_ext.cli doctor. For your own model:
+    Guard.self_test.
     """
     console = Console()
     try:
         diagnosis = doctors.diagnose(workers)
-    except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
+    except (ProcessRaisedException, ProcessExitedException) as error:
         raise click.ClickException(f"a rank stopped: {error}") from error
     except ConnectionError as error:
         raise click.ClickException(str(error)) from error
@@ -298,8 +301,8 @@ def doctor(workers: int, as_json: bool) -> None:
 def report(ledgers: tuple[str, ...], as_json: bool, picture: Path | None) -> None:
     """Tell from the ledgers of a job who was bad, where, how often and since when.
 
-    LEDGERS are the files that protect(..., ledger="bad.jsonl") has written, one or one of each rank; bad-{rank}.jsonl
-    stands for those of all ranks. A finding that stands in several of them counts once.
+    LEDGERS are the files that protect(..., ledger="bad.jsonl") has written: one file, or one for each rank.
+    bad-{rank}.jsonl stands for the files of all ranks. A finding that is in several files counts once.
     """
     console = Console()
     try:
@@ -336,18 +339,18 @@ def report(ledgers: tuple[str, ...], as_json: bool, picture: Path | None) -> Non
     help="Folder for each suite's JSON, Markdown and picture.",
 )
 def bench(suites: tuple[str, ...], workers: int, parameters: int, device: str, peers: bool, output: Path) -> None:
-    """Measure decoders beside what people would use instead.
+    """Measure decoders and compare them with what people use instead.
 
     \b
-    decode    decoders, robust averages and the libraries people install
+    decode    decoders, robust averages and other libraries
     kernels   every kernel beside its yardstick
-    scaling   time per byte over sizes
-    paper     the paper's comparison on gradients of its models' sizes
+    scaling   time per byte for growing sizes
+    paper     the paper's comparison, on gradients of the sizes of its models
     accuracy  time to accuracy under attack
     all       all of them
 
-    Without a name: decode. Every call takes turns with a yardstick, as a rule one read of the same messages; a rule
-    that cannot run is reported. The other libraries come with pip install "draco_ext[bench]".
+    Without a name: decode. Every call alternates with a yardstick, usually one read of the same messages. A rule that
+    cannot run is reported. To install the other libraries: pip install "draco_ext[bench]".
     """  # noqa: D301, since a raw docstring would show click's mark for lines that stay as they are
     console = Console()
     if device == "cuda" and not (torch.cuda.is_available() and build_info()["cuda"]):
@@ -369,7 +372,7 @@ def bench(suites: tuple[str, ...], workers: int, parameters: int, device: str, p
 
 
 def _measure(jobs: list[bench_suites.Job], console: Console) -> list[bench_report.Row]:
-    """Runs jobs one after another under a progress bar."""
+    """Run jobs one after another under a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=len(jobs))

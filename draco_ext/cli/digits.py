@@ -1,4 +1,4 @@
-"""Real data and a real net: scikit-learn's handwritten digits and a small convolutional net."""
+"""The data and the model of ``draco train``: scikit-learn's handwritten digits and a small convolutional net."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ TEST_SAMPLES = 360
 
 
 def make_net(seed: int) -> nn.Sequential:
-    """A convolutional net for 8 x 8 images.
+    """Return a convolutional net for 8 x 8 images.
 
-    All its operations are smooth: a ReLU would turn a difference in the last bit into a step, and
-    with it the comparison of two runs into chance.
+    All its operations are smooth. A ReLU could turn a difference in the last bit into a jump, and
+    two runs could not be compared.
     """
     torch.manual_seed(seed)
     return nn.Sequential(
@@ -35,17 +35,17 @@ class Digits:
     """The digits, on one device.
 
     Args:
-        seed: Seed of the split.
-        device: Where they are.
+        seed: the seed of the split.
+        device: the device of the tensors.
 
     Attributes:
-        train: Images and labels to learn from.
-        test: Others to judge by.
+        train: images and labels for training.
+        test: images and labels for evaluation.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
         images, labels = load_digits(return_X_y=True)
-        # Brightness 0 to 16, made to have about zero mean and unit variance.
+        # Brightness is 0 to 16; scale it to about zero mean and unit variance.
         images = (torch.from_numpy(images).float().view(-1, 1, 8, 8) - 4.9) / 6.0
         labels = torch.from_numpy(labels)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -55,7 +55,7 @@ class Digits:
 
     @torch.no_grad()
     def evaluate(self, net: nn.Module) -> tuple[float, float]:
-        """Accuracy and mean loss of a net on the test samples."""
+        """Return the accuracy and mean loss of a net on the test samples."""
         images, labels = self.test.tensors
         outputs = net(images)
         accuracy = (outputs.argmax(1) == labels).float().mean().item()

@@ -1,4 +1,4 @@
-"""``draco doctor``: whether the ranks that are there compute the same bits."""
+"""``draco doctor``, which tests whether ranks compute the same bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich import box
 from rich.table import Table
 from torch.nn.functional import cross_entropy
@@ -19,13 +18,13 @@ from draco_ext.cli.digits import Digits, make_net
 from draco_ext.cli.train_report import processor
 from draco_ext.ops import build_info
 from draco_ext.protocol.groups import gather_json
-from draco_ext.testing.local import own_device, run_ranks
+from draco_ext.testing.local import all_ranks, own_device, run_ranks
 from draco_ext.training.reproducibility import SelfTest, self_test
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one rank: what decides about the last bits of a gradient."""
+    """The properties of a rank that influence the last bits of a gradient."""
 
     host: str
     processor: str
@@ -37,14 +36,14 @@ class Facts:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the ranks found together."""
+    """The common result of the ranks."""
 
     facts: list[Facts]
     result: SelfTest
 
 
 def diagnose(workers: int) -> Diagnosis:
-    """By local ranks; under torchrun by its ranks, which all get the answer."""
+    """Run the test on local ranks, or on torchrun's ranks, which all get the result."""
     found: list[Diagnosis] = []
     run_ranks(_rank, workers, found.append)
     return found[0]
@@ -61,15 +60,15 @@ def _rank(rank: int, report: Callable[[Any], None]) -> None:
         torch.get_num_threads(),
         platform.python_version(),
     )
-    everybody = [Facts(**other) for other in gather_json(asdict(facts), dist.group.WORLD, device)]
+    everybody = [Facts(**other) for other in gather_json(asdict(facts), all_ranks(), device)]
     batch = Digits(seed=0, device=device).train[:256]
     net = make_net(seed=0).to(device)
-    result = self_test(net, dist.group.WORLD, batch, lambda net, batch: cross_entropy(net(batch[0]), batch[1]))
+    result = self_test(net, all_ranks(), batch, lambda net, batch: cross_entropy(net(batch[0]), batch[1]))
     report(Diagnosis(everybody, result))
 
 
 def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
-    """Return all of it, with the versions and the build of this process, for programs and for issues."""
+    """Return the diagnosis with the versions and the build of this process, for programs and for issues."""
     return {
         "draco_ext": __version__,
         "system": platform.platform(),
@@ -82,7 +81,7 @@ def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
 
 
 def make_table(facts: list[Facts]) -> Table:
-    """The ranks; what is not everywhere the same is marked."""
+    """Return a table of the ranks, in which differences between ranks are marked."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("rank", justify="right")
     names = list(Facts.__dataclass_fields__)

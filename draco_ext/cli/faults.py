@@ -1,4 +1,4 @@
-"""Who is bad in which step, and what a bad worker sends."""
+"""The bad workers of each step, and the messages that they send."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from draco_ext.testing import attacks
 
-# How the bad workers are chosen, and what that means.
+# The ways to choose the bad workers, and their descriptions.
 BAD_CHOICES = {
     "fixed": "the same randomly drawn workers in every step",
     "random": "workers drawn anew in every step",
@@ -20,7 +20,7 @@ BAD_CHOICES = {
 
 
 def bad_workers(choice: str, workers: int, adversaries: int, step: int, seed: int) -> tuple[int, ...]:
-    """The bad workers of one step, ascending: a pure function, so that all ranks agree."""
+    """Return the bad workers of a step in ascending order; a pure function, so that all ranks agree."""
     generator = np.random.default_rng((seed, step) if choice == "random" else (seed,))
     if choice == "adjacent":
         first = generator.integers(workers)
@@ -31,22 +31,22 @@ def bad_workers(choice: str, workers: int, adversaries: int, step: int, seed: in
 
 
 class Corruption:
-    """What one worker really sends; it is honest in the steps in which it is not among the bad.
+    """The corruption of one worker's messages in the steps in which it is bad; in other steps it is honest.
 
-    Attacks that look at the honest messages are given all of them: in reality a bad worker computes them itself, since
-    it holds the data and the parameters; here every rank hands its own over, so that all ranks must make one.
+    An omniscient attack is given all honest messages. In reality a bad worker would compute them itself from the data
+    and the parameters. Here the ranks gather them, so all ranks must create a `Corruption`.
 
     Args:
-        attack: One of `attacks.ATTACKS`.
-        choice: One of `BAD_CHOICES`.
-        adversaries: How many are bad.
-        seed: Of the choice and the attack.
-        workers: Of every rank, its worker.
+        attack: one of `attacks.ATTACKS`.
+        choice: one of `BAD_CHOICES`.
+        adversaries: the number of bad workers.
+        seed: the seed of the choice and of the attack.
+        workers: the worker number of every rank.
 
     Attributes:
-        seconds: That were spent on being bad, in the step that runs.
-        change: How far the sent message was off, relative to the honest one; inf unless finite.
-        changed: Whether any bit of it was.
+        seconds: the seconds spent on the attack in the current step.
+        change: the norm of the change relative to that of the honest message; inf unless finite.
+        changed: whether any bit of the message was changed.
     """
 
     def __init__(self, attack: str, choice: str, adversaries: int, seed: int, workers: list[int]) -> None:
@@ -59,7 +59,7 @@ class Corruption:
         self._worker = workers[dist.get_rank()]
 
     def __call__(self, step: int, message: Tensor) -> Tensor:
-        """The message that this worker sends instead."""
+        """Return the message that this worker sends instead."""
         begin = time.perf_counter()
         bad = bad_workers(self._choice, len(self._workers), self._adversaries, step, self._seed)
         honest = None
@@ -79,7 +79,7 @@ class Corruption:
 
 
 def _relative_change(message: Tensor, sent: Tensor) -> float:
-    """Norm of the difference over the norm of the message, in double; inf unless finite."""
+    """Return the norm of the difference over the norm of the message, in double precision; inf unless finite."""
     honest = message.double()
     change = ((sent.double() - honest).norm() / honest.norm()).item()
     return change if change < float("inf") else float("inf")

@@ -1,4 +1,4 @@
-"""``draco report``: what ledgers say of each rank, as a table, as JSON and as a picture over the steps."""
+"""``draco report``, which shows the findings about each rank as a table, as JSON and as a picture over the steps."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
 
-# Every kind of finding, with a colour of Okabe and Ito's, which every kind of colour vision can tell apart.
+# Every kind of finding with its colour, from Okabe and Ito's palette for colour-blind readers.
 COLOURS = {"gradient": "#D55E00", "data": "#E69F00", "state": "#0072B2", "missing": "#999999"}
 MOST_DRAWN = 40  # rows of a picture
 BINS = 400  # of steps in a row of a picture
 
 
 class Who(NamedTuple):
-    """A rank on a host: after a restart on other machines a rank is somebody else."""
+    """A rank on a host; after a restart on other machines, the same rank is another `Who`."""
 
     rank: int
     worker: int
@@ -37,7 +37,7 @@ class Who(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """A step, and when something was found of it, in seconds since the epoch."""
+    """A step and the time of a finding in it, in seconds since the epoch."""
 
     step: int
     time: float
@@ -45,16 +45,16 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class RankHistory:
-    """What was found of one rank on one host.
+    """The findings about one rank on one host.
 
     Attributes:
-        who: the rank.
+        who: the rank and its host.
         counts: for each kind of finding, the number of messages in each step.
-        failed: how many of them are of steps that could not be decoded, in which a suspicion is not certain.
-        largest: the largest deviation of an element, None where none is known or it is not finite.
-        since: the first step in which something was found.
-        last_seen: the last one.
-        last_clean_step: the last step up to the ledgers' last in which nothing was found; None where there is none.
+        failed: the number of messages in buckets that could not be decoded, where a suspicion is not certain.
+        largest: the largest deviation of an element; None if none is known or it is not finite.
+        since: the first step with a finding.
+        last_seen: the last step with a finding.
+        last_clean_step: the last step in the ledgers without a finding; None if there is none.
     """
 
     who: Who
@@ -73,19 +73,19 @@ class RankHistory:
 
     @property
     def steps(self) -> set[int]:
-        """Return the steps in which something was found."""
+        """Return the steps with findings."""
         return {step for steps in self.counts.values() for step in steps}
 
 
 @dataclass(frozen=True)
 class LedgerReport:
-    """What ledgers say.
+    """The summary of a job's ledgers.
 
     Attributes:
-        ranks: those of which something was found; those with most wrong messages first, then those that were missing.
-        first: the lowest step and the earliest time in the ledgers; None where nothing was found.
+        ranks: the ranks with findings; first those with most wrong messages, then those with missing ones.
+        first: the lowest step and the earliest time in the ledgers; None if they are empty.
         last: the highest step and the latest time.
-        failed_steps: in which a bucket could not be decoded, and messages were under suspicion.
+        failed_steps: the steps with a bucket that could not be decoded.
     """
 
     ranks: Sequence[RankHistory]
@@ -101,7 +101,7 @@ class _Entry:
         self.counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self.failed = 0
         self.largest: float | None = None
-        self.times: dict[int, tuple[float, float]] = {}  # by step: of the first and the last finding
+        self.times: dict[int, tuple[float, float]] = {}  # by step: times of the first and the last finding
 
     def add(self, finding: Finding) -> None:
         self.counts["missing" if finding.missing else finding.kind][finding.step] += 1
@@ -111,7 +111,7 @@ class _Entry:
         self.times[finding.step] = (min(first, finding.time), max(last, finding.time))
 
     def merge(self, other: _Entry) -> None:
-        """Take in the same rank's findings in another file: of what stands in both, the larger number counts."""
+        """Merge the same rank's findings from another file; where both have a count, the larger one holds."""
         for kind, steps in other.counts.items():
             self.counts[kind] |= steps
         self.failed = max(self.failed, other.failed)
@@ -129,8 +129,8 @@ def read(paths: Iterable[str]) -> LedgerReport:
     """Read ledgers of one job.
 
     Args:
-        paths: of the files, as `iter_ledger` takes them. Each rank may have written one: a finding that stands in
-            several of them counts once.
+        paths: the files, as for `iter_ledger`. Each rank may have written one; a finding that is in several of them
+            counts once.
 
     Raises:
         OSError: a file cannot be read.
@@ -234,7 +234,7 @@ def _date(time: float) -> datetime:
 
 
 def as_json(report: LedgerReport) -> dict[str, Any]:
-    """Return the same for programs; steps are numbers of the guard, times ISO 8601."""
+    """Return the report for programs; steps are the guard's, times are in ISO 8601."""
     return {
         "first": _moment_as_json(report.first),
         "last": _moment_as_json(report.last),
@@ -263,15 +263,15 @@ def _moment_as_json(moment: Moment | None) -> dict[str, Any] | None:
 
 
 def draw(path: Path, report: LedgerReport) -> None:
-    """Draw when something was found of each rank: the darker a mark, the more of the steps that it covers.
+    """Draw the steps with findings of each rank: a darker mark has findings in more of the steps that it covers.
 
     Args:
-        path: of the picture; its ending says the format.
-        report: what to draw, of which there must be something.
+        path: the file of the picture; its suffix determines the format.
+        report: the report, which must have findings.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: matplotlib knows no format with this ending.
+        ValueError: matplotlib knows no format with this suffix.
     """
     first, last = report.first, report.last
     if first is None or last is None:
@@ -321,7 +321,7 @@ def _bin_edges(first: int, last: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 def _marks(
     counts: Mapping[int, int], edges: np.ndarray[Any, np.dtype[np.int64]], colour: str
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return a row of pixels; a single step in a bin is visible, every step in it is the full colour."""
+    """Return a row of pixels; a bin with findings in all its steps has the full colour, and one step is visible."""
     share = np.histogram(list(counts), edges)[0] / np.diff(edges)
     pixels = np.tile(matplotlib.colors.to_rgba(colour), (1, len(share), 1))
     pixels[0, :, 3] = np.where(share > 0, 0.45 + 0.55 * share, 0)

@@ -9,15 +9,16 @@ import click
 
 
 class Count(click.IntRange):
-    """A whole number in a range, which may also be written as 25e6."""
+    """The type of whole numbers in a range, which may also be written as 25e6."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number, or raise what click prints in one line."""
-        return super().convert(_whole(value) if isinstance(value, str) else value, param, ctx)
+        """Return the number, or raise an error that click prints in one line."""
+        number: Any = _whole(value) if isinstance(value, str) else value  # click refuses text
+        return super().convert(number, param, ctx)
 
 
 def _whole(text: str) -> int | str:
-    """Return the number that a text stands for, or the text where that is no whole number below 1e18."""
+    """Return the number that a text represents, or the text if it is not a whole number below 1e18."""
     try:
         number = Decimal(text)
     except InvalidOperation:

@@ -1,4 +1,4 @@
-"""What each code costs at a given size, for ``draco plan``."""
+"""The cost of each code at a given size, for ``draco plan``."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from draco_ext.protocol.transports import TRANSPORTS
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 _CYCLIC_DTYPES = ("float32", "float64")
-# The tables of more workers than this, n x n, are more than a glance at the cost is worth.
+# With more workers, the code's n x n tables take too long to compute for an overview.
 _MOST_WORKERS_ANALYSED = 1024
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One code at one size.
+    """The cost of one code at one size.
 
     Attributes:
-        compute: Samples that a worker computes, in multiples of plain data-parallel training's.
-        sent: Bytes that all ranks together send per step, by transport; digests and projections, some 1e-3 of them at
-            most, left out.
-        messages: Bytes of all messages and the decoded gradient, for who decodes them at once.
-        amplification: Of the messages' rounding noise; None if not computed.
+        compute: the number of samples that a worker computes, in multiples of plain data-parallel training's.
+        sent: the bytes that all ranks together send per step, by transport, without digests and projections, which are
+            at most about 1e-3 of them.
+        messages: the bytes of all messages and the decoded gradient, for a rank that decodes them at once.
+        amplification: the amplification of the messages' rounding noise; None if not computed.
     """
 
     compute: float
@@ -35,7 +35,7 @@ class Cost:
 
 
 def cost(code: Code, parameters: int, dtype: str) -> Cost:
-    """The cost of a code for a model of so many parameters."""
+    """Return the cost of a code for a model of this many parameters."""
     item = ITEM_BYTES[dtype]
     n, gradient, message = code.workers, parameters * item, code.message_length(parameters) * item
     return Cost(
@@ -51,7 +51,7 @@ def cost(code: Code, parameters: int, dtype: str) -> Cost:
 
 
 def _all_reduced(code: Code) -> int:
-    """Gradients that all ranks together send in the all-reduce; see `transports.AllReduceRepetition`."""
+    """Return the number of gradients that all ranks together send in the all-reduce; see `AllReduceRepetition`."""
     n, groups = code.workers, code.parts
     if not code.message_is_gradient:
         return 2 * (n - 1)
@@ -59,7 +59,7 @@ def _all_reduced(code: Code) -> int:
 
 
 def make_table(workers: int, adversaries: int, parameters: int, dtype: str) -> Table:
-    """The costs of both codes, side by side."""
+    """Return a table of the costs of both codes, side by side."""
     n, s = workers, adversaries
     repetition, cyclic = RepetitionCode(n, s), CyclicCode(n, s)
     codes = [repetition, cyclic]
@@ -92,7 +92,7 @@ def make_table(workers: int, adversaries: int, parameters: int, dtype: str) -> T
 
 
 def _groups(code: RepetitionCode) -> str:
-    """The groups, as ranges of workers."""
+    """Return the groups as ranges of workers."""
     last = np.cumsum(code.group_sizes)
     ranges = [
         f"{end - size} to {end - 1}" if size > 1 else f"{end - 1}"
@@ -105,14 +105,14 @@ def _groups(code: RepetitionCode) -> str:
 
 
 def _supports(code: CyclicCode) -> str:
-    """The supports, as offsets from the part's number."""
+    """Return the supports as offsets from the part's number."""
     offsets = [str(int(offset)) for offset in code.supports[0]]
     shown = ", ".join(offsets[:8]) + (f", ... {offsets[-1]}" if len(offsets) > 8 else "")
     return f"{code.parts} parts; part k by the workers k + {{{shown}}} mod {code.workers}"
 
 
 def _bytes(count: int) -> str:
-    """A size for people, and exactly."""
+    """Return a size both rounded with a unit and exactly."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 1000:

@@ -1,4 +1,4 @@
-"""What ``draco train`` leaves behind: a table, a JSON file and a picture."""
+"""The output of ``draco train``: a table, a JSON file and a picture."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ from draco_ext.ops import build_info
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 SPLIT = ("compute", "encode", "communicate", "decode")
 
 
 def describe(training: Training) -> str:
-    """A line's name for people."""
+    """Return a readable name of a training."""
     return f"{training.label}{'' if training.attacked else ', no adversaries'}"
 
 
 def step_seconds(outcome: Outcome) -> np.ndarray:
-    """Seconds of every step, all kinds together."""
-    return np.sum([outcome.seconds[kind] for kind in SPLIT], axis=0)
+    """Return the seconds of every step, all kinds together."""
+    seconds: np.ndarray = np.sum([outcome.seconds[kind] for kind in SPLIT], axis=0)
+    return seconds
 
 
 def make_tables(config: Config, outcomes: list[Outcome]) -> tuple[Table, Table]:
-    """The comparison for the terminal: what came of each training, and where its time went."""
+    """Return the tables for the terminal: the result and the times of each training."""
     results = _table(_title(config), _RESULTS_CAPTION)
     for name in ("test accuracy", "named (in steps)", "distance from clean run"):
         results.add_column(name, justify="right")
@@ -49,11 +52,11 @@ def make_tables(config: Config, outcomes: list[Outcome]) -> tuple[Table, Table]:
         times.add_column(name, justify="right")
     for outcome in outcomes:
         training = outcome.training
-        name = training.label, str(config.adversaries if training.attacked else 0)
-        results.add_row(*name, f"{outcome.accuracy:.1%}", _named(outcome), format_distance(outcome.distance))
+        label = training.label, str(config.adversaries if training.attacked else 0)
+        results.add_row(*label, f"{outcome.accuracy:.1%}", _named(outcome), format_distance(outcome.distance))
         milliseconds = [1e3 * outcome.mean_seconds(kind) for kind in SPLIT]
         times.add_row(
-            *name,
+            *label,
             f"{outcome.compute_factor:.3g}x",
             *(f"{value:.2f}" for value in milliseconds),
             f"{sum(milliseconds):.1f}",
@@ -72,7 +75,7 @@ _TIMES_CAPTION = (
 
 
 def _table(title: str, caption: str) -> Table:
-    """A table whose lines are trainings."""
+    """Return a table with a line for each training."""
     table = Table(
         title=title,
         caption=caption,
@@ -97,7 +100,7 @@ def _title(config: Config) -> str:
 
 
 def _named(outcome: Outcome) -> str:
-    """Who was named, in how many steps."""
+    """Return the named workers with their numbers of steps."""
     if all(suspects is None for suspects in outcome.suspects):
         return "cannot"
     if not outcome.named:
@@ -110,7 +113,7 @@ def _named(outcome: Outcome) -> str:
 
 
 def format_distance(distance: float | None) -> str:
-    """A distance for people."""
+    """Return a readable distance."""
     if distance is None:
         return "-"
     if distance == 0:
@@ -119,7 +122,7 @@ def format_distance(distance: float | None) -> str:
 
 
 def write_json(path: Path, config: Config, outcomes: list[Outcome], checks: list[Check], seconds: float) -> None:
-    """All figures of the comparison; what is not finite becomes null."""
+    """Write all figures of the comparison as JSON; infinities and NaN become null."""
     document = {
         "config": asdict(config),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -134,7 +137,7 @@ def write_json(path: Path, config: Config, outcomes: list[Outcome], checks: list
 
 
 def _as_dict(outcome: Outcome) -> dict[str, Any]:
-    """One line of the comparison, by names that explain themselves."""
+    """Return the figures of a training under readable names."""
     elapsed = np.concatenate([[0.0], step_seconds(outcome).cumsum()])
     return {
         "rule": outcome.training.rule,
@@ -167,7 +170,7 @@ def _as_dict(outcome: Outcome) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """The same with null for infinities and NaN, which JSON does not have."""
+    """Return the value with None for infinities and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -188,7 +191,7 @@ def _versions() -> dict[str, str]:
 
 
 def processor() -> str:
-    """This machine's processor, by name."""
+    """Return the name of this machine's processor."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if "model name" in line:
@@ -200,22 +203,23 @@ def _machine() -> dict[str, Any]:
     return {"system": platform.platform(), "processor": processor(), "cores": os.cpu_count()}
 
 
-# Okabe and Ito's colours, which every kind of colour vision can tell apart.
-_LOOKS = {
+# Okabe and Ito's palette for colour-blind readers.
+_Look = tuple[str, str | tuple[int, tuple[int, int]]]  # colour, and matplotlib's line style
+_LOOKS: dict[str, _Look] = {
     "mean": ("#D55E00", "-"),
     "geometric-median-gram": ("#E69F00", "-"),
     "krum": ("#CC79A7", "-"),
     "repetition": ("#0072B2", "-"),
     "cyclic": ("#56B4E9", (0, (4, 2))),
 }
-_OTHER_LOOK = ("#009E73", "-.")
-_CLEAN_LOOK = ("#BBBBBB", "-")
+_OTHER_LOOK: _Look = ("#009E73", "-.")
+_CLEAN_LOOK: _Look = ("#BBBBBB", "-")
 
 
 def draw(path: Path, config: Config, outcomes: list[Outcome]) -> None:
-    """Accuracy against steps and against time, one line per training.
+    """Draw the accuracy over steps and over time, one line per training.
 
-    A code's own clean run is left out: it lies under the attacked one.
+    The clean run of a code is left out, since the line of the attacked run would cover it.
     """
     attacked = {o.training.rule for o in outcomes if o.training.attacked}
     shown = [
@@ -244,18 +248,18 @@ def draw(path: Path, config: Config, outcomes: list[Outcome]) -> None:
 
 
 def _look(training: Training) -> dict[str, Any]:
-    """Colour and stroke of one line."""
+    """Return the colour and line style of a training."""
     if training.rule == "mean" and not training.attacked:
-        color, style, width = *_CLEAN_LOOK, 5.0
+        (color, style), width = _CLEAN_LOOK, 5.0
     else:
-        color, style, width = *_LOOKS.get(training.rule, _OTHER_LOOK), 1.8
+        (color, style), width = _LOOKS.get(training.rule, _OTHER_LOOK), 1.8
     return {"color": color, "linestyle": style, "linewidth": width, "solid_capstyle": "round"}
 
 
-def _legend(panel: plt.Axes, shown: list[Outcome]) -> None:
+def _legend(panel: Axes, shown: list[Outcome]) -> None:
     """Name the lines in a legend beside the panel, best accuracy first."""
     ranked = sorted(shown, key=lambda outcome: -outcome.accuracy)
-    handles = [plt.Line2D([], [], **_look(outcome.training)) for outcome in ranked]
+    handles = [Line2D([], [], **_look(outcome.training)) for outcome in ranked]
     names = [
         f"{describe(o.training)}\n{o.accuracy:.1%}"
         + (f", distance from clean run: {format_distance(o.distance)}" if o.training.rule in CODES else "")

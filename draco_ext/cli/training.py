@@ -26,7 +26,7 @@ from draco_ext.codes import Code, CyclicCode, RepetitionCode
 from draco_ext.protocol.groups import gather
 from draco_ext.reporting.ledger import Finding
 from draco_ext.reporting.report import Seconds
-from draco_ext.testing.local import own_device, run_ranks
+from draco_ext.testing.local import all_ranks, own_device, run_ranks
 from draco_ext.training.api import protect
 from draco_ext.training.guard import Guard
 from draco_ext.training.sampler import RedundantBatchSampler
@@ -43,15 +43,25 @@ LABELS = {
     "repetition": "repetition code",
     "cyclic": "cyclic code",
 }
-# Points of the accuracy curve.
+# The number of points of the accuracy curve.
 EVALUATIONS = 60
-# Settings that decide whether the net learns well; at their defaults accuracy is judged too.
-LEARNING = {"steps": 100, "batch_size": 90, "learning_rate": 0.05, "momentum": 0.9}
+
+
+class Learning(NamedTuple):
+    """The settings that determine whether the net learns well; with these defaults accuracy is judged, too."""
+
+    steps: int = 100
+    batch_size: int = 90
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+
+
+LEARNING = Learning()
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a comparison depends on."""
+    """The configuration of a comparison."""
 
     rules: tuple[str, ...]
     transport: str
@@ -68,38 +78,38 @@ class Config:
 
 @dataclass(frozen=True)
 class Training:
-    """One line of the comparison: a rule, with or without adversaries."""
+    """A training of the comparison: a rule, with or without adversaries."""
 
     rule: str
     attacked: bool
 
     @property
     def label(self) -> str:
-        """Its name for people."""
+        """A readable name."""
         return LABELS.get(self.rule, self.rule)
 
 
 @dataclass
 class Outcome:
-    """What one training came to. Times in seconds, curves over the steps.
+    """The outcome of one training. Times are in seconds, curves are over the steps.
 
     Attributes:
-        training: Which.
-        parts: Parts that the batch was cut into.
-        compute_factor: Samples that a worker computes, in multiples of plain averaging's.
-        message_bytes: What a worker sends per step.
-        parameters: The final parameters.
-        losses: Mean training loss over the good workers.
-        seconds: compute, encode, communicate, decode.
-        suspects: Whom the rule named; None where it cannot.
-        failed: Steps whose decode failed.
-        bad: Who was bad.
-        changes: Workers that sent something else than they should, be it by one bit, and how far
-            off they were, relative to the message.
+        training: the training.
+        parts: the number of parts of a batch.
+        compute_factor: the number of samples that a worker computes, in multiples of plain averaging's.
+        message_bytes: the bytes that a worker sends per step.
+        parameters: the final parameters.
+        losses: the mean training loss over the good workers.
+        seconds: the seconds of every step, by kind: compute, encode, communicate, decode.
+        suspects: the workers that the rule named in each step; None if it cannot name any.
+        failed: the steps whose decode failed.
+        bad: the bad workers of each step.
+        changes: the workers whose message differed from the honest one in any bit, in each step, with the norm of the
+            difference relative to the message.
         evaluations: (step, accuracy, loss) on the test samples.
-        distance: Of the final parameters from those of ``distance_from``, relative to their norm.
-        distance_from: The training without adversaries that this one is measured against: of the same code if
-            attacked, else of plain averaging.
+        distance: the distance of the final parameters from those of ``distance_from``, relative to their norm.
+        distance_from: the training without adversaries with which this one is compared: that of the same code if this
+            one is attacked, else plain averaging.
     """
 
     training: Training
@@ -119,30 +129,30 @@ class Outcome:
 
     @property
     def accuracy(self) -> float:
-        """Final test accuracy."""
+        """The final test accuracy."""
         return self.evaluations[-1][1]
 
     @property
     def named(self) -> dict[int, int]:
-        """In how many steps each worker was named; empty if nobody was, or the rule cannot."""
+        """The number of steps in which each worker was named; empty if the rule names nobody."""
         counts = Counter(worker for suspects in self.suspects for worker in suspects or ())
         return dict(sorted(counts.items()))
 
     @property
     def parameters_sha256(self) -> str:
-        """Digest of the final parameters' bits."""
+        """The digest of the final parameters' bits."""
         return hashlib.sha256(self.parameters.tobytes()).hexdigest()
 
     def mean_seconds(self, kind: str) -> float:
-        """Seconds per step of one kind."""
+        """Return the mean seconds per step of one kind."""
         return float(np.mean(self.seconds[kind]))
 
 
 def list_trainings(config: Config) -> list[Training]:
-    """The lines of the comparison, in order.
+    """Return the trainings of the comparison, in order.
 
-    Plain averaging without adversaries, by which the others are measured, comes first. Then every code with and
-    without adversaries, every other rule with them, where there are any.
+    The first is plain averaging without adversaries, with which the others are compared. Then follow every code without
+    and with adversaries, and every other rule with adversaries, if there are any.
     """
     trainings = [Training("mean", attacked=False)]
     for rule in config.rules:
@@ -154,19 +164,19 @@ def list_trainings(config: Config) -> list[Training]:
 
 
 def code_for(rule: str, workers: int, adversaries: int) -> Code:
-    """The code of that name; for an average, what tells each worker to compute a part of its own."""
+    """Return the code of this name; for an average, a code in which each worker computes a part of its own."""
     return CODES[rule](workers, adversaries) if rule in CODES else RepetitionCode(workers, 0)
 
 
 def run(config: Config, on_step: Callable[[Training], None]) -> list[Outcome]:
-    """Run all trainings one after another, in processes that are started once, or on torchrun's ranks.
+    """Run all trainings one after another, on torchrun's ranks or in processes that are started once.
 
     Args:
-        config: The comparison.
-        on_step: Called after every step with its training.
+        config: the configuration.
+        on_step: called after every step with its training.
 
     Returns:
-        What came of them; under torchrun on rank 0, nothing on the others.
+        The outcomes; under torchrun, on rank 0 only.
     """
     outcomes: list[Outcome] = []
 
@@ -189,7 +199,7 @@ def run(config: Config, on_step: Callable[[Training], None]) -> list[Outcome]:
 
 
 def _distance(parameters: np.ndarray, reference: np.ndarray) -> float:
-    """Norm of the difference relative to the reference, 0 only if every bit agrees."""
+    """Return the norm of the difference relative to the reference; it is 0 only if all bits agree."""
     if parameters.tobytes() == reference.tobytes():
         return 0.0
     difference = parameters.astype(np.float64) - reference
@@ -197,8 +207,8 @@ def _distance(parameters: np.ndarray, reference: np.ndarray) -> float:
 
 
 def _rank(rank: int, report: Callable[[Any], None], config: Config, trainings: list[Training]) -> None:
-    """One process, worker and learner."""
-    # The ranks share the cores; a thread pool for each would only make them wait for each other.
+    """Run the trainings in one process, as one worker."""
+    # The ranks share the cores, so thread pools of their own would only slow them down.
     torch.set_num_threads(1)
     logging.getLogger("draco_ext").setLevel(logging.ERROR)  # the report says who was bad
     data = Digits(config.seed, own_device())
@@ -214,16 +224,16 @@ def _rank(rank: int, report: Callable[[Any], None], config: Config, trainings: l
 
 
 class Work(NamedTuple):
-    """One step as a worker saw it. Times in seconds.
+    """The measurements of a worker in one step. Times are in seconds.
 
     Attributes:
-        total: From the first mini-batch to the optimizer's step.
-        encode: From gradients to message.
-        communicate: Waiting for others.
-        decode: From messages to gradient.
-        attack: What a bad worker spent on being bad.
-        loss: Mean loss over the worker's parts.
-        change: How far the sent message was off, relative to the honest one.
+        total: the time from the first mini-batch to the optimizer's step.
+        encode: the time to encode the message.
+        communicate: the time of waiting for others.
+        decode: the time to decode the messages.
+        attack: the time that a bad worker spent on its attack.
+        loss: the mean loss over the worker's parts.
+        change: the norm of the message's change relative to the honest message.
         changed: 1 if any bit of the message was changed, else 0.
     """
 
@@ -238,7 +248,7 @@ class Work(NamedTuple):
 
 
 class Learner:
-    """One rank in one training: the loop that a user has, with `protect` or a hook that averages."""
+    """One rank in one training: a user's training loop, with `protect` or a hook that averages."""
 
     def __init__(self, config: Config, training: Training, data: Digits) -> None:
         n, s, rank = config.workers, config.adversaries, dist.get_rank()
@@ -276,7 +286,7 @@ class Learner:
         self._evaluate()
 
     def step(self) -> None:
-        """One step, or none where decoding fails."""
+        """Run one step, without an update if decoding fails."""
         before = self._seconds()
         begin = time.perf_counter()
         losses = []
@@ -311,10 +321,10 @@ class Learner:
             self._evaluations.append((len(self._work), *self._data.evaluate(self._net)))
 
     def outcome(self) -> Outcome | None:
-        """What this training came to: on rank 0; to be called on all."""
+        """Return the outcome of this training on rank 0. All ranks must call it."""
         config, training, code = self._config, self._training, self._code
         parameters = parameters_to_vector(self._net.parameters()).detach()
-        rows = gather(torch.tensor(self._work, dtype=torch.float64), dist.group.WORLD, parameters.device)
+        rows = gather(torch.tensor(self._work, dtype=torch.float64), all_ranks(), parameters.device)
         if dist.get_rank() > 0:
             return None
         work = rows[[self._workers.index(j) for j in range(code.workers)]].numpy()
@@ -347,15 +357,15 @@ class Learner:
 
 
 def _compute_factor(code: Code) -> float:
-    """Samples that the busiest worker computes, in multiples of an n-th of the batch."""
+    """Return the number of samples that the busiest worker computes, in multiples of an n-th of the batch."""
     busiest = max(len(code.assignment(worker)) for worker in range(code.workers))
     return busiest * code.workers / code.parts
 
 
 def _split_seconds(work: np.ndarray) -> dict[str, list[float]]:
-    """Where each step's time went, by the worker that waited least for the others.
+    """Return the times of each step by kind, as seen by the worker that waited least for the others.
 
-    The time that an attacker spends on its attack is left out.
+    The time that a bad worker spends on its attack is left out.
     """
     spent = {name: work[:, :, i] for i, name in enumerate(Work._fields)}
     last = spent["communicate"].argmin(axis=0), np.arange(work.shape[1])
@@ -365,13 +375,13 @@ def _split_seconds(work: np.ndarray) -> dict[str, list[float]]:
 
 
 def _losses(work: np.ndarray, bad: list[tuple[int, ...]]) -> list[float]:
-    """Mean loss over the good workers, per step."""
+    """Return the mean loss over the good workers, per step."""
     losses = work[:, :, Work._fields.index("loss")]
     return [float(np.delete(losses[:, step], step_bad).mean()) for step, step_bad in enumerate(bad)]
 
 
 def _changes(work: np.ndarray) -> list[dict[int, float]]:
-    """Who sent a changed message, and by how much it was changed, per step."""
+    """Return the workers that sent a changed message, with the relative changes, per step."""
     change = work[:, :, Work._fields.index("change")]
     changed = work[:, :, Work._fields.index("changed")]
     return [{int(j): float(change[j, step]) for j in changed[:, step].nonzero()[0]} for step in range(work.shape[1])]

@@ -1,4 +1,4 @@
-"""What theory says of a comparison, and whether it came out."""
+"""Checks of a comparison against theory."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy as np
 
 from draco_ext.cli.training import CODES, Config, Outcome
 
-# A smaller change, relative to the message, the cyclic code may take for rounding.
+# The cyclic code may not notice a change that is smaller than this, relative to the message.
 VISIBLE = 1e-4
-# The cyclic code rounds differently in a clean and in an attacked run, and training amplifies it: to this distance
-# at most, or to this multiple of what rounding does between two clean runs, in trainings that are less stable.
+# The cyclic code rounds differently in a clean and in an attacked run, and training amplifies the difference. The
+# distance is at most this, or, in trainings that are less stable, this multiple of the distance between two clean runs.
 ROUNDING = 1e-4
 ROUNDING_FACTOR = 10
-# What the net reaches on the digits at the default settings, for every seed (97% for most).
+# The accuracy that the net reaches on the digits with the default settings, for every seed (97% for most).
 GOOD_ACCURACY = 0.93
-# Accuracy lost by a model that deserves to be called ruined.
+# A model that loses this much accuracy counts as ruined.
 RUIN = 0.3
-# Attacks that ruin plain averaging, and by how much a bad worker outweighs a good one in them.
+# Attacks that ruin plain averaging, with the weight of a bad worker's message relative to a good one's.
 RUINOUS = {"reversed": 100.0, "constant": inf, "gaussian": inf, "nan": inf, "inf": inf}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One statement of theory about one comparison."""
+    """A statement of theory about a comparison, and whether it holds."""
 
     statement: str
     holds: bool
@@ -34,12 +34,12 @@ class Check:
 
 
 def judge(config: Config, outcomes: list[Outcome], *, learns: bool) -> list[Check]:
-    """All checks that apply.
+    """Return all checks that apply.
 
     Args:
-        config: The comparison.
-        outcomes: Its lines.
-        learns: The settings are known to train the net well, so that accuracy is judged as well.
+        config: the configuration of the comparison.
+        outcomes: the outcomes of its trainings.
+        learns: whether the net is known to learn well with these settings, so that accuracy is judged, too.
     """
     return list(_checks(config, outcomes, learns))
 
@@ -70,7 +70,7 @@ def _checks(config: Config, outcomes: list[Outcome], learns: bool) -> Iterator[C
 
 
 def _code_checks(outcome: Outcome, clean: Outcome) -> Iterator[Check]:
-    """What a code guarantees: no failure, the bad workers named, the clean run's parameters."""
+    """Yield the checks of a code's guarantee: no failure, the bad workers named, the clean run's parameters."""
     attacked, exact = outcome.training.attacked, outcome.training.rule == "repetition"
     name = f"{outcome.training.label} {'under attack' if attacked else 'without adversaries'}"
     steps = len(outcome.suspects)
@@ -90,11 +90,12 @@ def _code_checks(outcome: Outcome, clean: Outcome) -> Iterator[Check]:
         f"{len(wrong)} of {steps} steps name others{_first(wrong)}",
     )
     if attacked:
+        distance = inf if outcome.distance is None else outcome.distance
         bound = 0.0 if exact else max(ROUNDING, ROUNDING_FACTOR * (clean.distance or 0.0))
         yield Check(
             f"{name}: distance from its clean run {'is 0' if exact else f'is at most {bound:.2g}'}",
-            outcome.distance <= bound,
-            f"{outcome.distance:.3g}",
+            distance <= bound,
+            f"{distance:.3g}",
         )
 
 

@@ -51,7 +51,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Code(abc.ABC):
-    """Who computes which part of a batch, what each worker sends, and how the messages are decoded.
+    """A code: the assignment of a batch's parts to workers, their messages, and the decoding of these.
 
     A subclass defines `dtypes`, `parts`, `assignment`, `message_length`, `encode`, `encode_add_`, `decode` and
     `error_bound`. All else follows from these, or is an optional property of the code that lets others treat it better.
@@ -89,13 +89,13 @@ class Code(abc.ABC):
 
     @property
     def redundancy(self) -> int:
-        """How many workers compute each part: 2s+1 (at least, where groups are uneven)."""
+        """The number of workers that compute each part: 2s+1, or at least 2s+1 if groups are uneven."""
         return 2 * self.adversaries + 1
 
     @property
     @abc.abstractmethod
     def parts(self) -> int:
-        """How many parts a batch is cut into."""
+        """The number of parts of a batch."""
 
     @abc.abstractmethod
     def assignment(self, worker: int) -> tuple[int, ...]:
@@ -303,8 +303,9 @@ class Code(abc.ABC):
         if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
             got = repr(reduction) if isinstance(reduction, str) else type(reduction).__name__
             raise ValueError(f"reduction must be 'mean' or 'sum', got {got}")
-        plain = isinstance(messages, Tensor) and not messages.is_nested
-        if plain and messages.dim() == 2 and messages.size(0) != self.workers:
+        if not isinstance(messages, Tensor) or messages.is_nested:
+            return  # refused by the op
+        if messages.dim() == 2 and messages.size(0) != self.workers:
             raise ValueError(
                 f"messages must have a row for each of the {self.workers} workers, got shape {tuple(messages.shape)}"
             )

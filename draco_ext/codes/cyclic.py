@@ -30,7 +30,7 @@ class CyclicCode(Code):
 
     @property
     def parts(self) -> int:
-        """How many parts a batch is cut into: n."""
+        """The number of parts of a batch: n."""
         return self.workers
 
     @property
@@ -151,9 +151,8 @@ class CyclicCode(Code):
         apart = math.prod(2 * math.sin(math.pi * (i // 2 + 1) / n) for i in range(2 * s - 1))
         message = hidden * amplification(max(0, 2 * s - 1)) / apart
         adding = 2**s * math.sqrt(s) * (n + 4) * message
-        return math.sqrt(n) * (
-            math.sqrt(2) * unit * (honest + adding) + (amplification(s) + amplification(2 * s)) * hidden
-        )
+        bound = math.sqrt(2) * unit * (honest + adding) + (amplification(s) + amplification(2 * s)) * hidden
+        return float(math.sqrt(n) * bound)
 
     def noise_amplification(self) -> float:
         """Return how much rounding noise grows with s adjacent workers left out; see `Code.noise_amplification`.

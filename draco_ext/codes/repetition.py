@@ -41,7 +41,7 @@ class RepetitionCode(Code):
 
     @property
     def parts(self) -> int:
-        """How many parts a batch is cut into: one for each group."""
+        """The number of parts of a batch: one for each group."""
         return len(self.group_sizes)
 
     def assignment(self, worker: int) -> tuple[int, ...]:

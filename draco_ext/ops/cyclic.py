@@ -50,7 +50,8 @@ def cyclic_encode(
             f"gradients must have 2 * adversaries + 1 = {2 * adversaries + 1} rows, got {gradients.size(0)}"
         )
     if out is None:
-        return torch.ops.draco_ext.cyclic_encode(gradients, workers, adversaries, worker)
+        result: Tensor = torch.ops.draco_ext.cyclic_encode(gradients, workers, adversaries, worker)
+        return result
     d = gradients.size(1)
     _checks.check_out(out, d + d % 2, "gradients", gradients)
     torch.ops.draco_ext.cyclic_encode_out(gradients, workers, adversaries, worker, out)
@@ -58,13 +59,13 @@ def cyclic_encode(
 
 
 @torch.library.register_fake("draco_ext::cyclic_encode")
-def _(gradients, workers, adversaries, worker):
+def _(gradients, workers, adversaries, worker):  # type: ignore[no-untyped-def]
     d = gradients.size(1)
     return gradients.new_empty((d + d % 2,))
 
 
 @torch.library.register_fake("draco_ext::cyclic_encode_out")
-def _(gradients, workers, adversaries, worker, out):
+def _(gradients, workers, adversaries, worker, out):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -121,7 +122,7 @@ def cyclic_encode_add_(
 
 
 @torch.library.register_fake("draco_ext::cyclic_encode_add_")
-def _(message, carry, gradient, workers, adversaries, worker, part, first=False):
+def _(message, carry, gradient, workers, adversaries, worker, part, first=False):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -145,11 +146,12 @@ def cyclic_project(messages: Tensor, seed: int, *, missing: Tensor | None = None
     _checks.check_pairs(messages)
     _checks.check_mask("missing", missing, messages)
     _checks.check_int("seed", seed, -(2**63), 2**63 - 1)
-    return torch.ops.draco_ext.cyclic_project(messages, missing, seed)
+    result: tuple[Tensor, Tensor] = torch.ops.draco_ext.cyclic_project(messages, missing, seed)
+    return result
 
 
 @torch.library.register_fake("draco_ext::cyclic_project")
-def _(messages, missing, seed):
+def _(messages, missing, seed):  # type: ignore[no-untyped-def]
     n, (tiles, k) = messages.size(0), projections_shape(messages.size(1))
     return (
         messages.new_empty((n, tiles, k), dtype=torch.complex128),
@@ -211,13 +213,14 @@ def cyclic_locate(
     _checks.check_tolerance("atol", atol)
     _checks.check_tolerance("rtol", rtol)
     _checks.check_bool("mean", mean)
-    return torch.ops.draco_ext.cyclic_locate(
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.draco_ext.cyclic_locate(
         projections, norms, missing, adversaries, length, dtype == torch.float64, float(atol), float(rtol), mean
     )
+    return result
 
 
 @torch.library.register_fake("draco_ext::cyclic_locate")
-def _(projections, norms, missing, adversaries, length, float64, atol, rtol, mean):
+def _(projections, norms, missing, adversaries, length, float64, atol, rtol, mean):  # type: ignore[no-untyped-def]
     n = projections.size(0)
     return (
         projections.new_empty((n,)),
@@ -250,19 +253,20 @@ def cyclic_combine(
     length = messages.size(1) if length is None else length
     _checks.check_length(length, messages)
     if out is None:
-        return torch.ops.draco_ext.cyclic_combine(messages, weights, length)
+        result: Tensor = torch.ops.draco_ext.cyclic_combine(messages, weights, length)
+        return result
     _checks.check_out(out, length, "messages", messages)
     torch.ops.draco_ext.cyclic_combine_out(messages, weights, out)
     return out
 
 
 @torch.library.register_fake("draco_ext::cyclic_combine")
-def _(messages, weights, length):
+def _(messages, weights, length):  # type: ignore[no-untyped-def]
     return messages.new_empty((length,))
 
 
 @torch.library.register_fake("draco_ext::cyclic_combine_out")
-def _(messages, weights, out):
+def _(messages, weights, out):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -316,19 +320,22 @@ def cyclic_decode(
         _checks.check_int("seed", seed, -(2**63), 2**63 - 1)
     options = (float(atol), float(rtol), mean, seed)
     if out is None:
-        return torch.ops.draco_ext.cyclic_decode(messages, missing, expected, adversaries, length, *options)
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.draco_ext.cyclic_decode(
+            messages, missing, expected, adversaries, length, *options
+        )
+        return result
     _checks.check_out(out, length, "messages", messages)
     return out, *torch.ops.draco_ext.cyclic_decode_out(messages, missing, expected, adversaries, *options, out)
 
 
 @torch.library.register_fake("draco_ext::cyclic_decode_out")
-def _(messages, missing, expected, adversaries, atol, rtol, mean, seed, out):
+def _(messages, missing, expected, adversaries, atol, rtol, mean, seed, out):  # type: ignore[no-untyped-def]
     n = messages.size(0)
     return tuple(messages.new_empty(shape, dtype=torch.bool) for shape in ((n,), (), (n,)))
 
 
 @torch.library.register_fake("draco_ext::cyclic_decode")
-def _(messages, missing, expected, adversaries, length, atol, rtol, mean, seed):
+def _(messages, missing, expected, adversaries, length, atol, rtol, mean, seed):  # type: ignore[no-untyped-def]
     n = messages.size(0)
     flags = (messages.new_empty(shape, dtype=torch.bool) for shape in ((n,), (), (n,)))
     return messages.new_empty((length,)), *flags

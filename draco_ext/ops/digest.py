@@ -34,9 +34,10 @@ def digest(values: Tensor, seed: int) -> Tensor:
     if not values.is_contiguous():
         raise ValueError(f"values must be contiguous, got stride {values.stride(0)}: call .contiguous()")
     _checks.check_int("seed", seed, -(2**63), 2**63 - 1)
-    return torch.ops.draco_ext.digest(values, seed)
+    result: Tensor = torch.ops.draco_ext.digest(values, seed)
+    return result
 
 
 @torch.library.register_fake("draco_ext::digest")
-def _(values, seed):
+def _(values, seed):  # type: ignore[no-untyped-def]
     return values.new_empty((2,), dtype=torch.int64)

@@ -66,19 +66,20 @@ def majority_vote(
     _checks.check_bool("mean", mean)
     options = (list(group_sizes), adversaries, float(atol), float(rtol), mean)
     if out is None:
-        return torch.ops.draco_ext.majority_vote(messages, missing, *options)
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.draco_ext.majority_vote(messages, missing, *options)
+        return result
     _checks.check_out(out, messages.size(1), "messages", messages)
     return out, *torch.ops.draco_ext.majority_vote_out(messages, missing, *options, out)
 
 
 @torch.library.register_fake("draco_ext::majority_vote_out")
-def _(messages, missing, group_sizes, adversaries, atol, rtol, mean, out):
+def _(messages, missing, group_sizes, adversaries, atol, rtol, mean, out):  # type: ignore[no-untyped-def]
     n = messages.size(0)
     return messages.new_empty((n,), dtype=torch.bool), messages.new_empty((), dtype=torch.bool)
 
 
 @torch.library.register_fake("draco_ext::majority_vote")
-def _(messages, missing, group_sizes, adversaries, atol, rtol, mean):
+def _(messages, missing, group_sizes, adversaries, atol, rtol, mean):  # type: ignore[no-untyped-def]
     n, d = messages.shape
     flags = messages.new_empty((n,), dtype=torch.bool), messages.new_empty((), dtype=torch.bool)
     return messages.new_empty((d,)), *flags

@@ -1,4 +1,4 @@
-"""How messages travel between ranks: communicators, transports and the scheduler of their exchanges.
+"""The exchange of messages between ranks: communicators, transports and the scheduler of their exchanges.
 
-Knows the codes below it and nothing of a training framework.
+It imports the codes, and nothing of a training framework.
 """

@@ -1,4 +1,7 @@
-"""The collectives that the protocol uses, over a torch process group; `draco_ext.testing` has one within a process."""
+"""The collectives that the protocol uses, over a torch process group.
+
+`draco_ext.testing` has a communicator between threads of one process.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ class Pending:
     """An asynchronous collective and its result.
 
     Attributes:
-        resume_on_next_bucket: whether its exchange goes on when the next bucket begins, or not before all have begun.
+        resume_on_next_bucket: whether its exchange goes on when the next bucket begins; otherwise it waits until all
+            buckets have begun.
     """
 
     def __init__(self, wait: Callable[[], Tensor], *, resume_on_next_bucket: bool = True) -> None:
@@ -32,17 +36,20 @@ class Pending:
         """Wait for the collective and return its result.
 
         Raises:
-            RuntimeError: a rank has died, hangs, or sends something of another length.
+            RuntimeError: a rank has died, hangs, or sends a message of another length.
         """
         return self._wait()
 
 
 class Connection(abc.ABC):
-    """A connection to one worker, for a thread of its own: it waits without end, and nobody counts the time."""
+    """A connection to one worker, used by a thread of its own.
+
+    It has no timeout, and its waiting does not count in `Seconds`.
+    """
 
     @abc.abstractmethod
     def send(self, values: Tensor) -> None:
-        """Send values, and wait until they have left.
+        """Send values and wait until they are sent.
 
         Raises:
             RuntimeError: the connection is closed.
@@ -50,7 +57,7 @@ class Connection(abc.ABC):
 
     @abc.abstractmethod
     def receive(self, values: Tensor) -> None:
-        """Receive values, in place, and wait for them.
+        """Receive values in place and wait for them.
 
         Raises:
             RuntimeError: the connection is closed.
@@ -64,10 +71,10 @@ class Communicator(abc.ABC):
     touched until the collective is waited for.
 
     Attributes:
-        worker: the worker that this rank is.
-        workers: how many there are.
+        worker: this rank's worker number.
+        workers: the number of workers.
         root: the worker that is rank 0.
-        seconds: where this rank's time goes; shared with the communicators split from this one.
+        seconds: the time that this rank spends, by kind; shared with the communicators split from this one.
     """
 
     worker: int
@@ -77,48 +84,51 @@ class Communicator(abc.ABC):
 
     @abc.abstractmethod
     def all_gather(self, values: Tensor) -> Pending:
-        """Gather everybody's values, (workers, *values.shape), row j from worker j."""
+        """Gather all workers' values: (workers, *values.shape), row j from worker j."""
 
     @abc.abstractmethod
     def all_gather_p2p(self, values: Tensor, rows: Tensor) -> Pending:
-        """Gather everybody's values into `rows`, each straight from its worker: no other can alter them on the way."""
+        """Gather all workers' values into `rows`, each directly from its worker, so that no other can alter them."""
 
     @abc.abstractmethod
     def all_reduce(self, values: Tensor, *, resume_on_next_bucket: bool = False) -> Pending:
-        """Add everybody's values up, in place."""
+        """Add up all workers' values, in place."""
 
     @abc.abstractmethod
     def broadcast(self, values: Tensor, source: int) -> Pending:
-        """Send one worker's values to all others, in place; the exchange resumes when all buckets have begun."""
+        """Send one worker's values to all others, in place.
+
+        The exchange resumes when all buckets have begun.
+        """
 
     @abc.abstractmethod
     def send(self, values: Tensor, worker: int) -> None:
-        """Send values to one worker, and wait until they have left."""
+        """Send values to one worker and wait until they are sent."""
 
     @abc.abstractmethod
     def receive(self, values: Tensor, worker: int) -> None:
-        """Receive values from one worker, in place, and wait for them."""
+        """Receive values from one worker in place and wait for them."""
 
     @abc.abstractmethod
     def connect(self, worker: int) -> Connection:
-        """Return the connection to one worker, for a thread of its own."""
+        """Return the connection to one worker; it is used by a thread of its own."""
 
     @abc.abstractmethod
     def split(self, parts: Sequence[Sequence[int]], *, extra_timeout: float | None = None) -> Communicator:
-        """Split the workers into parts, each with connections of its own; all workers call it with the same parts.
+        """Split the workers into parts, each with connections of its own. All workers call it with the same parts.
 
         Args:
-            parts: workers, each of them in exactly one part.
-            extra_timeout: seconds added to the timeout, over connections that stand between two ranks each, so that
-                one that breaks is one rank's; default: connections like this communicator's.
+            parts: the workers of each part; every worker is in exactly one.
+            extra_timeout: seconds added to the timeout. If given, every pair of ranks gets a connection of its own,
+                so that a broken connection affects no other rank. Default: connections like this communicator's.
 
         Returns:
-            The communicator of the part that this worker is in, which numbers its workers in the order of the part.
+            The communicator of this worker's part. It numbers the workers in the order of the part.
         """
 
 
 class _Operation(NamedTuple):
-    """A started operation, and the worker at its other end where there is only one."""
+    """A started operation, and the worker at its other end if there is only one."""
 
     work: dist.Work
     worker: int | None
@@ -129,13 +139,13 @@ class ProcessGroupCommunicator(Communicator):
 
     Args:
         group: the process group.
-        ranks: the rank within the group of every worker.
-        timeout: of every wait; default: the group's.
-        names: what errors call the workers: their ranks within the group that this one was split from.
-        seconds: where waiting is counted.
+        ranks: the rank of every worker within the group.
+        timeout: the timeout of every wait; default: the group's.
+        names: the number by which errors name each worker: its rank in the group that this one was split from.
+        seconds: counts the time spent waiting.
     """
 
-    # Of connections that break only one by one: gloo would take all of them down when a wait ends early.
+    # The timeout of groups whose connections must fail one by one: gloo closes all of them when a wait times out.
     _NEVER = timedelta(days=365)
 
     def __init__(
@@ -155,8 +165,8 @@ class ProcessGroupCommunicator(Communicator):
         self.seconds = Seconds() if seconds is None else seconds
         self._timeout = timeout
         self._names = self.ranks if names is None else tuple(names)
-        # Tensors of the last collectives. A thread of gloo may still refer to them after it is done; were its reference
-        # the last, it would need Python's lock, and abort where Python is ending.
+        # Tensors of the last collectives. A thread of gloo may still refer to them after the collective. If it held
+        # the last reference, it would need Python's lock to free them, and would abort while Python shuts down.
         self._keepalive: deque[tuple[Tensor, ...]] = deque(maxlen=2)
 
     def all_gather(self, values: Tensor) -> Pending:
@@ -179,7 +189,7 @@ class ProcessGroupCommunicator(Communicator):
                 operations.append(dist.P2POp(op, tensor, group=self.group, group_peer=peer, tag=tag))
                 others.append(other)
         works = dist.batch_isend_irecv(operations) if operations else []
-        if len(works) < len(operations):  # NCCL gives one for all
+        if len(works) < len(operations):  # NCCL returns one work for all operations
             others = [None] * len(works)
         kept = (values, rows, *(operation.tensor for operation in operations))
         return self._pending(list(map(_Operation, works, others)), rows, kept)
@@ -218,7 +228,7 @@ class ProcessGroupCommunicator(Communicator):
             seconds = timeout_of(self.group).total_seconds() + extra_timeout
             timeout = timedelta(seconds=min(seconds, self._NEVER.total_seconds()))
         own = next(part for part in parts if self.worker in part)
-        order = sorted(self.ranks[worker] for worker in own)  # of the new group's ranks
+        order = sorted(self.ranks[worker] for worker in own)  # the order of the ranks in the new group
         ranks = [order.index(self.ranks[worker]) for worker in own]
         names = [self._names[worker] for worker in own]
         return ProcessGroupCommunicator(group, ranks, timeout=timeout, names=names, seconds=self.seconds)
@@ -261,9 +271,9 @@ class _ProcessGroupConnection(Connection):
 
 
 def tag_of(values: Tensor) -> int:
-    """Return the tag under which values are sent: their length.
+    """Return the tag with which values are sent: their length in bytes.
 
-    A message of another length so never meets the room made for it. Without tags gloo leaves the end of the room as it
-    was, or aborts the process where the message is longer.
+    So a message is never received into a tensor of another length. Without tags, gloo leaves the end of the tensor
+    unchanged if the message is shorter, and aborts the process if it is longer.
     """
     return values.numel() * values.element_size() % 2**31

@@ -1,4 +1,4 @@
-"""How far a wrong message was from the right one."""
+"""The difference between a wrong message and the right one."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Elements of a message that are compared at a time: what is made of them stays in the cache.
+# Number of elements that are compared at a time, small enough that temporary results stay in the cache.
 CHUNK = 2**16
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a bad worker's message was from what it should have been.
+    """The difference between a bad worker's message and the right one.
 
     Attributes:
-        elements: how many elements differ in any bit.
-        first: the first of them.
-        largest: the largest absolute deviation; infinite where it is not finite.
+        elements: the number of elements that differ in any bit.
+        first: the index of the first of them.
+        largest: the largest absolute deviation; infinity if it is not finite.
     """
 
     elements: int
@@ -42,14 +42,18 @@ def difference(sent: Tensor, right: Tensor) -> Difference:
         elements += count
         deviations = (one.double() - other.double()).abs_()
         deviation = deviations.max().item()
-        if deviation != deviation:  # infinities that are the same make one that is not a number, too
+        if deviation != deviation:  # equal infinities give NaN, too
             deviation = deviations.masked_fill_(~differing, 0.0).max().item()
         largest = max(largest, deviation if deviation < float("inf") else float("inf"))
     return Difference(elements, first, largest)
 
 
 def join(parts: Sequence[tuple[int, Difference | None]]) -> Difference | None:
-    """Join the differences of a message's parts, each with the element at which it begins; None if one is unknown."""
+    """Join the differences of a message's parts, given with the index of each part's first element.
+
+    Returns:
+        The difference of the whole message, or None if that of a part is unknown.
+    """
     known = [(begin, part) for begin, part in parts if part is not None]
     if len(known) < len(parts):
         return None
@@ -61,7 +65,7 @@ def join(parts: Sequence[tuple[int, Difference | None]]) -> Difference | None:
 
 
 def validate_reported(elements: float, first: float, largest: float, *, length: int) -> Difference | None:
-    """Return the difference that a suspect reports of its own message, or None where it cannot be true."""
+    """Return the difference that a suspect reports about its own message, or None if the report cannot be true."""
     if 0 <= first < length and 0 <= elements <= length and largest >= 0:
         return Difference(int(elements), int(first), largest)
     return None

@@ -1,4 +1,4 @@
-"""From the gradients of a step's parts to this rank's messages."""
+"""The encoder: computes this rank's messages from the gradients of a step's parts."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ CHUNK = 2**17  # elements; even
 
 
 class GradientEncoder:
-    """Adds the gradients of a step's parts up to messages, buffer by buffer, as the backward passes yield them.
+    """An encoder of messages, which takes the gradients of a step's parts buffer by buffer during backward passes.
 
-    Where a message is the gradient itself, it is the buffer. Else it needs two vectors of the gradient's size, kept
-    from step to step, in which every parameter is padded to an even length: the sums, and what rounding has left of
-    them.
+    If the code's message is the gradient itself, the message is the buffer. Otherwise the encoder keeps two vectors of
+    the gradient's size from step to step: the weighted sums and their rounding errors. In both of them every parameter
+    is padded to an even length.
 
     Args:
         code: the code.
-        worker: the worker that this rank is.
-        scale_into_buffer: the last part also leaves the message / workers in the buffer, where an all-reduce makes it
-            the mean.
+        worker: this rank's worker number.
+        scale_into_buffer: after the last part, also write message / workers into the buffer, from which an all-reduce
+            makes the mean.
     """
 
     def __init__(self, code: Code, worker: int, *, scale_into_buffer: bool) -> None:
         self._code = code
         self._scale_into_buffer = scale_into_buffer
         self._worker = worker
-        # Of each parameter: buffers may be cut otherwise after the first pass, in the middle of a step.
+        # By parameter, since DDP may divide them into other buckets after the first pass, in the middle of a step.
         self._sums: dict[Hashable, Tensor] = {}
         self._carries: dict[Hashable, Tensor] = {}
 
@@ -40,8 +40,8 @@ class GradientEncoder:
 
         Args:
             buffer: the gradients.
-            parts: those that this rank computes in this step.
-            index: of the part among them; the first begins a message, the last completes it.
+            parts: the parts that this rank computes in this step.
+            index: the index of this part among them; the first begins a message, the last completes it.
         """
         if self._code.message_is_gradient:
             return
@@ -53,7 +53,7 @@ class GradientEncoder:
                 kept.update(zip(buffer.keys, vectors, strict=True))
         scale = self._scale_into_buffer and index == len(parts) - 1
         for key, gradient in zip(buffer.keys, gradients, strict=True):
-            # By chunks, so that the second operation finds in the cache what the first has read and written.
+            # In chunks, so that the data of the first operation are still in the cache for the second.
             sums, carries = self._sums[key], self._carries[key]
             chunk = CHUNK if scale and gradient.device.type == "cpu" else max(1, sums.numel())
             chunks = (vector.split(chunk) for vector in (sums, carries, gradient))
@@ -63,7 +63,7 @@ class GradientEncoder:
                     torch.mul(total[: values.numel()], 1 / self._code.workers, out=values)
 
     def message(self, buffer: GradientBuffer) -> Message:
-        """Return this rank's message for a buffer, to be used up before the next step."""
+        """Return this rank's message for a buffer; it is valid until the next step."""
         if self._code.message_is_gradient:
             return Message(buffer.values, buffer)
         values = _joined(buffer.keys, self._sums)
@@ -73,7 +73,7 @@ class GradientEncoder:
 
 
 def _joined(keys: Sequence[Hashable], sums: dict[Hashable, Tensor]) -> Tensor | None:
-    """Return the sums of these parameters as one vector, where they lie one behind the other."""
+    """Return the sums of these parameters as one vector if they are adjacent in memory, else None."""
     vectors = [sums[key] for key in keys if key in sums]
     if len(vectors) < len(keys):
         return None

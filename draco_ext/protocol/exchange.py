@@ -1,4 +1,4 @@
-"""The one scheduler of exchanges: overlaps those of several buffers, in an order that is the same on all ranks."""
+"""The scheduler of exchanges: it overlaps those of several buffers, in the same order on all ranks."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ T = TypeVar("T")
 
 
 class Turn(enum.Enum):
-    """What an exchange yields to let others go on although it waits for nothing."""
+    """A value that an exchange yields to let others go on although it waits for nothing."""
 
     EARLIER_EXCHANGES_FIRST = enum.auto()
 
 
-# An exchange yields the collective whose result it needs next, and is sent that; or a turn, and is sent None.
+# An exchange is a generator. It yields a collective and is sent its result, or it yields a turn and is sent None.
 Steps = Generator[Pending | Turn, Any, T]
 Exchange = Steps[ExchangeOutcome]
-# Everybody's rows, and the workers whose row is missing.
+# Its result: the rows of all workers, and the workers whose row is missing.
 RecordExchange = Steps[tuple[Tensor, tuple[int, ...]]]
 
 
 @dataclass
 class InFlightExchange:
-    """A pending exchange and what its result is given to."""
+    """A pending exchange and the function that is called with its result."""
 
     steps: Steps[Any]
     name: str
@@ -41,20 +41,20 @@ class InFlightExchange:
 
     @property
     def resumes_on_next_bucket(self) -> bool:
-        """Whether it goes on when the next buffer's exchange begins."""
+        """Return whether it goes on when the next buffer's exchange begins."""
         if self.background:
             return False
         return not isinstance(self.waits_for, Pending) or self.waits_for.resume_on_next_bucket
 
 
 class ExchangeScheduler:
-    """Runs the exchanges of a step, each a generator, as cooperative tasks on the calling thread.
+    """A scheduler that runs the exchanges of a step, which are generators, as cooperative tasks on the calling thread.
 
-    Every rank starts the same exchanges in the same order, so that collectives meet: nothing here depends on what has
-    arrived. What an exchange waits for runs while the next buffer's gradients are being computed.
+    Every rank starts the same exchanges in the same order, and the schedule does not depend on what has arrived. So
+    all ranks call collectives in the same order. Collectives run while the next buffer's gradients are being computed.
 
     Args:
-        seconds: where the time is counted.
+        seconds: counts the time spent.
     """
 
     def __init__(self, seconds: Seconds) -> None:
@@ -62,13 +62,13 @@ class ExchangeScheduler:
         self._in_flight: list[InFlightExchange] = []
 
     def start(self, steps: Steps[T], *, name: str, complete: Callable[[T], None], background: bool = False) -> None:
-        """Start an exchange, and let those started before go on, as far as they want to.
+        """Start an exchange and resume the earlier ones that go on with the next bucket.
 
         Args:
             steps: the exchange.
-            name: what an error says of it.
+            name: the name that errors give it.
             complete: called with its result.
-            background: no other exchange and no gradient needs its result: it goes on when all others are done.
+            background: resume it only when all other exchanges are complete, since nothing else needs its result.
         """
         earlier = [] if background else [other for other in self._in_flight if other.resumes_on_next_bucket]
         exchange = InFlightExchange(steps, name, complete, background)
@@ -77,20 +77,20 @@ class ExchangeScheduler:
             self._advance(each)
 
     def complete_all(self) -> None:
-        """Bring all exchanges to their end, now that no other will be started in this step."""
+        """Complete all exchanges; no other may be started in this step."""
         while self._in_flight:
             ready = [exchange for exchange in self._in_flight if exchange.resumes_on_next_bucket]
             for exchange in ready or list(self._in_flight):
                 self._advance(exchange)
 
     def close(self) -> None:
-        """Give up all exchanges that are not at their end, in a step that is aborted."""
+        """Close all pending exchanges of an aborted step."""
         exchanges, self._in_flight = self._in_flight, []
         for exchange in exchanges:
             exchange.steps.close()
 
     def _advance(self, exchange: InFlightExchange) -> None:
-        """Run an exchange to the next thing that it waits for, or to its end."""
+        """Run an exchange until it yields or ends."""
         with self._seconds.decoding():
             try:
                 waits_for = exchange.waits_for
@@ -104,7 +104,7 @@ class ExchangeScheduler:
 
 
 def run_alone(steps: Steps[T]) -> T:
-    """Run an exchange to its end with nothing else under way, and return its result."""
+    """Run a single exchange to its end and return its result."""
     value = None
     while True:
         try:

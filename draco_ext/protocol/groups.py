@@ -1,4 +1,4 @@
-"""What torch.distributed has not: new groups of a group's ranks, and an exchange of small values without pickle."""
+"""Functions that torch.distributed lacks: new groups within a group, and all-gather of small values without pickle."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MOST_BYTES = 2**16  # of one rank's JSON
+MOST_BYTES = 2**16  # the limit for one rank's JSON
 
 
 def gather(values: Tensor, group: dist.ProcessGroup, device: torch.device) -> Tensor:
-    """Everybody's values, by rank, on the CPU; the group talks on that device."""
+    """Return all ranks' values on the CPU, row r from rank r; `device` is the one that the group communicates on."""
     rows = [torch.empty_like(values, device=device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, values.to(device), group=group)
     return torch.stack(rows).cpu()
 
 
 def gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
-    """Everybody's value, by rank, sent as JSON: what comes from a peer is read, never executed as a pickle would be.
+    """Return all ranks' values, by rank, sent as JSON, which unlike pickle cannot execute what a peer sends.
 
     Raises:
-        ValueError: a rank's is longer than `MOST_BYTES`, or is not JSON; the message names it.
+        ValueError: a rank's value is longer than `MOST_BYTES`, or is not JSON; the message names the rank.
     """
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = gather(torch.tensor([len(text)]), group, device).flatten().tolist()
-    for rank, length in enumerate(lengths):  # before there is room made for so many
+    for rank, length in enumerate(lengths):  # before memory is allocated for them
         if not 0 < length <= MOST_BYTES:
             raise ValueError(f"ranks must send from 1 to {MOST_BYTES} bytes, got {length} from rank {rank}")
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
@@ -45,21 +45,21 @@ def gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> l
 
 
 def is_world(group: dist.ProcessGroup) -> bool:
-    """Whether all ranks of the job are in the group."""
+    """Return whether all ranks of the job are in the group."""
     return dist.get_world_size(group) == dist.get_world_size()
 
 
 def membership(group: dist.ProcessGroup) -> int:
-    """What must be the same on all ranks of a group before `divide`.
+    """Return a value that must be the same on all ranks of a group before `divide`.
 
-    In the world torch numbers new groups. Within a group it names them after the number of groups that a rank is in,
-    and ranks that disagree about it would wait for each other.
+    New groups of all ranks are numbered by torch. New groups within a group are named after the number of groups that
+    a rank is in; ranks with different numbers would wait for each other without end.
     """
     return 0 if is_world(group) else len(dist.distributed_c10d._world.pg_names)
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """How long the group waits for a rank. Torch has no public name for it."""
+    """Return the group's timeout, for which torch has no public name."""
     return group._get_backend(group._device_types[0]).options._timeout
 
 
@@ -70,16 +70,16 @@ def divide(
     backend: str | None = None,
     timeout: timedelta | None = None,
 ) -> dist.ProcessGroup:
-    """Divides a group into new ones. To be called on all its ranks.
+    """Divide a group into new ones. All its ranks must call it.
 
     Args:
         group: the group.
-        parts: ranks within the group, every one of them in just one part.
-        backend: of the new groups; default: the group's.
-        timeout: of the new groups; default: the group's.
+        parts: the ranks (within the group) of each part; every rank is in exactly one.
+        backend: the new groups' backend; default: the group's.
+        timeout: the new groups' timeout; default: the group's.
 
     Returns:
-        The new group that this rank is in.
+        The new group that contains this rank.
     """
     world = dist.get_process_group_ranks(group)
     own = dist.get_rank()
@@ -100,13 +100,13 @@ def divide(
 
 
 class Rendezvous:
-    """Waits until all ranks of a group have come to the same call, before they begin a collective one.
+    """A meeting point with a timeout, where ranks wait for each other before they begin a collective.
 
-    A rank that begins one alone would be answered by whatever the others begin next. Here it gets an error instead.
-    Made on all ranks of the group alike.
+    If one rank began the collective alone, it would be matched with the next collective of the others. With a
+    rendezvous it gets an error instead. All ranks of the group must create it.
     """
 
-    _made: ClassVar[dict[str, int]] = {}  # by group
+    _made: ClassVar[dict[str, int]] = {}  # how many were made, by group
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         number = Rendezvous._made[group.group_name] = Rendezvous._made.get(group.group_name, -1) + 1
@@ -115,10 +115,10 @@ class Rendezvous:
         self._calls = 0
 
     def wait(self, ranks: Sequence[int], timeout: float) -> list[int]:
-        """Wait for these ranks, for so many seconds.
+        """Wait for these ranks, at most `timeout` seconds.
 
         Returns:
-            The ranks that have not come.
+            The ranks that have not arrived.
         """
         store = dist.distributed_c10d._get_default_store()
         until = time.monotonic() + timeout
@@ -132,9 +132,9 @@ class Rendezvous:
                 store.wait([f"{name}/{rank}" for rank in ranks], timedelta(seconds=left))
             except dist.DistStoreError:
                 absent = [rank for rank in ranks if not store.check([f"{name}/{rank}"])]
-            # Who comes at the last moment and who leaves then must not part.
+            # A rank that arrives at the last moment and one that gives up then must get the same answer.
             if store.compare_set(f"{name}/all", "", "no" if absent else "yes") == b"yes":
                 return []
             if absent:
                 return absent
-            # Another rank has given this call up before: it will come to the next one.
+            # Another rank has given up this call before; it will take part in the next one.

@@ -1,4 +1,4 @@
-"""What is exchanged: gradient buffers, messages and their slices, and what comes of an exchange."""
+"""Gradient buffers, messages and their slices, and the outcome of an exchange."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from draco_ext.protocol.differences import Difference, join
 
-# Messages are gathered and decoded by slices of so many bytes, a multiple of the decoder's tile for every dtype.
+# Bytes of a slice; messages are gathered and decoded slice by slice. A multiple of the decoder's tile for every dtype.
 SLICE = 2**22
 
 
 @dataclass(frozen=True)
 class GradientBuffer:
-    """Gradients of some parameters, one behind the other: what a training framework reduces at once.
+    """The gradients of some parameters in one vector, which a training framework reduces at once.
 
     Attributes:
-        values: (d,), contiguous. In the end the decoded gradient is written here.
-        lengths: of the parameters' gradients, adding up to d.
-        keys: one for each parameter, the same in every step: buffers may be cut otherwise in the next one.
-        name: what errors call it.
+        values: (d,), contiguous. The decoded gradient is written here.
+        lengths: the length of each parameter's gradient; they add up to d.
+        keys: a key for each parameter, the same in every step, although the parameters may be in other buffers then.
+        name: the name that errors give it.
     """
 
     values: Tensor
@@ -33,11 +33,11 @@ class GradientBuffer:
 
 @dataclass(frozen=True)
 class Message:
-    """What this rank sends for one buffer.
+    """The message that this rank sends for one buffer.
 
     Attributes:
-        values: the message. A cyclic code's has every parameter padded to an even length.
-        buffer: where the decoded gradient is to be; the repetition code's message may be the same memory.
+        values: the message. In a cyclic code's message every parameter is padded to an even length.
+        buffer: the buffer that receives the decoded gradient; the repetition code's message may share its memory.
         buffer_holds_scaled_values: whether the buffer already holds `values` / workers.
     """
 
@@ -46,7 +46,7 @@ class Message:
     buffer_holds_scaled_values: bool = False
 
     def write(self, values: Tensor, factor: float = 1.0) -> Tensor:
-        """Write so many times `values`, which are laid out like the message, into the buffer, and return it."""
+        """Write `values`, which are laid out like the message, times a factor into the buffer; return the buffer."""
         target = self.buffer.values
         if values.numel() == target.numel():
             pairs = [(values, target)]
@@ -65,14 +65,14 @@ class Message:
 
 @dataclass(frozen=True)
 class ExchangeOutcome:
-    """What came of exchanging the messages for one buffer.
+    """The outcome of exchanging the messages for one buffer.
 
     Attributes:
-        suspects: workers whose messages were wrong, each with the difference where the right message is known.
-        failed: whether the code's guarantee does not cover what came in.
+        suspects: workers whose messages were wrong, each with the difference if the right message is known.
+        failed: whether too many messages are wrong or missing for the code's guarantee.
         missing: workers whose messages did not come in time.
-        left_out: workers whose messages the gradient does not contain, suspects included; for the repetition code, in
-            which only suspects are left out, it may be empty.
+        left_out: workers whose messages the gradient does not contain, suspects included. It may be empty for the
+            repetition code, which leaves out suspects only.
     """
 
     suspects: dict[int, Difference | None]
@@ -82,12 +82,12 @@ class ExchangeOutcome:
 
     @property
     def is_clean(self) -> bool:
-        """Whether every worker's message is in the gradient."""
+        """Return whether every worker's message is in the gradient."""
         return not (self.failed or self.suspects or self.missing or self.left_out)
 
 
 def slice_length(dtype: torch.dtype) -> int:
-    """Return how many elements of a message are gathered and decoded at once."""
+    """Return the number of elements in a slice of a message."""
     return SLICE // dtype.itemsize
 
 
@@ -97,9 +97,9 @@ def slices(values: Tensor) -> tuple[Tensor, ...]:
 
 
 def finish_slices(message: Message, outcomes: Sequence[ExchangeOutcome]) -> ExchangeOutcome:
-    """Write a message whose values have become the decoded gradient into its buffer; return the outcome of all slices.
+    """Write a message, whose values are now the decoded gradient, into its buffer; return the outcome of all slices.
 
-    Where the guarantee does not cover one of them, it does not cover the buffer.
+    If one slice failed, the buffer failed.
     """
     failed = any(outcome.failed for outcome in outcomes)
     if failed:
@@ -118,17 +118,17 @@ def finish_slices(message: Message, outcomes: Sequence[ExchangeOutcome]) -> Exch
 
 
 def workers_in(mask: Tensor) -> tuple[int, ...]:
-    """Return the workers that a mask names."""
+    """Return the workers whose entry in a mask is not 0."""
     return tuple(mask.nonzero().flatten().tolist())
 
 
-# A row that messages arrive in ends with a sentinel. Where it still stands, the message was too short, and what follows
-# it would differ from rank to rank.
+# Before a message is received, a sentinel is written to the end of its row. If it is still there afterwards, the
+# message was too short, and the rest of the row may differ between ranks.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def write_truncation_sentinel(rows: Tensor) -> Tensor:
-    """Write the sentinel to the end of each row, or of this one, before messages arrive; return the rows."""
+    """Write the sentinel to the end of each row (or of the only one) before messages arrive; return the rows."""
     rows.view(_BITS[rows.element_size()])[..., -1] = _sentinel(rows.dtype)
     return rows
 
@@ -141,7 +141,7 @@ def reject_truncated(rows: Tensor, missing: Tensor) -> None:
 
 
 def read_records(rows: Tensor, missing: Collection[int] = ()) -> tuple[Tensor, tuple[int, ...]]:
-    """Return what `Transport.gather_record` does, of rows with sentinels: truncated records count as missing."""
+    """Return the result of `Transport.gather_record` from rows with sentinels; truncated records count as missing."""
     rows = rows.cpu()
     absent = _is_truncated(rows)
     absent[list(missing)] = True
@@ -154,7 +154,7 @@ def _is_truncated(rows: Tensor) -> Tensor:
 
 
 def _sentinel(dtype: torch.dtype) -> int:
-    """Return the bits of a NaN that no arithmetic makes; as an integer no digest but one in 2^64."""
+    """Return the bits of a NaN that no arithmetic makes; a digest equals them with a probability of 2^-64."""
     dtype = torch.float64 if dtype == torch.int64 else dtype
     infinity = torch.tensor([torch.inf], dtype=dtype)
     return int(infinity.view(_BITS[infinity.element_size()])) + 42

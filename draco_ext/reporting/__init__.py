@@ -1,1 +1,1 @@
-"""What a guard found: findings, the ledger, evidence over many decodes. Knows nothing of training or protocol."""
+"""The findings of a guard, the ledger, and evidence over many decodes. It does not import training or protocol."""

@@ -1,4 +1,4 @@
-"""Evidence over steps: who is left out of decodes again and again, although no single decode could name it."""
+"""Evidence over steps: a rank that many decodes leave out is probably bad, even if no single decode names it."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ import math
 from collections.abc import Collection
 from typing import TypedDict
 
-LEAST_DECODES = 20  # below, nobody is probable
-MOST_DECODES = 1000  # then all counts are halved: what is long ago counts less
-QUANTILE = 3.09  # of the normal distribution at 99.9%
+LEAST_DECODES = 20  # with fewer decodes no rank is probable
+MOST_DECODES = 1000  # at this number all counts are halved, so that old decodes count less
+QUANTILE = 3.09  # the quantile of the normal distribution at 99.9%
 
 
 class EvidenceState(TypedDict):
-    """What `Evidence.state_dict` returns."""
+    """The type of `Evidence.state_dict`."""
 
     decodes: float
     alone: dict[int, float]
 
 
 class Evidence:
-    """How often each rank was the only one that a decode left out without naming it.
+    """A count, for each rank, of the decodes that left out only this rank without naming it.
 
-    Errors of one rank near the noise are left out, but in a single decode others could have caused them as well. Chance
-    would leave out another one each time, a rank that is bad is left out again. Only decodes with one such rank count
-    for it, since colluding ranks as a rule leave out several. This is no proof: ranks that collude closely enough
-    around an honest one can have that left out; see docs/guarantee.md.
+    A decode leaves out a rank with errors near the noise. It does not name the rank, since another one could have
+    caused the same errors. By chance, other ranks would be left out each time; a bad rank is left out again and again.
+    Only decodes that leave out a single rank count for it, since collusion usually leaves out several. This is not a
+    proof: ranks that collude closely around an honest rank can cause it to be left out; see docs/guarantee.md.
     """
 
     def __init__(self) -> None:
-        self._decodes = 0.0  # in which anybody was left out and not named
+        self._decodes = 0.0  # decodes that left out a rank without naming it
         self._alone: dict[int, float] = {}
 
     def add(self, left_out: Collection[int], suspects: Collection[int]) -> None:
-        """Counts a decode that did not fail: whom it left out, suspects included, and the suspects."""
+        """Count a decode that did not fail, given the ranks that it left out (suspects included) and the suspects."""
         unnamed = set(left_out) - set(suspects)
         if not unnamed:
             return
@@ -46,10 +46,10 @@ class Evidence:
 
     @property
     def probable(self) -> dict[int, float]:
-        """The rank that is probably bad, if there is one, with the confidence in it.
+        """The rank that is probably bad, if there is one, with a confidence.
 
-        The confidence is the lower end of Wilson's interval, at 99.9%, for the share of decodes with anybody left out
-        and not named in which this rank was, alone. Above 1/2, no other rank explains as many.
+        The confidence is the lower end of Wilson's interval, at 99.9%, for a share: of the decodes that left out a rank
+        without naming it, those that left out only this rank. If it is above 1/2, no other rank explains as many.
         """
         if self._decodes < LEAST_DECODES:
             return {}
@@ -57,15 +57,15 @@ class Evidence:
         return {rank: bound for rank, bound in bounds.items() if bound > 0.5}
 
     def state_dict(self) -> EvidenceState:
-        """What a checkpoint needs."""
+        """Return the state for a checkpoint."""
         return EvidenceState(decodes=self._decodes, alone=dict(self._alone))
 
     def load_state_dict(self, state: EvidenceState) -> None:
-        """Goes on where `state_dict` stood."""
+        """Restore the state that `state_dict` returned."""
         self._decodes, self._alone = state["decodes"], dict(state["alone"])
 
 
 def wilson(count: float, of: float) -> float:
-    """Lower end of the score interval of a share. Source: E. B. Wilson, JASA 22, 1927."""
+    """Return the lower end of the score interval of a share. Source: E. B. Wilson, JASA 22, 1927."""
     share, spread = count / of, QUANTILE**2 / of
     return (share + spread / 2 - math.sqrt(spread * share * (1 - share) + spread**2 / 4)) / (1 + spread)

@@ -1,4 +1,4 @@
-"""The ledger: a file with a line of JSON for everything that a guard has found."""
+"""The ledger: a file with one line of JSON for each finding of a guard."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Finding:
 
     Attributes:
         time: seconds since the epoch.
-        step: of the guard, from 0.
-        bucket: DDP's number of it; DDP makes new buckets after the first step.
-        worker: of the code.
-        rank: in the process group.
-        host: its name.
-        elements: how many elements differ from the right message; None where that is not known.
-        first: the first of them.
-        largest: the largest absolute deviation; None also where it is not finite.
-        failed: whether the bucket could not be decoded: then the suspicion is not certain, and stands here only.
-        missing: whether the message did not come in time, which is no suspicion.
-        kind: "gradient": a wrong message; "data": the same of a rank that says itself that its inputs differ from those
-            of the others with its part; "missing"; "state": other parameters, buffers or optimizer state than the
-            majority's, with bucket -1.
+        step: the guard's step, from 0.
+        bucket: DDP's number of the bucket; DDP makes new buckets after the first step.
+        worker: the worker's number in the code.
+        rank: the worker's rank in the process group.
+        host: the name of the rank's host.
+        elements: the number of elements that differ from the right message; None if it is unknown.
+        first: the index of the first of them.
+        largest: the largest absolute deviation; None also if it is not finite.
+        failed: whether the bucket could not be decoded. Then the suspicion is not certain, and only the ledger has it.
+        missing: whether the message did not arrive in time; this is not a suspicion.
+        kind: "gradient" (a wrong message), "data" (a wrong message from a rank that itself reports other inputs than
+            the ranks with the same part), "missing", or "state" (other parameters, buffers or optimizer state than the
+            majority; the bucket is -1).
     """
 
     time: float
@@ -52,34 +52,35 @@ class Finding:
 
 
 class Ledger:
-    """Appends findings to a file. Training never ends on account of it.
+    """A file to which findings are appended. Errors in writing never end the training.
 
-    The file stays open. Every line is handed to the system at once: a process that is killed leaves whole lines, but
-    for the last. Where the file is removed or renamed, as by a rotation of logs, a new one is begun.
+    The file stays open. Every line is written immediately, so a killed process leaves complete lines, except for the
+    last one. If the file is removed or renamed, for instance by log rotation, a new one is created.
 
     Args:
-        path: of the file, taken from the folder that is the current one now; its folder is made.
+        path: the file, relative to the current folder at the time of this call. Its folder is created.
 
     Attributes:
-        unwritten: findings that could not be written.
+        unwritten: the number of findings that could not be written.
 
     Raises:
-        OSError: it cannot be opened for writing.
+        OSError: the file cannot be opened for writing.
     """
 
     def __init__(self, path: Path) -> None:
         self.unwritten = 0
+        self._torn = False  # whether the last line has no end
         self._path = path.absolute()
-        self._close: weakref.finalize | None = None
+        self._close: weakref.finalize[[int], Ledger] | None = None
         self._open()
 
     def append(self, finding: Finding) -> None:
-        """Writes a finding down; where that fails, counts it, and the first time says why."""
+        """Append a finding. If that fails, count it and log the first error."""
         line = json.dumps(asdict(finding)).encode() + b"\n"
         try:
             if not self._is_there():
                 self._open()
-            # A line that a killed process or a full disk has cut off stays alone.
+            # After a truncated line (of a killed process, or because of a full disk) begin a new one.
             rest = b"\n" + line if self._torn else line
             while rest:
                 self._torn = True
@@ -103,7 +104,7 @@ class Ledger:
         self._torn = self._has_torn_tail()
 
     def _is_there(self) -> bool:
-        """Whether the open file is still the one that the path names."""
+        """Return whether the open file is still the one at the path."""
         try:
             return os.path.samestat(os.stat(self._path), os.fstat(self._file))
         except OSError:
@@ -116,23 +117,23 @@ class Ledger:
             with self._path.open("rb") as file:
                 file.seek(-1, 2)
                 return file.read() != b"\n"
-        except OSError:  # may be written, but not read
+        except OSError:  # writable, but not readable
             return True
 
 
 def read_ledger(path: str | Path) -> list[Finding]:
-    """What stands in a ledger, as a list; see `iter_ledger`, which needs no memory for all of it."""
+    """Return the findings in a ledger as a list; see `iter_ledger`, which needs less memory."""
     return list(iter_ledger(path))
 
 
 def iter_ledger(path: str | Path) -> Iterator[Finding]:
-    """What stands in a ledger, one after the other, also of a job that was killed, or that still runs.
+    """Iterate over the findings in a ledger, also in that of a job that was killed or that still runs.
 
-    A line that was cut off, by a kill in the middle of a write or by a full disk, is left out, and a warning names it.
-    What a newer version has written beside the fields of `Finding` is left out, too.
+    Truncated lines, from a process killed during a write or from a full disk, are left out; a warning names them.
+    Fields that newer versions have added to `Finding` are left out, too.
 
     Args:
-        path: of the file, as given to `protect`. With "{rank}" in its name, the files of all ranks, rank by rank: each
+        path: the file, as given to `protect`. With "{rank}" in its name, the files of all ranks are read in order; each
             has the findings of the whole job.
 
     Yields:
@@ -140,13 +141,13 @@ def iter_ledger(path: str | Path) -> Iterator[Finding]:
 
     Raises:
         OSError: a file cannot be read, or no rank has one.
-        ValueError: a line is whole, but no finding.
+        ValueError: a complete line is not a finding.
     """
     return itertools.chain.from_iterable(map(_findings, ledger_files(path)))
 
 
 def ledger_files(path: str | Path) -> list[Path]:
-    """Return the files that a path stands for, as given to `protect`: those of all ranks where it has "{rank}".
+    """Return the files of a ledger's path as given to `protect`; with "{rank}" in it, the files of all ranks.
 
     Raises:
         FileNotFoundError: no rank has a file.
@@ -154,7 +155,7 @@ def ledger_files(path: str | Path) -> list[Path]:
     path = str(path)
     if "{rank}" not in path:
         return [Path(path)]
-    # Only a number in the place of every "{rank}", the same one.
+    # The same number in place of every "{rank}".
     first, *others = map(re.escape, path.split("{rank}"))
     name = re.compile(f"{first}([0-9]+)" + r"\1".join(others))
     candidates = glob.glob("*".join(map(glob.escape, path.split("{rank}"))))
@@ -169,7 +170,7 @@ _FIELDS = Finding.__dataclass_fields__.keys()
 
 def _findings(path: Path) -> Iterator[Finding]:
     decode = json.JSONDecoder().decode
-    names: dict[str, str] = {}  # of hosts: each is kept once
+    names: dict[str, str] = {}  # of hosts, so that each name is in memory only once
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:

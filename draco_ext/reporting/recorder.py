@@ -1,4 +1,4 @@
-"""Records what a guard finds: suspects, missing ranks and repairs; the ledger and the callback."""
+"""The recorder of a guard's findings (suspects, missing ranks, repairs), with the ledger and the callback."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.getLogger("draco_ext")
 
 
 def open_ledger(path: str | Path | None, rank: int) -> tuple[Ledger | None, str | None]:
-    """Open a rank's ledger: rank 0's, or, with "{rank}" in its name, every rank's own.
+    """Open this rank's ledger. Only rank 0 has one, or, with "{rank}" in its name, every rank.
 
     Returns:
-        The ledger, if this rank has one, and why it cannot be opened.
+        The ledger, or None if this rank has none, and the reason if it cannot be opened, else None.
     """
     if path is None or (rank != 0 and "{rank}" not in str(path)):
         return None, None
-    # Made absolute now: a script may change its directory.
+    # Absolute, since a script may change its directory later.
     own = Path(str(path).replace("{rank}", str(rank))).absolute()
     try:
         return Ledger(own), None
@@ -33,17 +33,19 @@ def open_ledger(path: str | Path | None, rank: int) -> tuple[Ledger | None, str 
 
 
 class Recorder:
-    """Collects findings about ranks, the same on all of them, and hands them on.
+    """A recorder that collects findings about ranks, passes them to ledger and callback, and reports them.
+
+    All ranks record the same findings.
 
     Args:
         rank: this rank.
-        ranks: of every worker.
-        hosts: of every rank, by name.
-        ledger: to which findings are appended.
-        callback: called with every finding when they are delivered.
+        ranks: the rank of every worker.
+        hosts: the name of every rank's host.
+        ledger: the ledger to which findings are appended.
+        callback: called with every finding when findings are delivered.
 
     Attributes:
-        evidence: about ranks that no single decode can name.
+        evidence: the evidence about ranks that no single decode can name.
     """
 
     def __init__(
@@ -65,17 +67,17 @@ class Recorder:
         self._missing: dict[int, list[int]] = {}
         self._repaired: dict[int, list[int]] = {}
         self._failed_steps: list[int] = []
-        self._undelivered_findings: list[Finding] = []  # of the step that runs
-        self._callback_errors: set[type[Exception]] = set()  # that were logged
+        self._undelivered_findings: list[Finding] = []  # of the current step
+        self._callback_errors: set[type[Exception]] = set()  # types that were logged
         self._undelivered = 0
 
     def log(self, message: str, *arguments: Any) -> None:
-        """Log a warning once per job: by the first rank that nobody suspects. Others log for debugging only."""
+        """Log a warning once per job: on the first rank that is not a suspect. Other ranks log it at debug level."""
         trusted = set(range(len(self._ranks))) - self._suspects.keys() - self._missing.keys()
         logger.log(logging.WARNING if min(trusted, default=0) == self._rank else logging.DEBUG, message, *arguments)
 
     def name(self, rank: int) -> str:
-        """Return how messages call a rank."""
+        """Return the name of a rank in messages."""
         return f"rank {rank} on {self._hosts[rank]}"
 
     def add_message(
@@ -108,7 +110,7 @@ class Recorder:
         self._add(finding)
 
     def add_state(self, worker: int, sections: Sequence[str], *, step: int, repaired: bool) -> None:
-        """Add a rank whose state was not the majority's."""
+        """Add a rank whose state differed from the majority's."""
         finding = self._finding(
             worker, "state", step=step, bucket=-1, elements=None, first=None, largest=None, failed=False
         )
@@ -124,7 +126,7 @@ class Recorder:
         self._add(finding)
 
     def weigh(self, left_out: Collection[int], suspects: Collection[int], step: int) -> None:
-        """Weigh what a decode that did not fail says about workers that it left out without naming them."""
+        """Add the evidence of a decode that did not fail about workers that it left out without naming them."""
         if set(suspects) >= set(left_out):
             return
         before = self.evidence.probable
@@ -141,13 +143,15 @@ class Recorder:
         self._failed_steps.append(step)
 
     def missing_in(self, step: int) -> set[int]:
-        """Return the ranks that were missing in a step, if it is the last one in which they were."""
+        """Return the ranks for which this step is the last one in which they were missing."""
         return {rank for rank, steps in self._missing.items() if steps[-1:] == [step]}
 
     def deliver(self) -> None:
-        """Give the step's findings to the callback, which cannot end the job."""
+        """Call the callback with the step's findings; its errors are logged and do not end the job."""
         findings, self._undelivered_findings = self._undelivered_findings, []
-        for finding in findings if self._callback is not None else ():
+        if self._callback is None:
+            return
+        for finding in findings:
             try:
                 self._callback(finding)
             except Exception as error:
@@ -157,7 +161,7 @@ class Recorder:
                     logger.exception("callback raised an error; training goes on, and others of its kind are counted")
 
     def report(self, *, trust: str, steps: int, seconds: Seconds) -> Report:
-        """Return a snapshot of everything; see `Report`."""
+        """Return a snapshot of all findings; see `Report`."""
         suspects = {
             rank: replace(suspect, steps=list(suspect.steps), other_data=list(suspect.other_data))
             for rank, suspect in self._suspects.items()
@@ -176,7 +180,7 @@ class Recorder:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs to remember who was bad."""
+        """Return the findings for a checkpoint."""
         return {
             "suspects": {rank: asdict(suspect) for rank, suspect in self._suspects.items()},
             "failed_steps": list(self._failed_steps),
@@ -186,7 +190,7 @@ class Recorder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` stood."""
+        """Restore the findings that `state_dict` returned."""
         self._suspects = {rank: Suspect(**suspect) for rank, suspect in state["suspects"].items()}
         self._failed_steps = list(state["failed_steps"])
         self._missing = _copied(state["missing"])

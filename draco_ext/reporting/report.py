@@ -1,4 +1,4 @@
-"""What a guard reports: suspects, failed steps, and where the time went."""
+"""The report of a guard: suspects, failed steps and times."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Seconds:
-    """Where a rank's time went: of its host; on a GPU work may go on behind it.
+    """The time that a rank has spent, measured on the host; a GPU may still be working when it ends.
 
     Attributes:
-        encode: adding gradients up to messages.
-        communicate: waiting for others.
-        decode: digests, projections, votes, and putting results in place.
+        encode: seconds for adding up gradients to messages.
+        communicate: seconds of waiting for other ranks.
+        decode: seconds for digests, projections, votes and writing results.
     """
 
     encode: float = 0.0
@@ -31,7 +31,7 @@ class Seconds:
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
-        """Count the time of this context as decoding, without the waiting in it."""
+        """Count the time of this context as decoding, except for the waiting in it."""
         begin, waited = time.perf_counter(), self.communicate
         yield
         self.decode += time.perf_counter() - begin - (self.communicate - waited)
@@ -42,13 +42,13 @@ class Suspect:
     """A rank that sent wrong messages, in `Report`.
 
     Attributes:
-        worker: of the code.
-        rank: in the process group.
-        host: its name.
-        steps: in which its messages were wrong.
-        buckets: how many of its messages were.
-        other_data: those of the steps in which its inputs differed from those of the ranks with which it shares a part,
-            as it says itself: other mini-batches, or more or fewer forward passes.
+        worker: its worker number in the code.
+        rank: its rank in the process group.
+        host: the name of its host.
+        steps: the steps in which its messages were wrong.
+        buckets: the number of its wrong messages.
+        other_data: the steps among them in which, according to its own record, its inputs differed from those of the
+            ranks with the same part: other mini-batches, or more or fewer forward passes.
     """
 
     worker: int
@@ -61,22 +61,22 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Report:
-    """What a guard has seen so far.
+    """The findings of a guard so far.
 
     Attributes:
         trust: who must be honest, in one sentence.
-        steps: how many steps were taken or failed.
-        suspects: by rank; none on account of a step that failed.
-        probable: a rank that probably sends errors near the noise, which no single decode can name: the only one left
-            out of so many decodes that no other explains as many. With the confidence in it, from 1/2 to 1. No proof:
-            ranks that collude closely around an honest one can have that stand here.
-        failed_steps: steps without an update, because the guarantee did not cover what came in.
-        missing: by rank, the steps in which messages of it did not come in time.
-        repaired: by rank, the steps in which its parameters, buffers or watched optimizers differed from those of the
-            majority, and were given what the majority has.
-        unwritten: findings that could not be written into this rank's ledger.
-        undelivered: findings at which this rank's callback raised an error.
-        seconds: where this rank's time went in all steps together.
+        steps: the number of steps, including failed ones.
+        suspects: the suspects, by rank. Steps that failed add none.
+        probable: a rank that probably sends errors near the noise, which no single decode can name, with a confidence
+            from 1/2 to 1. So many decodes left out only this rank that no other rank explains as many. This is not a
+            proof: ranks that collude closely around an honest rank can cause it to be listed here.
+        failed_steps: the steps without an update, because too many messages were wrong or missing for the guarantee.
+        missing: the steps in which messages did not arrive in time, by rank.
+        repaired: the steps in which parameters, buffers or watched optimizers differed from those of the majority and
+            were replaced by them, by rank.
+        unwritten: the number of findings that could not be written to this rank's ledger.
+        undelivered: the number of findings for which this rank's callback raised an error.
+        seconds: the time that this rank has spent in all steps.
     """
 
     trust: str

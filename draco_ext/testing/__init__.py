@@ -1,1 +1,1 @@
-"""For tests of your own, too: ranks as processes or threads of this machine, and attacks."""
+"""Tools for tests, also for yours: ranks as processes or threads of this machine, and attacks."""

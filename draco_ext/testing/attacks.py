@@ -1,7 +1,7 @@
-"""Ways for a worker to be bad: what it sends instead of its honest message.
+"""Attacks: the messages that bad workers send instead of honest ones.
 
-An attack is an immutable, callable description with its settings. `ATTACKS` holds one of each kind
-with default settings, by the name used on the command line; `make_attack` changes settings::
+An attack is an immutable, callable object with settings. `ATTACKS` holds one of each kind with
+default settings, by the name used on the command line; `make_attack` changes settings::
 
     attack = make_attack("reversed", scale=10.0)
     sent = attack(message, generator=torch.Generator().manual_seed(0))
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from draco_ext import _checks, ops
 
-# The integer type through which the bits of a float are reached.
+# The integer type as which the bits of a float are accessed.
 _BITS = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -32,25 +32,25 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Attack(abc.ABC):
-    """What a bad worker sends. Subclasses say how; calling one corrupts a message.
+    """The base class of attacks. Calling an attack returns the corrupted message.
 
     Attributes:
-        omniscient: whether the attack makes use of the honest messages.
+        omniscient: whether the attack uses the honest messages.
     """
 
     omniscient: ClassVar[bool] = False
 
     def __call__(self, message: Tensor, *, generator: torch.Generator, honest: Tensor | None = None) -> Tensor:
-        """The message that a bad worker sends.
+        """Return the message that a bad worker sends.
 
         Args:
             message: (d,), this worker's honest message; float16, bfloat16, float32 or float64.
-            generator: source of all randomness: the same state gives the same message.
+            generator: the source of all random numbers; the same state gives the same message.
             honest: (m, d), the messages of the honest workers or estimates of them, for omniscient
-                attacks. Without it they estimate from this worker's own message.
+                attacks. Without it, they estimate from this worker's own message.
 
         Returns:
-            A new tensor of the same shape, dtype and device; an empty one for an empty message.
+            A new tensor of the same shape, dtype and device; for an empty message, an empty one.
 
         Raises:
             TypeError: an argument has the wrong type or dtype.
@@ -70,26 +70,26 @@ class Attack(abc.ABC):
 
     @abc.abstractmethod
     def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
-        """The corrupted message; message is a non-empty contiguous copy that may be changed."""
+        """Return the corrupted message; `message` is a non-empty contiguous copy that may be changed."""
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: float32 for the half types."""
+    """Return the dtype to compute in: float32 for 16-bit types."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _draw(high: int, count: int, generator: torch.Generator) -> list[int]:
-    """Random integers from 0 to high - 1."""
+    """Return random integers from 0 to high - 1."""
     drawn = torch.randint(high, (count,), generator=generator, device=generator.device)
     return drawn.tolist()
 
 
 def _flip_bits(elements: Tensor, bits: list[int]) -> None:
-    """Flips these bits (0 is the lowest) of every element, in place."""
+    """Flip these bits (0 is the lowest) of every element, in place."""
     integers = elements.view(_BITS[elements.dtype])
     width = 8 * elements.element_size()
     mask = sum(1 << bit for bit in bits)
-    # As a signed integer of that width, in which the top bit counts negative.
+    # The mask as a signed integer of that width, whose top bit is negative.
     mask -= (mask >> (width - 1)) << width
     integers.bitwise_xor_(mask)
 
@@ -98,27 +98,27 @@ def _flip_bits(elements: Tensor, bits: list[int]) -> None:
 class Reversed(Attack):
     """The reversed and scaled gradient: -scale * message.
 
-    With scale 1 it is the sign flip, of Li et al., "RSA", 2019 (arXiv 1811.03761).
+    With scale 1 it is the sign flip of Li et al., "RSA", 2019 (arXiv 1811.03761).
 
     Source: the "reversed gradient" adversary of DRACO (arXiv 1803.09877), with its scale.
     """
 
     scale: float = 100.0
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         return message.mul_(-self.scale)
 
 
 @dataclass(frozen=True)
 class Constant(Attack):
-    """Every element is the same value; NaN and infinity are such values too.
+    """A constant: every element is the same value, which may be NaN or infinity.
 
     Source: the "constant" adversary of DRACO (arXiv 1803.09877), with its value.
     """
 
     value: float = -100.0
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         return message.fill_(self.value)
 
 
@@ -132,7 +132,7 @@ class Gaussian(Attack):
 
     std: float = 200.0
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         noise = torch.randn(
             message.shape,
             generator=generator,
@@ -146,14 +146,14 @@ class Gaussian(Attack):
 class LittleIsEnough(Attack):
     """A little is enough: mean - z * std over the honest messages, coordinate by coordinate.
 
-    The shift hides in the spread of the honest messages. Without z, and with workers and
-    adversaries, z is the paper's largest shift for which enough honest workers lie farther out to
-    make a majority with the bad ones: Phi(z) = (n - m - s) / (n - m) for n workers of which m are
-    bad and s = floor(n / 2 + 1) - m; at least 0, which it is where few workers are bad. Without any
-    of them z is 1.5, as in the paper's experiments.
+    The shift hides within the variation of the honest messages. If z is None and workers and
+    adversaries are given, z is the paper's largest shift for which the bad workers and those honest
+    ones that lie farther out are a majority: Phi(z) = (n - m - s) / (n - m) for n workers, m of them
+    bad, and s = floor(n / 2 + 1) - m. It is at least 0, which is its value if few workers are bad.
+    If none of them is given, z is 1.5, as in the paper's experiments.
 
-    With fewer than two honest messages to look at, mean is the worker's own message and std the
-    standard deviation over that message's elements.
+    With fewer than two honest messages, mean is the worker's own message, and std the standard
+    deviation over that message's elements.
 
     Source: Baruch et al., "A Little Is Enough", 2019 (arXiv 1902.06156).
     """
@@ -175,16 +175,16 @@ class LittleIsEnough(Attack):
             _checks.check_int("adversaries", self.adversaries, 1)
 
     def largest_shift(self) -> float:
-        """The z in use."""
+        """The shift z that is used."""
         if self.z is not None:
             return self.z
-        if self.workers is None:
+        if self.workers is None or self.adversaries is None:  # of which both are given, or none
             return 1.5
         honest = self.workers - self.adversaries
         supporters = self.workers // 2 + 1 - self.adversaries
         return max(0.0, NormalDist().inv_cdf((honest - supporters) / honest))
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         wide = _wide(message.dtype)
         if honest is None or honest.size(0) < 2:
             mean = message.to(wide)
@@ -199,8 +199,8 @@ class InnerProduct(Attack):
     """Inner product manipulation: -epsilon times the mean of the honest messages.
 
     The sum over all workers then points away from the true gradient, while a small epsilon keeps
-    the message among the honest ones. Without honest messages their mean is estimated by the
-    worker's own.
+    the message close to the honest ones. Without honest messages, the worker's own message
+    estimates their mean.
 
     Source: Xie et al., "Fall of Empires", 2019 (arXiv 1903.03936).
     """
@@ -209,7 +209,7 @@ class InnerProduct(Attack):
 
     omniscient: ClassVar[bool] = True
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         wide = _wide(message.dtype)
         mean = message.to(wide) if honest is None else honest.mean(dim=0, dtype=wide)
         return message.copy_(mean.mul(-self.epsilon))
@@ -220,8 +220,8 @@ class BitFlip(Attack):
     """One flipped bit in one random element: the smallest fault there is.
 
     Attributes:
-        bit: which one, 0 is the lowest of the mantissa; None is the highest of the exponent, which
-            makes an element below 2 in magnitude huge.
+        bit: the number of the bit; 0 is the lowest of the mantissa. None is the highest of the
+            exponent, which makes an element below 2 in magnitude huge.
 
     Source: the single event upset of fault injection; see Hochschild et al., "Cores that don't
     count", 2021.
@@ -229,7 +229,7 @@ class BitFlip(Attack):
 
     bit: int | None = None
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         width = 8 * message.element_size()
         bit = width - 2 if self.bit is None else self.bit
         _checks.check_int("bit", bit, 0, width - 1)
@@ -240,11 +240,11 @@ class BitFlip(Attack):
 
 @dataclass(frozen=True)
 class ZeroedRun(Attack):
-    """Runs of consecutive elements are zero: results that were lost, or never written.
+    """Runs of consecutive zeros, like results that were lost or never written.
 
     Attributes:
-        runs: how many, each at a random place.
-        length: elements of a run (all of the message, where it is shorter).
+        runs: the number of runs, each at a random place.
+        length: the number of elements of a run (the whole message if it is shorter).
 
     Source: a corruption type of silent data corruption; see Dixit et al., "Silent Data Corruptions
     at Scale", 2021 (arXiv 2102.11245), and arXiv 2605.04213.
@@ -257,7 +257,7 @@ class ZeroedRun(Attack):
         _checks.check_int("runs", self.runs, 1)
         _checks.check_int("length", self.length, 1)
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         places = max(1, message.size(0) - self.length + 1)
         for start in _draw(places, self.runs, generator):
             message[start : start + self.length] = 0
@@ -266,11 +266,11 @@ class ZeroedRun(Attack):
 
 @dataclass(frozen=True)
 class MultiBitFlip(Attack):
-    """The same random bits flip in every 32nd element, as a bad lane of a GPU's warp does it.
+    """The same random flipped bits in every 32nd element, as a bad lane of a GPU's warp causes them.
 
     Attributes:
-        bits: how many distinct bits flip.
-        period: distance between the elements, of which the first is random.
+        bits: the number of distinct bits that flip.
+        period: the distance between the elements; the first of them is random.
 
     Source: "The Anatomy of Silent Data Corruption", 2026 (arXiv 2605.04213): most bit-flip events
     flip several bits, and the addresses are periodic with the warp.
@@ -283,7 +283,7 @@ class MultiBitFlip(Attack):
         _checks.check_int("bits", self.bits, 1, 16)
         _checks.check_int("period", self.period, 1)
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         width = 8 * message.element_size()
         order = torch.randperm(width, generator=generator, device=generator.device)
         (start,) = _draw(min(self.period, message.size(0)), 1, generator)
@@ -295,8 +295,8 @@ class MultiBitFlip(Attack):
 class SmallBias(Attack):
     """A relative bias below 1e-3: (1 + bias) * message, too small to show in a norm or a loss.
 
-    Computed in float32 or wider and rounded: bfloat16, whose spacing is 4e-3 or more, does not
-    notice it, float16 only in part of the elements.
+    It is computed in float32 or wider and then rounded. So it does not change bfloat16, whose
+    spacing is 4e-3 or more, and changes float16 only in some elements.
 
     Source: the small deviations of silent data corruption in training; see Ma et al.,
     "Understanding Silent Data Corruption in LLM Training", 2025 (arXiv 2502.12340).
@@ -308,7 +308,7 @@ class SmallBias(Attack):
         if not 0 < abs(self.bias) < 1e-3:
             raise ValueError(f"bias must be below 1e-3 in magnitude and not 0, got {self.bias}")
 
-    def _corrupt(self, message, generator, honest):
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
         return message.copy_(message.to(_wide(message.dtype)) * (1 + self.bias))
 
 
@@ -330,7 +330,7 @@ ATTACKS: dict[str, Attack] = {
 
 
 def make_attack(name: str, **settings: float | int | None) -> Attack:
-    """The attack of that name with other settings than the default ones.
+    """Return the attack of this name with settings other than the defaults.
 
     Args:
         name: a key of `ATTACKS`.
@@ -340,7 +340,7 @@ def make_attack(name: str, **settings: float | int | None) -> Attack:
         The attack.
 
     Raises:
-        ValueError: no such attack, or a setting out of range.
+        ValueError: there is no such attack, or a setting is out of range.
         TypeError: the attack has no such setting.
     """
     if name not in ATTACKS:

@@ -1,4 +1,4 @@
-"""Workers as threads of one process: what the protocol does, tested without processes or a network."""
+"""Workers as threads of one process, to test the protocol without processes or a network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class _Network:
-    """What the workers of one group share: collectives by their number, and a queue for every pair."""
+    """The data that the workers of one group share: collectives by their number, and a queue for every pair."""
 
     def __init__(self, workers: int, timeout: float) -> None:
         self.workers = workers
@@ -36,7 +36,7 @@ class _Network:
             self.changed.notify_all()
 
     def wait(self, number: int, workers: Sequence[int]) -> list[Any]:
-        """Return what workers have posted under a number."""
+        """Wait for the workers' values with this number and return them."""
         with self.changed:
             there = self.changed.wait_for(
                 lambda: self.failed or all(j in self.sent[number] for j in workers), self.timeout
@@ -57,7 +57,7 @@ class _Network:
 class FakeCommunicator(Communicator):
     """A communicator between threads; made by `run_workers`. Rank and worker are the same number.
 
-    Values are copied when a collective begins: what a worker does to them afterwards changes nothing.
+    Values are copied when a collective begins, so later changes to them have no effect.
     """
 
     def __init__(self, network: _Network, worker: int, seconds: Seconds | None = None) -> None:
@@ -178,21 +178,21 @@ def _check_length(expected: Tensor, got: Tensor) -> None:
 
 
 def run_workers(function: Callable[..., T], workers: int, *arguments: Any, timeout: float = 30.0) -> list[T]:
-    """Run a function as so many workers, each a thread of this process, and return what they return.
+    """Run a function as n workers, which are threads of this process, and return their results.
 
-    Torch's global generators are shared by the threads.
+    The threads share torch's global generators.
 
     Args:
         function: f(communicator, *arguments).
-        workers: n.
-        arguments: the same for all workers.
+        workers: the number of workers, n.
+        arguments: the further arguments, the same for all workers.
         timeout: seconds after which a worker gives up waiting for another.
 
     Returns:
         A list with the result of every worker.
 
     Raises:
-        BaseException: the first error in time that a worker has raised.
+        BaseException: the first error that a worker has raised.
     """
     network = _Network(workers, timeout)
     results: list[Any] = [None] * workers
@@ -210,7 +210,7 @@ def run_workers(function: Callable[..., T], workers: int, *arguments: Any, timeo
         thread.start()
     for thread in threads:
         thread.join()
-    network.fail()  # lets threads of a server end
+    network.fail()  # so that the threads of a server end
     if errors:
-        raise errors[0][1]  # the first in time: the others follow from it
+        raise errors[0][1]  # the first error, which has caused the others
     return results

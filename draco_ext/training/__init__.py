@@ -1,4 +1,4 @@
-"""Training with a code: `protect` for DistributedDataParallel, the sampler, and what a step of training needs.
+"""Training with a code: `protect` for DistributedDataParallel, the sampler, and the parts of a training step.
 
-Knows the protocol, the reports and the codes below it, and nothing of the command line above it.
+It imports the protocol, the reports and the codes, and nothing of the command line.
 """

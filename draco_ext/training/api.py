@@ -1,4 +1,4 @@
-"""`protect`: puts a code between a model's gradients and its optimizer."""
+"""`protect`, which puts a code between a model's gradients and its optimizer."""
 
 from __future__ import annotations
 
@@ -38,67 +38,72 @@ def protect(
 ) -> Guard:
     """Put a code between a DistributedDataParallel model's gradients and its optimizer.
 
-    Registers DDP's communication hook: instead of being averaged, gradients are exchanged and decoded, bucket by
-    bucket. Up to s bad ranks change nothing; all ranks end every step with the same bits. To be called on all ranks of
-    the model's process group. The mini-batches must be those of a `RedundantBatchSampler` with the same code.
+    It registers DDP's communication hook. Gradients are then exchanged and decoded, bucket by bucket, instead of being
+    averaged. Up to s bad ranks change nothing, and all ranks end every step with the same bits. All ranks of the
+    model's process group must call it. The mini-batches must come from a `RedundantBatchSampler` with the same code.
 
-    Transports, by whom they trust:
+    The transports differ in whom they trust:
 
-    * "allreduce": up to s ranks may compute anything wrong; what ranks send is not altered on the way. The repetition
-      code votes on digests and moves about 60% of what DDP moves; the cyclic one checks projections and moves what DDP
-      moves.
-    * "allgather": up to s ranks may compute and send anything; a rank must send the same message to all, and nobody
-      else is trusted. Moves n messages to every rank.
-    * "server": rank 0 is trusted; up to s ranks may compute and send anything, and twice as many may be missing (e bad
-      and f missing while 2e + f <= 2s). A rank that hangs, dies or is late is an erasure, not the end of the job, from
-      the third step on (DDP itself talks to all ranks before) as long as the launcher lets the others live (torchrun
-      stops all ranks when one dies, but not when one hangs) and DDP does not talk to all ranks in every step (it does
-      with find_unused_parameters, and with buffers unless broadcast_buffers=False; a warning says so). Rank 0 must
-      live. Moves a message per rank to the server and back.
+    * "allreduce": up to s ranks may compute anything, but messages must not be altered on the way. The repetition code
+      votes on digests and sends about 60% of DDP's traffic. The cyclic code checks projections and sends as much as
+      DDP.
+    * "allgather": up to s ranks may compute and send anything, but a rank must send the same message to all. No other
+      rank is trusted. Every rank receives n messages.
+    * "server": rank 0 is trusted and must live. Up to s ranks may compute and send anything, or twice as many may be
+      missing (e bad and f missing while 2e + f <= 2s). One message per rank goes to the server and one back. From the
+      third step on, a rank that hangs, dies or is late is an erasure and does not end the job. In the first two steps
+      DDP itself communicates with all ranks. This needs a launcher that lets the other ranks live: torchrun stops all
+      ranks when one dies, but not when one hangs. It also needs a DDP that does not communicate with all ranks in every
+      step, as it does with find_unused_parameters, and with buffers unless broadcast_buffers=False; a warning is logged
+      then.
 
-    The global generators of torch, Python and numpy are seeded here, where the sampler is asked for a mini-batch or
-    `Guard.steps` hands it out, before every forward pass in training and after every step, the same on all ranks with
-    the part: what is drawn from them in the loop and in the model agrees. With find_unused_parameters or static_graph a
-    parameter is unused if the majority of each part's holders say so; as under plain DDP its ``grad`` then stays what
-    it was.
+    The global generators of torch, Python and numpy are seeded so that all ranks with the same part draw the same
+    numbers, in the loop and in the model. This happens in this call, when the sampler is asked for a mini-batch or
+    `Guard.steps` yields one, before every forward pass in training, and after every step. With find_unused_parameters
+    or static_graph, a parameter is unused if the majority of each part's holders say so. Its ``grad`` then stays
+    unchanged, as under plain DDP.
 
-    In the first step, in every step whose number is a multiple of `check_state_every` and before `Guard.state_dict`
-    ranks compare digests of their parameters, buffers and watched optimizers (`Guard.watch`). Those that differ from
-    the majority are named, and given what the majority has before the optimizer steps. Without a majority the step
+    Ranks compare digests of their parameters, buffers and watched optimizers (`Guard.watch`) in the first step, in
+    every step whose number is a multiple of `check_state_every`, and before `Guard.state_dict`. Ranks that differ from
+    the majority are named, and receive the majority's values before the optimizer steps. Without a majority the step
     fails.
 
     Args:
-        model: on every rank, with a process group of ``code.workers`` ranks; torch.compile it before or afterwards.
-        code: who computes which part. A code with several parts for each rank (cyclic) needs `Guard.steps`.
+        model: the model, on every rank, with a process group of ``code.workers`` ranks. It may be compiled with
+            torch.compile before or afterwards.
+        code: the assignment of parts to ranks. A code with several parts for each rank (cyclic) needs `Guard.steps`.
         transport: "allreduce", "allgather" or "server".
-        on_failure: where the code's guarantee does not cover what came in, all gradients become None, on all ranks, so
-            that an optimizer changes nothing; and "raise" makes ``backward()`` raise DecodingError, "skip" logs a
-            warning.
-        ledger: file to which every `Finding` is appended as a line of JSON, see `draco_ext.read_ledger`: by rank 0, or,
-            with "{rank}" in its name, by every rank to its own. Where that fails later on, training goes on.
-        callback: called with every `Finding`, on all ranks, after the step. Where it raises an error, that is logged,
-            once for each kind of error, and training goes on.
-        adversary: makes this rank bad, for tests and demonstrations: f(step, honest message) -> what is sent.
-        atol: honest messages may differ by so much, see `draco_ext.decode`; not for the repetition code with
-            "allreduce", which compares bits.
-        rtol: the same, relative.
-        seed: of the generators' seeds; the same on all ranks.
+        on_failure: what happens if too many messages are wrong for the code's guarantee. All gradients become None on
+            all ranks, so that an optimizer changes nothing. Then "raise" makes ``backward()`` raise DecodingError, and
+            "skip" logs a warning.
+        ledger: the file to which every `Finding` is appended as a line of JSON; see `draco_ext.read_ledger`. Rank 0
+            writes it, or, with "{rank}" in its name, every rank writes its own. If writing fails later on, training
+            goes on.
+        callback: called with every `Finding`, on all ranks, after the step. If it raises an error, training goes on;
+            the first error of each type is logged.
+        adversary: makes this rank bad, for tests and demonstrations: f(step, honest message) -> message to send.
+        atol: the absolute tolerance between honest messages; see `draco_ext.decode`. It must be 0 for the repetition
+            code with "allreduce", which compares bits.
+        rtol: the relative tolerance.
+        seed: the seed of the generators; the same on all ranks.
         ranks_per_host: see `RedundantBatchSampler`.
-        deadline: seconds that the server waits for the others' messages once it has its own. A rank that was late is
-            not waited for again until it has caught up.
-        check_state_every: in which steps parameters are compared; 0 or None: in the first one only.
+        deadline: seconds that the server waits for the others' messages once it has its own. It does not wait for a
+            late rank again until that rank has caught up.
+        check_state_every: the interval, in steps, of comparing parameters; 0 or None: in the first step only.
 
     Returns:
         The guard.
 
     Raises:
-        TypeError: an argument has the wrong type; parameters have a dtype that the code does not take.
-        ValueError: an argument has a wrong value, or not the same on all ranks; nor have the models or DDP's options;
-            the ledger cannot be opened: on all ranks alike. DDP would keep a gradient from the guard: it is named. In
-            the first step ``backward()`` raises one, too, where more than s holders of a part have other inputs of it.
-        RuntimeError: in a step, where it cannot be protected: a collective between the beginning of a forward pass and
-            the end of its backward pass, an optimizer that steps with gradients that DDP has not reduced, a parameter
-            that requires a gradient only since DDP was made, ``model.join()``. All gradients become None.
+        TypeError: an argument has the wrong type, or a parameter has a dtype that the code does not take.
+        ValueError: an argument has a wrong value; an argument, the models or DDP's options differ between ranks; or the
+            ledger cannot be opened. All ranks raise it together. Also if DDP would not give a gradient to the guard;
+            the message names the parameter. In the first step ``backward()`` raises it if more than s holders of a part
+            have different inputs of that part.
+        RuntimeError: raised in a step that cannot be protected; all gradients become None. The causes are a collective
+            between the beginning of a forward pass and the end of its backward pass, an optimizer that steps with
+            gradients that DDP has not reduced, a parameter that requires a gradient only since DDP was made, and
+            ``model.join()``.
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""What `protect` refuses: ways in which DistributedDataParallel treats a gradient apart from its buckets."""
+"""Checks that refuse models whose gradients DistributedDataParallel would not put into its buckets."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from draco_ext.codes import Code
 
 
 def check_model(model: DistributedDataParallel, code: Code) -> None:
-    """Refuse a model some of whose gradients would not pass through the guard, before anything is registered.
+    """Refuse a model if some of its gradients would not pass through the guard.
 
     Raises:
         TypeError: a parameter has a type or dtype that the code does not take.
-        ValueError: DistributedDataParallel would leave a gradient alone, or reduce it by itself.
+        ValueError: DistributedDataParallel would not reduce a gradient, or would reduce it without the guard.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     _check_options(model, names)
@@ -91,14 +91,14 @@ def _check_module(name: str, module: nn.Module, code: Code, model: nn.Module) ->
 
 
 def _is_a(value: object, module: str, name: str) -> bool:
-    """Whether a value is an instance of a class whose module takes long to import, and may not have been."""
+    """Return whether a value is an instance of this class, without importing the class's module, which takes long."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(value, kind)
 
 
 def reduced_parameters(model: DistributedDataParallel) -> frozenset[torch.Tensor]:
     """Return the parameters whose gradients DistributedDataParallel puts into its buckets."""
-    # The only way to ask its reducer.
+    # The reducer has no other way to return them.
     buckets = model.reducer._get_zeros_like_grad_buckets()
     return frozenset(parameter for bucket in buckets for parameter in bucket.parameters())
 

@@ -1,4 +1,4 @@
-"""The adapter for DistributedDataParallel: from its hooks to a guard and back."""
+"""The adapter for DistributedDataParallel, which connects its hooks to a guard."""
 
 # Without "from __future__ import annotations": DDP looks at the types in its hook's annotations.
 
@@ -25,10 +25,10 @@ class Bucket:
     """One of DDP's buckets in a backward pass.
 
     Attributes:
-        buffer: its gradients; the keys are the parameters.
-        index: its number. DDP makes new buckets after the first step.
-        is_last: whether it is the pass's last one.
-        complete: to be called once, when the decoded gradient is in the buffer.
+        buffer: the bucket's gradients; the keys are the parameters.
+        index: the bucket's number. DDP makes new buckets after the first step.
+        is_last: whether it is the last bucket of the pass.
+        complete: must be called once, when the decoded gradient is in the buffer.
     """
 
     buffer: GradientBuffer
@@ -38,20 +38,21 @@ class Bucket:
 
 
 class DDPAdapter:
-    """What a guard needs of a DistributedDataParallel model.
+    """An adapter with what a guard needs from a DistributedDataParallel model.
 
     Attributes:
         group: the model's process group.
-        device: of its parameters.
+        device: the device of its parameters.
         parameters_may_be_unused: whether DDP allows parameters that a pass does not use.
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
-        # DDP keeps its hook where Python's collector does not look: held by the guard, the model would never be freed.
+        # DDP refers to its hook from C++, where Python's garbage collector cannot see it. If the guard had a strong
+        # reference to the model, the model would never be freed.
         self._model = weakref.ref(model)
         self.group = model.process_group
         self.device = next(model.parameters()).device
-        # DDP's own map of unused parameters is of a step's last pass only, and believes every rank.
+        # DDP's own map of unused parameters covers only the last pass of a step, and trusts every rank.
         self.parameters_may_be_unused = model.find_unused_parameters or model.static_graph
 
     @property
@@ -59,7 +60,7 @@ class DDPAdapter:
         """The model.
 
         Raises:
-            RuntimeError: it was freed.
+            RuntimeError: the model was freed.
         """
         model = self._model()
         if model is None:
@@ -67,7 +68,7 @@ class DDPAdapter:
         return model
 
     def setup(self) -> dict[str, Any]:
-        """Return what must be the same on all ranks; see `exchange_setup`."""
+        """Return the settings that must be the same on all ranks; see `exchange_setup`."""
         model = self.model
         return {
             "the names, sizes and dtypes of the model's parameters (their digest)": digest_of_layout(
@@ -93,12 +94,12 @@ class DDPAdapter:
         Args:
             take: called with every bucket of a backward pass, in the same order on all ranks.
             before_forward: called before every forward pass with the module, its arguments and keywords.
-            abort: called where a backward pass ends with an error.
+            abort: called if a backward pass ends with an error.
             watch_collectives: whether to look for collectives in forward and backward passes.
         """
         model = self.model
         self._take, self._abort = take, abort
-        model.register_comm_hook(None, self._hook)  # the first: it raises where there is one already
+        model.register_comm_hook(None, self._hook)  # first, since it raises if there is a hook already
         self._watch = Watch(model, self.drop_gradients, collectives=watch_collectives)
         model.register_forward_pre_hook(torch.compiler.disable(before_forward), with_kwargs=True)
 
@@ -109,26 +110,26 @@ class DDPAdapter:
         return [parameter for parameter in model.parameters() if parameter in in_buckets]
 
     def own_collectives(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the guard talks to other ranks."""
+        """Return a context in which collectives are the guard's own."""
         return self._watch.own()
 
     def begin_part(self) -> None:
-        """Begin another mini-batch: what backward passes have left in the gradients is in the messages."""
+        """Begin another mini-batch; the gradients of the one before are in the messages."""
         self.model.zero_grad(set_to_none=True)
         self._watch.begin_part()
 
     def finish_step(self) -> None:
-        """Note that all gradients are decoded, or gone."""
+        """Note that all gradients are decoded or were dropped."""
         self._watch.finish()
 
     def drop_gradients(self) -> None:
-        """Make all gradients None: optimizers leave such parameters and their state alone."""
+        """Set all gradients to None, so that optimizers do not change the parameters or their own state."""
         for parameter in self.model.parameters():
             parameter.grad = None
 
     def call_after_backward(self, finish: Callable[[], None]) -> None:
-        """Call it when the gradients are in place."""
-        # DDP hands the gradients over in a callback of its own, queued after this one: ours comes behind it.
+        """Register a function to be called when the gradients are in place."""
+        # DDP copies the gradients in a callback that it queues after this one; so queue the function from here.
         engine = torch.autograd.Variable._execution_engine
         engine.queue_callback(lambda: engine.queue_callback(finish))
 
@@ -157,10 +158,10 @@ class _Decoded:
     """A parameter and its decoded gradient.
 
     Attributes:
-        number: of the parameter.
+        number: the parameter's number.
         parameter: the parameter.
         gradient: its decoded gradient.
-        older: whether it has a gradient of earlier passes, which this rank's part has not touched.
+        older: whether it has a gradient of earlier passes that this rank's part has not changed.
     """
 
     number: int
@@ -170,7 +171,7 @@ class _Decoded:
 
 
 class UnusedParameters:
-    """Leaves out the gradients of parameters that no part has used, as DDP does, but by a majority of ranks."""
+    """The rule for unused parameters: their gradients stay unchanged, as in DDP, but a majority of ranks decides."""
 
     def __init__(self, reduced: Sequence[Tensor], record: StepRecord) -> None:
         self._numbers: Mapping[Tensor, int] = {parameter: i for i, parameter in enumerate(reduced)}
@@ -178,7 +179,7 @@ class UnusedParameters:
         self._decoded: list[_Decoded] = []
 
     def see(self, buffer: GradientBuffer) -> None:
-        """Note the parameters of a bucket of the last backward pass, before it is decoded."""
+        """Note the parameters of a bucket in the last backward pass, before it is decoded."""
         gradients = buffer.values.split(list(buffer.lengths))
         for parameter, gradient in zip(buffer.keys, gradients, strict=True):
             assert isinstance(parameter, Tensor)
@@ -187,11 +188,11 @@ class UnusedParameters:
             self._decoded.append(_Decoded(number, parameter, gradient.view(parameter.shape), older))
 
     def forget(self) -> None:
-        """Forget the step."""
+        """Forget the parameters of the step."""
         self._decoded = []
 
     def settle(self, used: Sequence[bool]) -> None:
-        """Give all used parameters a gradient, if it is 0, and leave the others as they were."""
+        """Give every used parameter a gradient, even if it is 0, and restore those of the others."""
         for item in self._decoded:
             if not used[item.number]:
                 if not item.older:

@@ -1,4 +1,4 @@
-"""The failure policy: what is said, and done, where a code's guarantee does not cover what came in."""
+"""The failure policy, for steps in which too many messages are wrong or missing for the code's guarantee."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ ON_FAILURE = ("raise", "skip")
 
 
 class FailurePolicy:
-    """Explains failures in terms of ranks, and raises or skips.
+    """A policy that explains failures in terms of ranks, and raises an error or skips the step.
 
     Args:
         code: the code.
-        ranks: of every worker.
+        ranks: the rank of every worker.
         on_failure: "raise" or "skip".
-        log: logs a warning.
+        log: called to log a warning.
     """
 
     def __init__(self, code: Code, ranks: Sequence[int], on_failure: str, log: Callable[..., None]) -> None:
@@ -26,10 +26,10 @@ class FailurePolicy:
         self._log = log
 
     def apply(self, failure: str | None) -> None:
-        """End a step that has failed.
+        """End a failed step.
 
         Raises:
-            DecodingError: the policy is to raise.
+            DecodingError: `on_failure` is "raise".
         """
         if failure is None:
             return
@@ -47,7 +47,7 @@ class FailurePolicy:
         other_data: Collection[int],
         other_parameters: Collection[int],
     ) -> str:
-        """Return why a bucket could not be decoded, as far as the ranks' records tell; all arguments name workers."""
+        """Return why a bucket could not be decoded, as far as the ranks' records show it; arguments name workers."""
         explained = {*other_data, *other_parameters}
         suspected = set(suspects) - explained
         for group in self._code.decoding_groups if self._code.message_is_gradient else ():
@@ -70,7 +70,10 @@ class FailurePolicy:
         )
 
     def explain_state(self, step: int, other_parameters: Collection[int]) -> str | None:
-        """Return what is to be said where too many workers have wrong parameters, also if their gradients agree."""
+        """Return an error message if too many workers have wrong parameters, else None.
+
+        It is an error even if the workers' gradients agree.
+        """
         for group in self._code.decoding_groups:
             wrong = sorted(self._ranks[j] for j in group if j in other_parameters)
             if len(wrong) > self._code.adversaries:

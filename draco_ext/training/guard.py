@@ -1,4 +1,4 @@
-"""A code between the gradients of a data-parallel model and its optimizer."""
+"""The guard, which puts a code between the gradients of a data-parallel model and its optimizer."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from draco_ext.training.state import StateVerdict
 from draco_ext.training.state_check import StateCheck
 from draco_ext.training.step import Step
 
-# What a bad rank sends: f(step, honest message) -> message. For tests and demonstrations.
+# A function that returns a bad rank's message: f(step, honest message) -> message. For tests and demonstrations.
 Adversary = Callable[[int, Tensor], Tensor]
 
 
 class Guard:
-    """Decodes the gradients of a DistributedDataParallel model; made by `protect`.
+    """A guard, which decodes the gradients of a DistributedDataParallel model; made by `protect`.
 
     Attributes:
         code: the code.
-        worker: the worker that this rank is.
-        failed: whether the last step failed. With ``on_failure="skip"`` and a GradScaler leave out its ``step`` and
-            ``update`` then: it refuses to work without gradients.
+        worker: this rank's worker number.
+        failed: whether the last step failed. With ``on_failure="skip"`` do not call a GradScaler's ``step`` and
+            ``update`` then, since it raises an error without gradients.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Guard:
             **self._adapter.setup(),
         }
         if not code.exact and transport != "server" and device.type == "cpu":
-            # Every rank decides by itself; others round differently.
+            # Every rank decodes for itself, and different types of device round differently.
             setup["instruction set (DRACO_ISA)"] = ops.build_info()["instruction_set"]
         hosts = exchange_setup(setup, socket.gethostname(), problem, group, device)
 
@@ -107,13 +107,13 @@ class Guard:
         self._policy = FailurePolicy(code, self._ranks, on_failure, self._recorder.log)
         self._step = Step(code, self.worker, seed)
         self._state_check = StateCheck(model, self._transport, self._recorder, every=check_state_every, seed=seed)
-        self._exchanges = 0  # in all steps; 0 in the first one, before messages are sent
-        self._inputs = InputCheck(code, self._ranks)  # of the first step
-        self._outcomes: list[tuple[ExchangeOutcome, int]] = []  # of the step that runs, each with its bucket
-        self._claims: Claims | None = None  # of the step that runs
-        self._elsewhere: set[int] = set()  # workers of which it was logged that they are at another step
+        self._exchanges = 0  # the number of exchanges so far; 0 until the first step's messages are sent
+        self._inputs = InputCheck(code, self._ranks)  # used in the first step
+        self._outcomes: list[tuple[ExchangeOutcome, int]] = []  # the current step's, each with its bucket's number
+        self._claims: Claims | None = None  # the current step's
+        self._elsewhere: set[int] = set()  # workers at another step, for which that was logged
 
-        # The server's threads talk to the other ranks at any time; those look, too.
+        # The server's threads communicate at any time, so the server cannot watch collectives; the other ranks do.
         is_server = self._transport.is_served and rank == 0
         self._adapter.attach(
             take=self._take, before_forward=self._before_forward, abort=self._abort, watch_collectives=not is_server
@@ -127,7 +127,7 @@ class Guard:
 
     @property
     def step(self) -> int:
-        """The number of the step that comes next."""
+        """The number of the next step."""
         return self._step.number
 
     # ------------------------------------------------------------------------------------------------ a step
@@ -136,11 +136,11 @@ class Guard:
         """Cut a loader over a `RedundantBatchSampler` into steps.
 
         ``for step in guard.steps(loader): for x, y in step: loss(x, y).backward()``, then the optimizer's step. Each
-        step yields the mini-batches of this rank's parts; every one of them needs one forward and backward pass. With
-        several parts gradients are encoded as they come, into one buffer of the gradient's size.
+        step yields the mini-batches of this rank's parts. Every mini-batch needs one forward and backward pass. With
+        several parts, each gradient is encoded when it is computed, into one buffer of the gradient's size.
 
         Raises:
-            RuntimeError: the mini-batches of a step were not all taken and passed backward.
+            RuntimeError: a step ended before all its mini-batches were taken and passed backward.
         """
         iterator = iter(loader)
         self._step.in_loop = True
@@ -179,11 +179,11 @@ class Guard:
             yield batch
 
     def seed_mini_batch(self) -> None:
-        """Seed the global generators where a sampler is asked for a mini-batch."""
+        """Seed the global generators when a sampler is asked for a mini-batch."""
         self._step.seed_loading()
 
     def _before_forward(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> None:
-        """Seed the generators before a forward pass: dropout and the like draw the same on all ranks with this part."""
+        """Seed the generators before a forward pass, so that dropout is the same on all ranks with this part."""
         if not torch.is_grad_enabled():
             return
         step = self._step
@@ -199,7 +199,7 @@ class Guard:
         step.forwards += 1
 
     def _take(self, bucket: Bucket) -> None:
-        """Encode a bucket of a backward pass; after the last part, exchange and decode the messages for it."""
+        """Encode a bucket of a backward pass; in the last part, also exchange and decode its messages."""
         step = self._step
         step.check_loop()
         if step.in_loop and not step.awaited:
@@ -213,7 +213,7 @@ class Guard:
             self._encoder.add(bucket.buffer, step.parts, step.index)
         if step.in_last_part and self._unused is not None:
             self._unused.see(bucket.buffer)
-        if self._unused is not None and bucket.is_last:  # every parameter that is used has its gradient
+        if self._unused is not None and bucket.is_last:  # all used parameters have their gradients
             self._record.end_part()
         if step.in_last_part:
             self._exchange(bucket)
@@ -223,7 +223,7 @@ class Guard:
             step.awaited = False
 
     def _exchange(self, bucket: Bucket) -> None:
-        """Start the exchange of this rank's message for a bucket; with the last bucket complete them all."""
+        """Start the exchange of this rank's message for a bucket; with the last bucket, complete all exchanges."""
         if bucket.is_last if self._unused is not None else bucket.index == 0:
             self._send_record()
         message = self._encoder.message(bucket.buffer)
@@ -245,7 +245,7 @@ class Guard:
             self._adapter.call_after_backward(self._finish)
 
     def _send_record(self) -> None:
-        """Send what this rank says about the step; in every step at the same place on all ranks."""
+        """Send this rank's record of the step; all ranks do this at the same point of every step."""
         with self._seconds.decoding():
             state = self._state_check.digests(self.step)
             record = self._record.vector(self.step, state, self._adapter.device)
@@ -260,7 +260,7 @@ class Guard:
         """Give up a step in which an error was raised."""
         self._scheduler.close()
         self._transport.abort()
-        self._adapter.drop_gradients()  # this rank's own, and decoded ones
+        self._adapter.drop_gradients()  # both this rank's own and the decoded ones
         self._recorder.deliver()
 
     def _finish(self) -> None:
@@ -299,10 +299,10 @@ class Guard:
         self._policy.apply(failure)
 
     def _agree_on_step(self, steps: dict[int, int]) -> str | None:
-        """Go on at the step at which the majority is, where this rank has loaded another checkpoint, or none.
+        """Adopt the majority's step number, in case this rank has loaded another checkpoint or none.
 
         Returns:
-            What is to be said where there is no majority.
+            The error message if there is no majority, else None.
         """
         usual = majority(steps)
         if usual is None:
@@ -327,7 +327,7 @@ class Guard:
         state: StateVerdict,
         failure: str | None,
     ) -> str | None:
-        """Record what the exchanges of a step have found; return the step's failure, with theirs."""
+        """Record the findings of a step's exchanges; return why the step failed, or None."""
         if all(outcome.is_clean for outcome, _ in outcomes):
             return failure
         other_data = claims.with_other_data()
@@ -361,22 +361,23 @@ class Guard:
     # ------------------------------------------------------------------------------------------ between steps
 
     def self_test(self, batch: Any, loss: Callable[[torch.nn.Module, Any], Tensor] | None = None) -> SelfTest:
-        """Test whether honest ranks compute the same bits: the repetition code convicts those that do not.
+        """Test whether honest ranks compute the same bits, as the repetition code requires.
 
-        Every rank computes the gradient of rank 0's batch twice, with the same random numbers, and all are compared.
-        To be called on all ranks, before training or between steps; changes neither the model nor its gradients.
+        Every rank computes the gradient of rank 0's batch twice, with the same random numbers, and all gradients are
+        compared. All ranks must call it, before training or between steps. It changes neither the model nor its
+        gradients.
 
         Args:
-            batch: what the loader gives, of the same shapes and dtypes on all ranks.
-            loss: f(module, batch) -> scalar; default: mean squares of what the module makes of the batch, or of its
-                first element where it is a tuple or list.
+            batch: a batch as the loader yields it, of the same shapes and dtypes on all ranks.
+            loss: f(module, batch) -> scalar. Default: the mean square of the module's output for the batch, or for its
+                first element if it is a tuple or list.
 
         Returns:
-            Whether all agree; if not, the first parameter whose gradient does not, where, and what to switch on. Also
-            logged as a warning.
+            Whether all gradients agree; if not, the first parameter whose gradient differs, on which ranks, and which
+            setting may help. This is also logged as a warning.
 
         Raises:
-            ValueError: the batch has not the same shapes and dtypes on all ranks.
+            ValueError: the batch's shapes or dtypes differ between ranks.
         """
         result = self_test(self._adapter.model.module, self._adapter.group, batch, loss)
         if not result.reproducible:
@@ -384,12 +385,12 @@ class Guard:
         return result
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Compare and repair an optimizer's state, too, wherever the parameters are: its tensors and numbers.
+        """Compare and repair an optimizer's state (its tensors and numbers) together with the parameters.
 
-        To be called on all ranks. Costs twice or three times what the parameters cost.
+        All ranks must call it. It costs two or three times as much as comparing the parameters.
 
         Raises:
-            TypeError: it is no optimizer, or one that keeps something else on every rank.
+            TypeError: it is not an optimizer, or its state is not replicated on all ranks.
         """
         if not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "consolidate_state_dict"):
             raise TypeError(
@@ -399,9 +400,9 @@ class Guard:
         self._state_check.state.watch(optimizer)
 
     def check_state(self, timeout: float = 60.0) -> tuple[int, ...]:
-        """Compare parameters, buffers and watched optimizers of all ranks now, and repair those that differ.
+        """Compare parameters, buffers and watched optimizers of all ranks now, and repair ranks that differ.
 
-        To be called on all ranks, between steps. Costs a read of all that and a small exchange.
+        All ranks must call it, between steps. It costs one read of these values and a small exchange.
 
         Args:
             timeout: seconds to wait for the other ranks to call it.
@@ -410,7 +411,7 @@ class Guard:
             The ranks that were wrong.
 
         Raises:
-            DecodingError: no majority of the ranks has the same.
+            DecodingError: there is no majority.
             RuntimeError: another rank does not call it.
         """
         _checks.check_tolerance("timeout", timeout)
@@ -420,11 +421,11 @@ class Guard:
         return tuple(sorted(self._ranks[worker] for worker in wrong))
 
     def state_dict(self, check: bool = True) -> dict[str, Any]:
-        """Return what a checkpoint needs to go on exactly, dropout included, and to remember who was bad.
+        """Return the guard's state for a checkpoint, with which training continues exactly and known suspects are kept.
 
         Args:
-            check: calls `check_state` first, so that no rank writes a wrong checkpoint: to be called on all ranks, and
-                before the model's own ``state_dict()``. False: may be called on one rank alone.
+            check: whether to call `check_state` first, so that no rank writes a wrong checkpoint. Then all ranks must
+                call it, and before the model's own ``state_dict()``. Otherwise one rank alone may call it.
 
         Raises:
             DecodingError: see `check_state`.
@@ -435,7 +436,7 @@ class Guard:
         return {"step": self.step, **self._recorder.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` stood; the same on all ranks."""
+        """Restore the state that `state_dict` returned; it must be the same on all ranks."""
         _checks.check_int("state['step']", state["step"], 0)
         self._step.begin(state["step"])
         self._recorder.load_state_dict(state)
@@ -443,9 +444,9 @@ class Guard:
         self._step.seed(LOADER)
 
     def report(self) -> Report:
-        """Return who was suspected, in which steps and how many buckets, and which steps failed.
+        """Return the suspects, with their steps and numbers of buckets, and the steps that failed.
 
-        The same on all ranks, but for the seconds that were spent on it and what this rank's ledger and callback lack.
-        A snapshot: it does not change afterwards.
+        The report is the same on all ranks, except for `seconds`, `unwritten` and `undelivered`. It is a snapshot that
+        does not change afterwards.
         """
         return self._recorder.report(trust=self._transport.trust, steps=self.step, seconds=self._seconds)

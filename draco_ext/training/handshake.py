@@ -1,4 +1,4 @@
-"""The set-up handshake: ranks compare how they were set up before they train together."""
+"""The set-up handshake, in which ranks compare their settings before they train together."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def exchange_setup(
     """Compare the ranks' set-ups and return the names of their hosts.
 
     Args:
-        setup: what must be the same on all ranks, by the name that an error gives it.
-        host: the name of this rank's.
-        ledger_problem: why this rank's ledger cannot be opened.
-        group: of all ranks.
-        device: on which the group talks.
+        setup: the settings that must be the same on all ranks, by the name that errors give them.
+        host: the name of this rank's host.
+        ledger_problem: why this rank's ledger cannot be opened, or None.
+        group: the process group of all ranks.
+        device: the device on which the group communicates.
 
     Raises:
-        ValueError: on all ranks alike, where they do not agree, a ledger cannot be opened, or a rank sends anything
-            else; it names the rank.
+        ValueError: settings differ, a ledger cannot be opened, or a rank sends something else. All ranks raise it
+            together; the message names the rank.
     """
     mine = {"setup": setup, "host": host, "ledger": ledger_problem}
     everybody = gather_json(mine, group, device)
@@ -57,9 +57,9 @@ def exchange_setup(
 
 
 def digest_of_layout(named_parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a digest of what decides which buckets there will be, and which parameter is where in them."""
+    """Return a digest of everything that determines DDP's buckets: the names, shapes and dtypes of the parameters."""
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
-    # torch.compile puts a name of its own into all of them.
+    # torch.compile adds a prefix of its own to all names.
     return sha256_of([(name.replace("_orig_mod.", ""), list(p.shape), str(p.dtype)) for name, p in named])
 
 

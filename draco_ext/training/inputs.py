@@ -1,4 +1,4 @@
-"""A comparison of inputs in the first step: ranks that share a part must compute it from the same ones."""
+"""The comparison of inputs in the first step: ranks that share a part must compute it from the same inputs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from draco_ext.protocol.groups import gather
 from draco_ext.reporting.recorder import Recorder
 from draco_ext.training.reproducibility import fingerprint, odd_ones_out
 
-# What is known of a mini-batch of which only the model's inputs were seen.
+# The fingerprint of a mini-batch that was not seen, when only the model's inputs are known.
 UNKNOWN = torch.zeros(2, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class OtherInputs:
-    """Holders of a part whose inputs are not those of most holders.
+    """The holders of a part whose inputs differ from those of most holders.
 
     Attributes:
         part: the part.
         workers: the holders.
-        cause: what is to be done about it.
+        cause: the probable mistake, as an instruction for the user.
     """
 
     part: int
@@ -48,13 +48,13 @@ EITHER = f"loader must {_SAMPLER}, and the loop must {_DRAWS}"
 
 
 def compare_inputs(rows: Tensor, code: Code, ranks: Sequence[int]) -> list[OtherInputs]:
-    """Compare what every rank had of each of its parts.
+    """Compare the inputs that every rank had for each of its parts.
 
     Args:
-        rows: (ranks, parts of a rank, 2, 2): fingerprints of the mini-batch as it was handed out, or `UNKNOWN`, and of
-            the model's inputs.
-        code: who computes which part.
-        ranks: of every worker.
+        rows: (ranks, parts of a rank, 2, 2): fingerprints of the mini-batch as it was yielded, or `UNKNOWN`, and of the
+            model's inputs.
+        code: the assignment of parts to workers.
+        ranks: the rank of every worker.
 
     Returns:
         One entry for each part whose holders do not agree.
@@ -76,20 +76,20 @@ def compare_inputs(rows: Tensor, code: Code, ranks: Sequence[int]) -> list[Other
 
 
 class InputCheck:
-    """Collects fingerprints of a step's mini-batches and of what the model was given, and compares them.
+    """A comparison between ranks of fingerprints of a step's mini-batches and of the model's inputs.
 
     Args:
-        code: who computes which part.
-        ranks: of every worker.
+        code: the assignment of parts to workers.
+        ranks: the rank of every worker.
     """
 
     def __init__(self, code: Code, ranks: Sequence[int]) -> None:
         self._code = code
         self._ranks = ranks
-        self._seen: dict[int, list[Tensor]] = {}  # of each of this rank's parts: of its mini-batch, and inputs
+        self._seen: dict[int, list[Tensor]] = {}  # by part: fingerprints of the mini-batch and the inputs
 
     def see_batch(self, index: int, batch: Any) -> None:
-        """Note the mini-batch of this rank's `index`-th part, as it is handed out."""
+        """Note the mini-batch of this rank's `index`-th part when it is yielded."""
         self._seen[index] = [fingerprint(batch), UNKNOWN]
 
     def see_inputs(self, index: int, inputs: Any) -> None:
@@ -98,10 +98,12 @@ class InputCheck:
         self._seen[index] = [batch, fingerprint(inputs)]
 
     def compare(self, group: dist.ProcessGroup, device: torch.device, recorder: Recorder) -> None:
-        """Compare with the other ranks. Up to s that differ may be bad; they are logged, and cannot stop the others.
+        """Compare with the other ranks.
+
+        Up to s ranks that differ may be bad. They are logged, but cannot stop the others.
 
         Raises:
-            ValueError: more than s ranks differ in one part, which is a mistake.
+            ValueError: more than s ranks differ in one part, which means a mistake in the script.
         """
         own = torch.stack([torch.stack(self._seen[i]) for i in range(len(self._seen))])
         for other in compare_inputs(gather(own, group, device), self._code, self._ranks):

@@ -1,4 +1,4 @@
-"""Which worker of a code each rank is: such that replicas of a part are placed on different hosts."""
+"""The assignment of ranks to the workers of a code; replicas of a part are placed on different hosts."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ import torch.distributed as dist
 from draco_ext import _checks
 from draco_ext.codes import Code
 
-TIMEOUT = timedelta(minutes=5)  # for the name of another rank's host
+TIMEOUT = timedelta(minutes=5)  # of the wait for other ranks' host names
 LONGEST_NAME = 255
-MOST_STRIDES = 1024  # arrangements on the circle that are looked at
-MOST_IMPROVED = 64  # workers, up to which such an arrangement is then improved by swaps
+MOST_STRIDES = 1024  # arrangements on the circle that are tried
+MOST_IMPROVED = 64  # arrangements of at most so many workers are then improved by swaps
 
 
 def place_ranks(code: Code, ranks_per_host: int | Sequence[int] | None = None) -> tuple[int, ...]:
-    """The worker that each rank is, the same on all ranks.
+    """Return the worker number of each rank; the result is the same on all ranks.
 
     Args:
         code: the code.
-        ranks_per_host: how many ranks every host has, or a list with the number of each host; ranks are numbered host
-            by host. None: what ranks say of themselves, see `find_hosts`.
+        ranks_per_host: the number of ranks on every host, or a list with one number for each host; ranks are numbered
+            host by host. None: find the hosts by `find_hosts`.
 
     Returns:
         A permutation of the ranks.
 
     Raises:
         TypeError, ValueError: ``ranks_per_host`` is not a division of the ranks.
-        RuntimeError: a rank has not said on which host it is.
+        RuntimeError: a rank has not announced its host.
     """
     return arrange(code, find_hosts(code) if ranks_per_host is None else _hosts_by_size(code, ranks_per_host))
 
@@ -55,15 +55,15 @@ def _hosts_by_size(code: Code, ranks_per_host: int | Sequence[int]) -> tuple[str
 
 
 def find_hosts(code: Code) -> tuple[str, ...]:
-    """The name of each rank's host.
+    """Return the name of each rank's host.
 
-    Where torch.distributed has a process group of ``code.workers`` ranks, they exchange their names through its store:
-    no collective, a rank waits until the others have made their samplers or called protect. Otherwise as torchrun
-    says, where it started this process among ``code.workers``: it numbers the ranks host by host, and hosts with
-    different numbers of ranks count as one. Otherwise all are on one host.
+    If torch.distributed has a process group of ``code.workers`` ranks, they exchange their hosts' names through its
+    store. This is not a collective: a rank waits until the others have made their samplers or called protect.
+    Otherwise, if torchrun has started ``code.workers`` processes, its environment variables give the number of ranks on
+    each host; hosts with different numbers count as one. Otherwise all ranks are on one host.
 
     Raises:
-        RuntimeError: a rank has not said its name in time, or something that is no name.
+        RuntimeError: a rank has not announced its host in time, or has sent something that is not a name.
     """
     store = announce_host(code)
     if store is not None:
@@ -78,7 +78,7 @@ def find_hosts(code: Code) -> tuple[str, ...]:
 
 
 def announce_host(code: Code) -> dist.distributed_c10d.Store | None:
-    """Says in torch.distributed's store, if there is one for so many ranks, on which host this rank is; returns it."""
+    """Write the name of this rank's host to torch.distributed's store; return the store, or None if there is none."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() == code.workers):
         return None
     store = dist.distributed_c10d._get_default_store()
@@ -91,11 +91,11 @@ def _key(rank: int) -> str:
 
 
 def read_names(store: dist.distributed_c10d.Store, ranks: int, timeout: timedelta = TIMEOUT) -> tuple[str, ...]:
-    """The name of each rank's host, as it says itself."""
+    """Return the host's name that each rank has written to the store."""
     keys = [_key(rank) for rank in range(ranks)]
     try:
         store.wait(keys, timeout)
-        told = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]  # type: ignore[attr-defined]
+        received = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]  # type: ignore[attr-defined]
     except RuntimeError as error:  # torch's DistStoreError is one
         silent = [other for other, key in enumerate(keys) if not store.check([key])]
         raise RuntimeError(
@@ -103,7 +103,7 @@ def read_names(store: dist.distributed_c10d.Store, ranks: int, timeout: timedelt
             "make a RedundantBatchSampler or call protect; or give both ranks_per_host="
         ) from error
     names = []
-    for other, name in enumerate(told):
+    for other, name in enumerate(received):
         text = name.decode(errors="replace")
         if not 0 < len(text) <= LONGEST_NAME or not text.isprintable():
             raise RuntimeError(f"ranks must say on which host they are, got something else from rank {other}")
@@ -113,18 +113,19 @@ def read_names(store: dist.distributed_c10d.Store, ranks: int, timeout: timedelt
 
 @functools.lru_cache(maxsize=64)
 def arrange(code: Code, hosts: tuple[str, ...]) -> tuple[int, ...]:
-    """The worker that each rank is, where faults on one host come together.
+    """Return the worker number of each rank, so that ranks of one host, which may fail together, do least harm.
 
-    Repetition: each host's ranks are dealt to the groups in turn, so that groups have as few of one host as can be.
-    Cyclic: first, ranks of one host share as few parts as can be, pair by pair; then they stand apart on the circle,
-    as errors of neighbours are the hardest to tell from each other. A search, not always the best arrangement.
+    Repetition code: the ranks of each host are assigned to the groups in turn, so that a group has as few ranks of one
+    host as possible. Cyclic code: ranks of one host share as few parts as possible; among such arrangements they are
+    far apart on the circle, since errors of neighbours are the hardest to separate. The arrangement is found by a
+    search and is not always the best one.
 
     Args:
         code: the code.
-        hosts: of each rank, its host.
+        hosts: the host of each rank.
 
     Returns:
-        A permutation of the ranks: the ranks' own order where there is one host, or one for each rank.
+        A permutation of the ranks. With one host, or one rank on each host, it is the identity.
     """
     n = code.workers
     if len(set(hosts)) in (1, n):
@@ -144,44 +145,46 @@ def arrange(code: Code, hosts: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def _places_on_circle(code: Code, sizes: list[int]) -> list[int]:
-    """Workers for ranks that come host by host, so many of each."""
+    """Return the worker numbers of ranks that are ordered host by host; `sizes` are the ranks on each host."""
     n = code.workers
     price = pair_prices(code)
-    # Consecutive ranks a stride apart. How many pairs of one host are so many ranks apart:
+    # Consecutive ranks are a stride apart on the circle. pairs[a]: number of pairs on one host that are a ranks apart.
     apart = np.arange(n)
     pairs = np.sum([np.maximum(size - apart, 0) for size in sizes], axis=0)
-    reach = max(sizes)  # further apart there are none
+    reach = max(sizes)  # no pair on one host is further apart
     strides = [stride for stride in range(1, n) if np.gcd(stride, n) == 1][:MOST_STRIDES]
     prices = [pairs[1:reach] @ price[apart[1:reach] * stride % n] for stride in strides]
     stride = strides[int(np.argmin(prices))]
     place = apart * stride % n
     host = np.repeat(np.arange(len(sizes)), sizes)
-    return (_improve(place, host, price) if n <= MOST_IMPROVED else place).tolist()
+    places = _improve(place, host, price) if n <= MOST_IMPROVED else place
+    return [int(worker) for worker in places]
 
 
 def pair_prices(code: Code) -> np.ndarray:
-    """(n,): what it costs that two workers so far apart are on one host: the parts they share; then, nearness."""
+    """Return (n,): the cost of placing two workers at each distance on one host, by shared parts, then nearness."""
     n = code.workers
     holds = np.zeros(n)
     holds[list(code.assignment(0))] = 1
     shared = np.rint(np.fft.irfft(np.abs(np.fft.rfft(holds)) ** 2, n))  # its autocorrelation
     distance = np.minimum(np.arange(n), n - np.arange(n))
     distance[0] = 1
-    # All pairs together are worth less than one part.
+    # Nearness of all pairs together costs less than one shared part.
     return shared * n**2 + 1 / distance**2
 
 
 def _improve(place: np.ndarray, host: np.ndarray, price: np.ndarray) -> np.ndarray:
-    """Swaps two ranks for as long as that makes it cheaper, the best swap first."""
+    """Swap pairs of ranks while that reduces the cost, the best swap first."""
     place = place.copy()
     same = host[:, None] == host
     while True:
         between = price[(place[:, None] - place) % len(place)]
         np.fill_diagonal(between, 0)
-        # [a, b]: what rank a pays at the place of rank b, to the others of its host.
+        # [a, b]: the cost of rank a at the place of rank b, with the others of its host.
         at = same.astype(float) @ between
         own = np.diag(at)
-        gain = own[:, None] + own - at - at.T + 2 * between  # neither pays to where it was itself
+        # The last term: after the swap neither of the two counts its old place, which the other has then.
+        gain = own[:, None] + own - at - at.T + 2 * between
         gain[same] = 0
         a, b = np.unravel_index(np.argmax(gain), gain.shape)
         if gain[a, b] <= 1e-9 * (1 + abs(own).sum()):

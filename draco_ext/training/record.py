@@ -1,4 +1,4 @@
-"""The record of a step: a few numbers from every rank, gathered in every step, about what it has computed from what."""
+"""The record of a step: a few numbers about its inputs and state, gathered from every rank in every step."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from draco_ext.training.reproducibility import fingerprint
 T = TypeVar("T")
 Claim = TypeVar("Claim", bound=Hashable)
 Digest = tuple[int, int]
-# What is replicated on ranks, each with a digest of its own.
+# The kinds of state that are replicated on ranks; each has a digest of its own.
 SECTIONS = ("parameters", "buffers", "optimizer")
 
 
 def majority(claims: Mapping[int, Claim]) -> Claim | None:
-    """Return what more than half of the claims say, or None where there is no such thing."""
+    """Return the value of more than half of the claims, or None if there is no majority."""
     if not claims:
         return None
     claim, votes = Counter(claims.values()).most_common(1)[0]
@@ -32,12 +32,13 @@ def majority(claims: Mapping[int, Claim]) -> Claim | None:
 
 @dataclass(frozen=True)
 class Claims:
-    """The records of all ranks in one step, as claimed: a bad rank's may say anything.
+    """The records of all ranks in one step; a bad rank's record may contain anything.
 
     Attributes:
-        inputs: digests of the inputs of each of its parts, by worker.
-        state: digests of each of `SECTIONS`, by worker; empty where they were not compared in this step.
-        used: for each of its parts and each parameter, whether autograd reached it, by worker; empty where not asked.
+        code: the code.
+        inputs: digests of the inputs of each of a worker's parts, by worker.
+        state: digests of each of `SECTIONS`, by worker; empty if they were not compared in this step.
+        used: whether autograd reached each parameter in each of a worker's parts, by worker; empty if not recorded.
         steps: the number of the step, by worker.
     """
 
@@ -48,7 +49,7 @@ class Claims:
     steps: dict[int, int]
 
     def of_part(self, claims: Mapping[int, Sequence[T]], part: int) -> dict[int, T]:
-        """Return what the holders of a part claim about it."""
+        """Return the claims of a part's holders about it, by worker."""
         holders = ((j, self.code.assignment(j)) for j in claims)
         return {j: claims[j][parts.index(part)] for j, parts in holders if part in parts}
 
@@ -62,9 +63,9 @@ class Claims:
         return odd
 
     def used_parameters(self) -> list[bool]:
-        """Return for each parameter whether a part uses it, by the majority of the part's holders.
+        """Return whether each parameter is used by any part, according to the majority of the part's holders.
 
-        Without a majority, where more ranks are bad than the code corrects, it counts as used.
+        Without a majority, when more ranks are bad than the code corrects, it counts as used.
         """
         used = [False] * len(next(iter(self.used.values()))[0])
         for part in range(self.code.parts):
@@ -75,55 +76,55 @@ class Claims:
 
 
 class StepRecord:
-    """Collects this rank's record of a step.
+    """This rank's record of a step, while it is being collected.
 
     Args:
         code: the code.
-        worker: the worker that this rank is.
-        parameters: those that DistributedDataParallel reduces, in an order that is the same on all ranks.
-        usage: whether to find out which of them autograd reaches.
+        worker: this rank's worker number.
+        parameters: the parameters that DistributedDataParallel reduces, in the same order on all ranks.
+        usage: whether to record which of them autograd reaches.
     """
 
     def __init__(self, code: Code, worker: int, parameters: Sequence[Tensor], *, usage: bool) -> None:
         self._code = code
         self._parts = len(code.assignment(worker))
         self._parameters = len(parameters) if usage else 0
-        self._reached = bytearray(self._parameters)  # in the part that runs
+        self._reached = bytearray(self._parameters)  # in the current part
         if usage:
             for i, parameter in enumerate(parameters):
-                # Runs where autograd has made a gradient, also within no_sync; DDP's zeros for unused parameters do
-                # not come this way. The hook must not hold the model.
+                # The hook runs when autograd has made a gradient, also within no_sync, but not for the zeros that DDP
+                # makes for unused parameters. It must not refer to the model.
                 parameter.register_post_accumulate_grad_hook(functools.partial(_reach, self._reached, i))
         self.begin()
 
     def begin(self) -> None:
-        """Begins a step."""
+        """Begin a step."""
         self._inputs: list[list[Tensor]] = [[] for _ in range(self._parts)]
         self._used: list[bytes] = []
         self._reached[:] = bytes(self._parameters)
 
     def see(self, part: int, inputs: Any, device: torch.device) -> None:
-        """Adds the inputs of one forward pass to those of this rank's `part`-th part; its first begins the part."""
+        """Add the inputs of one forward pass to those of this rank's `part`-th part."""
         self._inputs[part].append(fingerprint(inputs, device))
 
     def begin_part(self, part: int) -> None:
-        """Forgets what was seen of a part."""
+        """Forget the record of a part."""
         self._inputs[part] = []
         self._reached[:] = bytes(self._parameters)
 
     def end_part(self) -> None:
-        """Ends a part: all of its gradients are there."""
+        """End a part after all of its gradients are computed."""
         self._used.append(bytes(self._reached))
         self._reached[:] = bytes(self._parameters)
 
     def is_reached(self, parameter: int) -> bool:
-        """Return whether autograd has reached a parameter in the part that runs."""
+        """Return whether autograd has reached a parameter in the current part."""
         return bool(self._reached[parameter])
 
     def vector(self, step: int, state: Tensor | None, device: torch.device) -> Tensor:
-        """Return the record as numbers; `state` is the digests of `SECTIONS`, where they are compared.
+        """Return the record as a vector; `state` holds the digests of `SECTIONS` if they are compared in this step.
 
-        Always as many: a rank that counts the steps otherwise would break the others' exchange.
+        The length is the same in every step: otherwise a rank at another step would break the others' exchange.
         """
         numbers = [torch.tensor([step, state is not None], device=device)]
         numbers += [_join(digests, device) for digests in self._inputs]
@@ -134,9 +135,9 @@ class StepRecord:
         return torch.cat(numbers)
 
     def read(self, rows: Tensor, missing: Sequence[int]) -> Claims:
-        """Return what the gathered records say, but for those of the missing workers.
+        """Return the claims in the gathered records, without those of the missing workers.
 
-        State is compared where a majority says so, on all ranks alike.
+        State is compared if a majority has sent it, which is the same decision on all ranks.
         """
         present = [j for j in range(self._code.workers) if j not in missing]
         steps = {j: int(rows[j, 0]) for j in present}
@@ -166,7 +167,7 @@ def _join(digests: list[Tensor], device: torch.device) -> Tensor:
 
 
 def digests_in(numbers: Tensor) -> tuple[Digest, ...]:
-    """Return the digests that stand behind each other in a vector."""
+    """Return the digests that are concatenated in a vector."""
     return tuple((first, second) for first, second in numbers.view(-1, 2).tolist())
 
 
@@ -174,7 +175,7 @@ _WEIGHTS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
 def _pack(flags: bytes) -> Tensor:
-    """Return flags, each a byte 0 or 1, as bits of int64."""
+    """Pack flags (bytes 0 or 1) into the bits of an int64 vector."""
     padded = bytearray(flags) + bytes(-len(flags) % 64)
     bits = torch.frombuffer(padded, dtype=torch.uint8).view(-1, 8) * _WEIGHTS
     return bits.sum(1, dtype=torch.uint8).view(torch.int64)

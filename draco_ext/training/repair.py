@@ -1,6 +1,7 @@
-"""Repair of replicated state: a rank in the minority is given what the majority has.
+"""Repair of replicated state: a rank in the minority receives the majority's values.
 
-It is sent the bytes by one of the majority, and believes them only under a key that is drawn afterwards.
+One rank of the majority sends the bytes. They are accepted only if their digest, under a key that is drawn afterwards,
+equals that of the majority.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ _DONE, _DIGEST, _SEND = range(3)
 
 
 class Repair(abc.ABC):
-    """A way to give ranks in the minority what the majority has."""
+    """A way to give the majority's values to ranks in the minority."""
 
     @abc.abstractmethod
     def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
-        """Repair the workers that are wrong, one after another. To be called on all ranks.
+        """Repair the workers whose state is wrong, one after another. All ranks must call it.
 
         Args:
-            verdict: who that is.
+            verdict: the workers whose state is wrong, and those whose state is right.
             groups: see `judge`.
 
         Returns:
-            For each of them whether it could be repaired.
+            Whether each of them could be repaired, by worker.
         """
 
 
 class PeerRepair(Repair):
-    """From rank to rank, where there is no server.
+    """Repair from rank to rank, for transports without a server.
 
-    The rank that is wrong leads: it asks everybody for digests under a key that it has just drawn, one of the majority
-    for the bytes, and everybody again under a new key, which the one that sent them could not know. So nobody needs to
-    agree with anybody but with that rank, and the other ranks only answer.
+    The wrong rank leads. It draws a key and asks all others for digests under it, asks one rank of the majority for the
+    bytes, and asks all others for digests under a new key, which the sender of the bytes could not know. The other
+    ranks only answer, and need not agree among themselves.
     """
 
     def __init__(self, transport: Transport, state: ReplicatedState) -> None:
@@ -52,7 +53,7 @@ class PeerRepair(Repair):
         self._most_commands = len(SECTIONS) * (1 + 2 * self._helpers) + 1
 
     def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
-        """See `Repair.run`; whether it could be repaired each says of itself."""
+        """See `Repair.run`; each repaired worker itself reports whether it could be repaired."""
         return {
             j: self._lead(sections, verdict, groups) if j == self._communicator.worker else self._serve(j)
             for j, sections in verdict.wrong.items()
@@ -77,7 +78,7 @@ class PeerRepair(Repair):
         own = self._state.layout(section).tolist()
         wanted, _ = self._ask(section, pool)
         if wanted is None or wanted[2:] != tuple(own):
-            return False  # there is no room for what they have
+            return False  # the majority's values do not fit into this rank's tensors
         for helper in helpers[: self._helpers]:
             self._command(helper, _SEND, SECTIONS.index(section), 0)
             self._state.receive(section, self._communicator, helper)
@@ -87,7 +88,7 @@ class PeerRepair(Repair):
         return False
 
     def _ask(self, section: str, pool: Sequence[int]) -> tuple[tuple[int, ...] | None, int]:
-        """Return what the majority of others says of a section, and under which key."""
+        """Return the answer of the majority of `pool` about a section, or None, and the key that was used."""
         key = secrets.randbits(62)
         answers = {}
         for j in pool:
@@ -102,7 +103,7 @@ class PeerRepair(Repair):
         self._communicator.send(torch.tensor([what, section, key], device=self._state.device), worker)
 
     def _serve(self, worker: int) -> bool:
-        """Answer a rank that is wrong, until it is done."""
+        """Answer the commands of a wrong rank until it is done; return whether it could be repaired."""
         for _ in range(self._most_commands):
             command = torch.zeros(3, dtype=torch.int64, device=self._state.device)
             self._communicator.receive(command, worker)
@@ -120,10 +121,9 @@ class PeerRepair(Repair):
 
 
 class ServerRepair(Repair):
-    """Through the server, in turns with everything else: so a dead or late rank holds nobody up.
+    """Repair through the server, in turn with all other messages, so that a dead or late rank delays nobody.
 
-    What a worker sends for the server or for another is compared with the majority under a key that the server draws
-    afterwards.
+    The bytes that a worker sends are compared with the majority's digest under a key that the server draws afterwards.
     """
 
     def __init__(self, transport: ServerTransport, state: ReplicatedState) -> None:
@@ -159,7 +159,7 @@ class ServerRepair(Repair):
         return False
 
     def _bring(self, section: str, helper: int, right: Sequence[int]) -> Tensor | None:
-        """Return a helper's section on the server, anything on the others; None where it is not the majority's."""
+        """Return a helper's section on the server (elsewhere any bytes), or None if it is not the majority's."""
         if self._own == helper:
             values = self._state.to_bytes(section)
         else:

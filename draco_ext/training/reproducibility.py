@@ -1,4 +1,4 @@
-"""What must agree between honest ranks, and a test that it does: a vote on bits convicts whoever differs."""
+"""A test that honest ranks compute the same bits: a vote on bits accuses any rank that differs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ ACROSS_RANKS = (
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What `Guard.self_test` found; the same on all ranks.
+    """The result of `Guard.self_test`; the same on all ranks.
 
     Attributes:
         reproducible: whether all gradients agree in all bits.
-        parameter: the first parameter whose gradient does not.
-        ranks: the ranks whose gradient of it differs between two runs; if there are none, the ranks in the minority.
-        advice: what to switch on.
+        parameter: the first parameter whose gradient differs.
+        ranks: the ranks on which its gradient differs between two runs; if there are none, the ranks in the minority.
+        advice: the setting that may help.
     """
 
     reproducible: bool
@@ -49,14 +49,14 @@ class SelfTest:
 
 
 def fingerprint(values: Any, device: torch.device | None = None) -> Tensor:
-    """Return (2,) int64 that stand for the bits of all data in a nest of containers and dataclasses.
+    """Return a digest (2,) int64 of the bits of all data in nested containers and dataclasses.
 
-    Data are tensors of any layout, arrays, numbers and strings. Other objects are looked into for tensors and arrays:
-    their numbers and strings may be those of a host.
+    Data are tensors of any layout, arrays, numbers and strings. In objects of other types only tensors and arrays
+    count, since their numbers and strings may differ between hosts.
 
     Args:
-        values: the nest.
-        device: where the result is to be, the CPU by default; nothing waits for it unless that is the CPU.
+        values: the nested data.
+        device: the device of the result, the CPU by default. If it is not the CPU, the call is asynchronous.
     """
     device = torch.device("cpu") if device is None else device
     text = bytearray()
@@ -67,7 +67,7 @@ def fingerprint(values: Any, device: torch.device | None = None) -> Tensor:
 
 
 def _add(value: Any, text: bytearray, digests: list[Tensor], above: frozenset[int], *, is_data: bool) -> None:
-    """Add what a value consists of; `above` are the objects that hold it."""
+    """Add the data in a value; `above` are the objects that contain it."""
     if isinstance(value, Tensor):
         for piece in _strided_pieces(value.detach()):
             text += f"{piece.dtype} {tuple(piece.shape)};".encode()
@@ -102,7 +102,7 @@ def _holds_objects(value: Any) -> bool:
 
 
 def _strided_pieces(values: Tensor) -> list[Tensor]:
-    """Return the strided tensors that make up a tensor of any layout."""
+    """Return the strided tensors of which a tensor of any layout consists."""
     if values.is_meta:
         return []
     if values.is_nested:
@@ -128,7 +128,7 @@ def _digest_of_bytes(data: bytes | bytearray) -> Tensor:
 
 
 def odd_ones_out(rows: Tensor) -> list[int]:
-    """Rows that are not the most frequent one."""
+    """Return the indices of the rows that differ from the most frequent one."""
     keys = [tuple(row.flatten().tolist()) for row in rows]
     usual = max(keys, key=keys.count)
     return [i for i, key in enumerate(keys) if key != usual]
@@ -140,11 +140,11 @@ def self_test(
     batch: Any,
     loss: Callable[[torch.nn.Module, Any], Tensor] | None = None,
 ) -> SelfTest:
-    """Runs rank 0's batch twice on every rank and compares all gradients; see `Guard.self_test`."""
+    """Run rank 0's batch twice on every rank and compare all gradients; see `Guard.self_test`."""
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
     leaves, structure = pytree.tree_flatten(batch)
-    # Or gloo would abort where rank 0's is longer.
+    # Check the shapes first, since gloo would abort if rank 0's tensor were longer.
     shapes = repr([(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in leaves])
     bits = torch.frombuffer(bytearray(shapes.encode()), dtype=torch.uint8)
     if odd := odd_ones_out(gather(fingerprint(bits), group, device)):
@@ -178,7 +178,7 @@ def self_test(
 
 
 def _sum_of_squares(module: torch.nn.Module, batch: Any) -> Tensor:
-    """Of everything that the model makes of a batch, or of its first element where it is (inputs, targets)."""
+    """Return the sum of mean squares of the model's outputs for a batch, or for its first element if it is a tuple."""
     inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
     outputs = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]

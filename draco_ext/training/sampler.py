@@ -1,4 +1,4 @@
-"""Which samples every step uses, how a step's batch is cut into parts, and which of them a rank computes."""
+"""The samples of every step, the parts into which its batch is divided, and a sampler of the parts of one rank."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from draco_ext.training.placement import announce_host, place_ranks
 
 
 class GlobalBatches:
-    """The global batch of every step: a pure function of the seed and the step.
+    """The global batch of every step, which is a pure function of the seed and the step.
 
-    Every rank can ask for any step and any part, in any order, and gets the same answer, into
-    however many parts its code cuts the batch. Every epoch is reshuffled; a last incomplete batch
-    is dropped.
+    Every rank can ask for any step and any part, in any order, and gets the same answer. It does not depend on the
+    number of parts. Every epoch is reshuffled; a last incomplete batch is dropped.
 
     Args:
-        samples: Size of the training set.
-        batch_size: Samples in one global batch, at most ``samples``.
-        seed: Seed of the shuffles.
+        samples: the size of the training set.
+        batch_size: the number of samples in one global batch, at most ``samples``.
+        seed: the seed of the shuffles.
     """
 
     def __init__(self, samples: int, batch_size: int, seed: int) -> None:
@@ -41,7 +40,7 @@ class GlobalBatches:
         self._order = torch.empty(0, dtype=torch.int64)
 
     def indices(self, step: int) -> Tensor:
-        """The samples of one step's global batch, in order."""
+        """Return the samples of one step's global batch, in order."""
         epoch, batch = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
@@ -50,12 +49,12 @@ class GlobalBatches:
         return self._order[batch * self.batch_size :][: self.batch_size]
 
     def part(self, step: int, part: int, parts: int) -> Tensor:
-        """The samples of one part, where the batch is cut into ``parts`` as evenly as it can be."""
+        """Return the samples of one part; the batch is divided into ``parts`` as evenly as possible."""
         return self.indices(step).tensor_split(parts)[part]
 
 
 class SamplerState(TypedDict):
-    """What `RedundantBatchSampler.state_dict` returns."""
+    """The type of `RedundantBatchSampler.state_dict`."""
 
     samples: int
     batch_size: int
@@ -65,28 +64,28 @@ class SamplerState(TypedDict):
 
 
 class RedundantBatchSampler(Sampler[list[int]]):
-    """The mini-batches that a rank computes: one for each part assigned to it, in order, step after step.
+    """A batch sampler that yields the mini-batches of a rank: in every step one for each part assigned to the rank.
 
-    For `torch.utils.data.DataLoader(dataset, batch_sampler=...)`. Ranks that share a part get the same samples in the
-    same order; the parts of a step are disjoint and make up its global batch. Every pass over the sampler is an epoch,
-    in a new order; all orders follow from the seed. A last incomplete batch is dropped.
+    It is meant for `torch.utils.data.DataLoader(dataset, batch_sampler=...)`. Ranks that share a part get the same
+    samples in the same order. The parts of a step are disjoint and make up its global batch. Every pass over the
+    sampler is an epoch in a new order; all orders follow from the seed. A last incomplete batch is dropped.
 
-    The position moves with the steps of the guard that has the same code, not with what the sampler is asked for:
-    looking at a mini-batch, workers that read ahead, and a loader that is left with ``break`` cost nothing. A pass
-    begins a new epoch where steps of the one before were taken, and otherwise where that one began; after
-    `load_state_dict` it is the rest of the epoch. Without a guard a complete pass moves on to the next epoch, and one
-    that was broken off does not.
+    The position moves with the steps of the guard that has the same code, not with the mini-batches that are requested.
+    So inspecting a mini-batch, workers that read ahead, and leaving a loop with ``break`` skip nothing. A pass begins a
+    new epoch if a step of the pass before was taken; otherwise it begins where that pass began. After
+    `load_state_dict` it is the rest of the epoch. Without a guard, a complete pass moves on to the next epoch, and an
+    incomplete one does not.
 
     Args:
-        samples: size of the data set.
-        code: who computes which part.
-        batch_size: samples in a global batch; a part is ``batch_size / code.parts`` of them.
-        rank: of this process, from 0 to ``code.workers - 1``.
-        seed: seed of the shuffles, the same on all ranks.
-        ranks_per_host: how many ranks every host has, or a list with the number of each host, where ranks are numbered
-            host by host, so that replicas of a part are placed on different hosts; the same on all ranks. Default: by
-            the host names that ranks exchange through torch.distributed's store at the first use of the sampler, if
-            the process group has ``code.workers`` ranks; otherwise what torchrun says.
+        samples: the size of the data set.
+        code: the assignment of parts to ranks.
+        batch_size: the number of samples in a global batch; a part has ``batch_size / code.parts`` of them.
+        rank: the rank of this process, from 0 to ``code.workers - 1``.
+        seed: the seed of the shuffles, the same on all ranks.
+        ranks_per_host: the number of ranks on every host, or a list with one number for each host; ranks are numbered
+            host by host. Replicas of a part are then placed on different hosts. It must be the same on all ranks.
+            Default: ranks exchange their hosts' names through torch.distributed's store at the first use of the
+            sampler, if the process group has ``code.workers`` ranks; otherwise torchrun's environment variables count.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -114,58 +113,58 @@ class RedundantBatchSampler(Sampler[list[int]]):
         self._ranks_per_host = ranks_per_host
         self._workers = None if ranks_per_host is None else place_ranks(code, ranks_per_host)
         if ranks_per_host is None:
-            announce_host(code)  # so that no other rank has to wait for this one's first mini-batch
+            announce_host(code)  # now, so that no other rank has to wait until this one's first mini-batch
         self._identity = {"samples": samples, "batch_size": batch_size, "parts": code.parts, "seed": seed}
         self._step = 0
-        self._resumed = False  # whether the position was set, and no step was taken since
-        self._mover: weakref.ref[Any] | None = None  # the guard that has moved it last
+        self._resumed = False  # whether the position was set and no step was taken since
+        self._mover: weakref.ref[Any] | None = None  # the guard that moved it last
         self._first = -1  # first step of the passes to which the last step belonged
 
     @property
     def workers(self) -> tuple[int, ...]:
-        """The worker of the code that each rank is."""
-        if self._workers is None:  # not before it is needed: by then there is a process group, if there will be one
+        """The worker number of each rank."""
+        if self._workers is None:  # as late as possible, when the process group exists, if there will be one
             self._workers = place_ranks(self._code, self._ranks_per_host)
         return self._workers
 
     @property
     def worker(self) -> int:
-        """The worker of the code that this rank is."""
+        """This rank's worker number."""
         return self.workers[self._rank]
 
     @property
     def step(self) -> int:
-        """The step that comes next, counted from the first epoch's first."""
+        """The next step, counted from the first epoch's first step."""
         return self._step
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches in an epoch."""
+        """The number of global batches in an epoch."""
         return self._batches.per_epoch
 
     def __len__(self) -> int:
-        """Mini-batches in an epoch."""
-        return self.steps_per_epoch * len(self._code.assignment(0))  # as many for each worker
+        """Return the number of mini-batches in an epoch."""
+        return self.steps_per_epoch * len(self._code.assignment(0))  # the same for each worker
 
     def __iter__(self) -> Iterator[list[int]]:
-        """The mini-batches of an epoch, or of the rest of one after `load_state_dict`."""
-        _seed(self._code)  # a DataLoader draws its workers' seeds next
+        """Return the mini-batches of an epoch, or of the rest of one after `load_state_dict`."""
+        _seed(self._code)  # the DataLoader will now draw its workers' seeds
         return _Pass(self)
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the beginning of an epoch; needed only to go back or to leave some out."""
+        """Move to the beginning of an epoch; needed only to repeat or to skip epochs."""
         _checks.check_int("epoch", epoch, 0)
         self._move_to(epoch * self.steps_per_epoch)
 
     def state_dict(self) -> SamplerState:
-        """Where the training stands: behind the last step that was taken, also where a DataLoader reads ahead."""
+        """Return the position after the last step that was taken, even if a DataLoader reads ahead."""
         return {**self._identity, "step": self._step}  # type: ignore[typeddict-item]
 
     def load_state_dict(self, state: SamplerState) -> None:
-        """Goes on where `state_dict` stood, also with another rank.
+        """Restore the position that `state_dict` returned, on this or on another rank.
 
         Raises:
-            ValueError: the state belongs to other batches: another data set, batch size, seed or number of parts.
+            ValueError: the state belongs to another data set, batch size, seed or number of parts.
         """
         given: Mapping[str, Any] = state
         for name, value in self._identity.items():
@@ -180,24 +179,24 @@ class RedundantBatchSampler(Sampler[list[int]]):
             _passes.discard(other)
 
     def _first_of_pass(self) -> int:
-        """The step with which a pass begins: in the middle of an epoch only where the position was set to be there."""
+        """Return the first step of a new pass; it is within an epoch only if the position was set there."""
         return self._step if self._resumed else -(-self._step // self.steps_per_epoch) * self.steps_per_epoch
 
     def _mini_batches(self, step: int) -> list[list[int]]:
         return [self._batches.part(step, p, self._code.parts).tolist() for p in self._code.assignment(self.worker)]
 
     def _complete(self, end: int) -> None:
-        """A pass has given its last mini-batch. Whether those are taken is for a guard to say, where there is one."""
+        """Move behind a complete pass, unless there is a guard, whose steps move the position."""
         if not (self._mover is not None or any(code == self._code for code in _unused_guards.values())):
             self._step, self._resumed = end, False
 
     def _take(self, passes: list[_Pass], steps: int) -> None:
-        """Moves on by some steps, which belong to one of the passes, or to several that began alike."""
+        """Move on by some steps, which belong to one of the passes, or to several that began at the same step."""
         left = {p: p.given - (self._step - p.first if p.first == self._first else 0) for p in passes}
         left = {p: given for p, given in left.items() if given > 0}
         if not left:
             return
-        # The one to which the last step belonged, while it lives: others that are asked meanwhile are looked at only.
+        # The pass of the last step, while it exists: mini-batches from other passes were only inspected.
         used = max(left, key=lambda p: (p.first == self._first, p.asked, p.number))
         if used.first != self._first:
             self._step = self._first = used.first
@@ -206,15 +205,15 @@ class RedundantBatchSampler(Sampler[list[int]]):
 
 
 class _Pass(Iterator[list[int]]):
-    """A pass over a sampler. It counts for as long as somebody holds it who may ask it for more.
+    """A pass over a sampler. It counts as long as it is referenced, since more mini-batches may be requested.
 
     Attributes:
-        sampler: over which.
-        number: later passes have larger ones.
+        sampler: the sampler.
+        number: a number that is larger for later passes.
         first: its first step.
-        given: how many of its steps have been given out, at least the first mini-batch of each.
-        asked: whether it was asked for a mini-batch since the last step of a guard.
-        exhausted: whether it has nothing left to give.
+        given: the number of its steps of which at least the first mini-batch was yielded.
+        asked: whether a mini-batch was requested since the last step of a guard.
+        exhausted: whether all mini-batches were yielded.
     """
 
     _numbers = itertools.count()
@@ -224,10 +223,10 @@ class _Pass(Iterator[list[int]]):
         self.number = next(self._numbers)
         self.first = self.given = 0
         self.asked = self.exhausted = False
-        self._end = -1  # the step behind its last one; its first is not known before it is asked
+        self._end = -1  # the step after its last one; unknown before the first request, as is the first step
         self._rest_of_step: list[list[int]] = []
 
-    # No generator: that would hold this object, which then would live until Python collects cycles.
+    # Not a generator: its reference to this object would be a cycle, which lives until the garbage collector runs.
     def __next__(self) -> list[int]:
         sampler = self.sampler
         _seed(sampler._code)
@@ -248,10 +247,10 @@ class _Pass(Iterator[list[int]]):
         return self._rest_of_step.pop()
 
 
-# Where samplers and guards find each other: in the code.
+# Samplers and guards find each other by their code.
 _passes: weakref.WeakSet[_Pass] = weakref.WeakSet()
 _guards: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()
-_unused_guards: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()  # which have not taken a step
+_unused_guards: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()  # without a step yet
 
 
 def _passes_over(sampler: RedundantBatchSampler) -> list[_Pass]:
@@ -259,19 +258,19 @@ def _passes_over(sampler: RedundantBatchSampler) -> list[_Pass]:
 
 
 def announce_guard(guard: Any, code: Code) -> None:
-    """From now on, only steps of guards move samplers with this code; the guard seeds where they are asked."""
+    """Register a guard: its steps move samplers with this code, and it seeds before each of their mini-batches."""
     _guards[guard] = _unused_guards[guard] = code
 
 
 def _seed(code: Code) -> None:
-    """Before a mini-batch: whatever a rank has drawn alone since the last one, as rank 0 does in an evaluation."""
+    """Let the guards seed before a mini-batch, since a rank may have drawn numbers alone, as in an evaluation."""
     for guard, other in list(_guards.items()):
         if other == code:
             guard.seed_mini_batch()
 
 
 def check_workers_of_samplers(code: Code, workers: tuple[int, ...]) -> None:
-    """Raises, on all ranks alike, where a sampler in use has placed the ranks otherwise than the guard has."""
+    """Raise ValueError, on all ranks together, if a sampler in use has another placement of ranks than the guard."""
     for other in list(_passes):
         sampler = other.sampler
         if sampler._code == code and other.asked and sampler.workers != workers:
@@ -282,19 +281,19 @@ def check_workers_of_samplers(code: Code, workers: tuple[int, ...]) -> None:
 
 
 def step_taken(guard: Any, code: Code, steps: int) -> None:
-    """Moves the samplers with this code whose mini-batches a guard's step has used.
+    """Move the samplers with this code whose mini-batches a guard's step has used.
 
     Args:
-        guard: whose step it was.
+        guard: the guard.
         code: its code.
-        steps: how many mini-batches of each part were in it: more than one where gradients were accumulated.
+        steps: the number of mini-batches of each part in the step; more than one if gradients were accumulated.
     """
     _unused_guards.pop(guard, None)
     with_code = [other for other in list(_passes) if other.sampler._code == code]
     in_use: dict[int, list[_Pass]] = {}
     for other in with_code:
-        # One that was not asked has given what this step used only if it had given everything before, and no other
-        # guard's step, as of another model in the same loop, takes it.
+        # A pass without a request can contain this step's mini-batches only if all of its mini-batches were yielded
+        # before, and if they do not belong to another guard, as of a second model in the same loop.
         mover = other.sampler._mover
         if other.asked or (other.exhausted and (mover is None or mover() in (guard, None))):
             in_use.setdefault(id(other.sampler), []).append(other)

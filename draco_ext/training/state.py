@@ -1,6 +1,6 @@
-"""The state that data-parallel replicas share, parameters above all: its digests, and a verdict on whose is wrong.
+"""The state that is replicated on all ranks (parameters, buffers, optimizers): its digests, and whose is wrong.
 
-Every rank holds the same parameters, so a majority of ranks knows what a rank's own should be.
+All ranks have the same parameters, so those of the majority are the right ones.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Number = int | float | None
 
 
 class ReplicatedState:
-    """The parameters and buffers of a model, and the states of optimizers that are watched.
+    """The parameters and buffers of a model, and the states of watched optimizers.
 
     Args:
-        model: its parameters and buffers count but for those that DistributedDataParallel is told to ignore.
+        model: the model. Parameters and buffers that DistributedDataParallel ignores are left out.
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
         self._ignored = frozenset(model.parameters_to_ignore)
-        self._module = weakref.ref(model.module)  # held, it would never be freed
+        self._module = weakref.ref(model.module)  # a strong reference would keep the model alive for ever
         parameters = model.module.named_parameters()
         self._parameters = _strided(p for name, p in parameters if name not in self._ignored)
         self.device = self._parameters[0].device
@@ -45,16 +45,16 @@ class ReplicatedState:
             self._optimizers.append(optimizer)
 
     def digests(self, key: int) -> Tensor:
-        """Return the digests (3, 2) of `SECTIONS`, on the parameters' device; reads everything once."""
+        """Return the digests (3, 2) of `SECTIONS`, on the parameters' device. This reads all state once."""
         return torch.stack([self.digest(section, key) for section in SECTIONS])
 
     def digest(self, section: str, key: int) -> Tensor:
-        """Return the digest (2,) of one section, 0 where there is nothing in it."""
+        """Return the digest (2,) of one section; 0 if it is empty."""
         pieces = (_bytes(chunk, chunk[0].device) for chunk in _chunks(self._of(section)))
         return _join(pieces, key, self.device)
 
     def layout(self, section: str) -> Tensor:
-        """Return a digest (2,) of what decides how a section is sent: shapes, dtypes and structure."""
+        """Return a digest (2,) of a section's layout: its shapes, dtypes and structure."""
         text = repr([(tuple(t.shape), t.dtype) for t in self._of(section)])
         if section == "optimizer":
             text += "".join(_structure(optimizer) for optimizer in self._optimizers)
@@ -75,7 +75,7 @@ class ReplicatedState:
         self._put_numbers(section, tensors)
 
     def size(self, section: str) -> int:
-        """Return how many bytes a section has."""
+        """Return the size of a section in bytes."""
         return sum(map(_size, self._of(section)))
 
     def to_bytes(self, section: str) -> Tensor:
@@ -84,7 +84,7 @@ class ReplicatedState:
         return torch.cat([torch.empty(0, dtype=torch.uint8), *pieces])
 
     def from_bytes(self, section: str, values: Tensor) -> None:
-        """Take over what `to_bytes` has returned on a rank with the same layout."""
+        """Set a section from the result of `to_bytes` on a rank with the same layout."""
         tensors = self._of(section)
         chunks = list(_chunks(tensors))
         for chunk, piece in zip(chunks, values.split([sum(map(_size, chunk)) for chunk in chunks]), strict=True):
@@ -92,7 +92,7 @@ class ReplicatedState:
         self._put_numbers(section, tensors)
 
     def digest_of_bytes(self, section: str, values: Tensor, key: int) -> Tensor:
-        """Return the `digest` of a rank whose section these bytes are."""
+        """Return the `digest` of a section that is given as bytes."""
         sizes = [sum(map(_size, chunk)) for chunk in _chunks(self._of(section))]
         return _join((piece.clone() for piece in values.split(sizes)), key, self.device)
 
@@ -100,7 +100,7 @@ class ReplicatedState:
         if section == "parameters":
             return self._parameters
         if section == "buffers":
-            # A module may put another tensor in a buffer's place.
+            # Looked up every time, since a module may replace a buffer by another tensor.
             buffers = () if (module := self._module()) is None else module.named_buffers()
             return _strided(buffer for name, buffer in buffers if name not in self._ignored)
         tensors, numbers = [], []
@@ -109,7 +109,7 @@ class ReplicatedState:
                 tensors.append(leaf)
             elif _is_number(leaf):
                 numbers.append(leaf)
-        # Adam's step counts are on the CPU, between moments that are not.
+        # Adam's step counts may be on the CPU while its moments are on a GPU; sorting keeps each device together.
         tensors.sort(key=lambda tensor: tensor.device.type != "cpu")
         return [*tensors, _encode(numbers)] if numbers else tensors
 
@@ -133,7 +133,7 @@ def _strided(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Cuts tensors into lists of which each is on one device, and has one tensor or few bytes."""
+    """Divide tensors into lists. Each list is on one device, and has a single tensor or few bytes."""
     chunk: list[Tensor] = []
     length = 0
     for tensor in tensors:
@@ -165,7 +165,7 @@ def _bytes(chunk: list[Tensor], device: torch.device) -> Tensor:
 @torch.no_grad()
 def _fill(chunk: list[Tensor], arrived: Tensor) -> None:
     for tensor, piece in zip(chunk, arrived.split([_size(tensor) for tensor in chunk]), strict=True):
-        # Cloned, since a tensor of longer elements may not begin anywhere.
+        # Cloned, since a view with longer elements needs an aligned start.
         tensor.detach().copy_(piece.clone().view(tensor.dtype).view(tensor.shape))
 
 
@@ -193,7 +193,7 @@ def _is_number(leaf: object) -> bool:
 
 
 def _encode(numbers: Sequence[Number]) -> Tensor:
-    """Return numbers as int64, two each: what it is, and its bits."""
+    """Return numbers as int64, two for each: its type and its bits."""
     pairs = torch.zeros(len(numbers), 2, dtype=torch.int64)
     for pair, number in zip(pairs, numbers, strict=True):
         if isinstance(number, float):
@@ -215,12 +215,12 @@ def _decode(pairs: Tensor) -> list[Number]:
 
 @dataclass(frozen=True)
 class StateVerdict:
-    """Whose state is wrong.
+    """The workers whose state is wrong, and those whose state is right.
 
     Attributes:
-        wrong: the sections, by worker.
-        right: by section, the workers of the majority; of buffers, those of each worker's own group.
-        undecided: the sections of which no majority has the same.
+        wrong: the wrong sections of each worker that has any.
+        right: by section and worker, the workers of the majority; for buffers, within the worker's own group.
+        undecided: the sections without a majority.
     """
 
     wrong: dict[int, tuple[str, ...]]
@@ -228,7 +228,7 @@ class StateVerdict:
     undecided: tuple[str, ...]
 
     def with_wrong(self, section: str) -> set[int]:
-        """Return the workers whose section is wrong."""
+        """Return the workers for which this section is wrong."""
         return {j for j, sections in self.wrong.items() if section in sections}
 
 
@@ -236,9 +236,9 @@ def judge(claims: Mapping[int, Sequence[Digest]], groups: Mapping[int, tuple[int
     """Compare digests of `SECTIONS`.
 
     Args:
-        claims: by worker, of those that are not missing.
-        groups: by worker, those who compute the same parts: only they have the same buffers, and where no majority of
-            them has, as where a module keeps something of a rank's own in a buffer, nobody is wrong.
+        claims: the digests of each worker that is not missing.
+        groups: by worker, the workers that compute the same parts. Only they have the same buffers. If a group has no
+            majority, for instance because a module keeps data of its own rank in a buffer, no buffer is wrong.
     """
     wrong: dict[int, list[str]] = {}
     right: dict[tuple[str, int], tuple[int, ...]] = {}

@@ -1,4 +1,4 @@
-"""When replicated state is compared, and what is done about a rank whose state differs."""
+"""The check of replicated state: it compares state in some steps and repairs ranks that differ."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from draco_ext.training.state import ReplicatedState, StateVerdict, judge
 
 
 class StateCheck:
-    """Compares replicated state in some steps, and repairs it.
+    """A check that compares replicated state in some steps and repairs it.
 
     Args:
-        model: its parameters and buffers are compared.
-        transport: over which repairs go.
-        recorder: of the findings.
-        every: in steps whose number is a multiple of it; 0: in the first one only.
-        seed: of the digests' keys.
+        model: the model whose parameters and buffers are compared.
+        transport: the transport that repairs use.
+        recorder: records the findings.
+        every: state is compared in steps whose number is a multiple of this; 0: in the first step only.
+        seed: the seed of the digests' keys.
 
     Attributes:
-        state: what is compared.
+        state: the state that is compared.
     """
 
     def __init__(
@@ -43,27 +43,27 @@ class StateCheck:
         self._rendezvous = Rendezvous(model.process_group)
         self._every = every
         self._seed = seed
-        self._unknown = True  # not compared yet, or no majority has had the same
+        self._unknown = True  # not compared yet, or without a majority in the last comparison
         self._comparisons = 0
-        # Of each worker, the workers that compute the same parts: they have the same buffers.
+        # By worker, the workers that compute the same parts, and so have the same buffers.
         self._alike = {j: group for group in transport.code.replica_groups for j in group}
 
     def forget(self) -> None:
-        """Compare in the next step whatever its number: something was loaded."""
+        """Compare in the next step whatever its number, since a state was loaded."""
         self._unknown = True
 
     def digests(self, step: int) -> Tensor | None:
-        """Return the digests (3, 2) of this rank's state where they are to be compared in this step."""
+        """Return the digests (3, 2) of this rank's state if state is compared in this step, else None."""
         if self._unknown or (self._every > 0 and step % self._every == 0):
             return self._digests(step)
         return None
 
     def judge(self, claims: dict[int, tuple[tuple[int, int], ...]]) -> StateVerdict:
-        """Return whose state is wrong, by what the ranks have sent."""
+        """Return whose state is wrong, according to the digests that ranks have sent."""
         return judge(claims, self._alike)
 
     def repair(self, verdict: StateVerdict, step: int) -> str | None:
-        """Repair the ranks in the minority; return what is to be said where that is not enough for the step."""
+        """Repair the ranks in the minority; return an error message if there is no majority, else None."""
         self._unknown = bool(verdict.undecided)
         try:
             repaired = self._repair.run(verdict, self._alike)
@@ -79,13 +79,13 @@ class StateCheck:
         """Compare and repair now, between steps, on all ranks; return the workers that were wrong.
 
         Args:
-            step: that comes next.
-            present: ranks that are waited for.
+            step: the next step.
+            present: the ranks to wait for.
             timeout: seconds to wait for them.
-            deliver: called when the findings are there.
+            deliver: called when the findings are recorded.
 
         Raises:
-            DecodingError: no majority of the ranks has the same.
+            DecodingError: there is no majority.
             RuntimeError: another rank does not call it.
         """
         if absent := self._rendezvous.wait(sorted(present), timeout):
@@ -102,10 +102,10 @@ class StateCheck:
         return list(verdict.wrong)
 
     def _digests(self, step: int) -> Tensor:
-        """Return digests of this rank's state, under a key that all ranks know.
+        """Return digests of this rank's state under a key that all ranks know.
 
-        It may be known: nobody but the rank itself has made its state, unless it was sent a repair, and that was
-        compared under a key drawn afterwards.
+        The key need not be secret. A rank's state was made by that rank alone, or by a repair, which was compared
+        under a secret key.
         """
         words = torch.tensor([step, self._comparisons], dtype=torch.int64).view(torch.uint8)
         self._comparisons += 1

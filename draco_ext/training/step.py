@@ -1,4 +1,4 @@
-"""The state of the step that runs: its number, which part this rank computes, and how far it has come."""
+"""The state of the current step: its number, the part that this rank computes, and its progress."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from draco_ext.training.seeding import LOADER, seed_generators
 
 
 class Step:
-    """Where this rank is in a step.
+    """The progress of this rank in a step.
 
     Args:
-        code: who computes which part.
-        worker: the worker that this rank is.
-        seed: of the generators' seeds.
+        code: the assignment of parts to workers.
+        worker: this rank's worker number.
+        seed: the seed of the generators.
 
     Attributes:
-        number: of the step, from 0.
-        parts: those that this rank computes in it, in order.
-        index: of the part that runs, among them.
-        forwards: forward passes of that part so far.
-        accumulated: mini-batches before the last one, whose gradients are only added up (`no_sync`).
+        number: the number of the step, from 0.
+        parts: the parts that this rank computes in it, in order.
+        index: the index of the current part among them.
+        forwards: the number of forward passes of that part so far.
+        accumulated: the number of mini-batches before the last one, whose gradients are only added up (`no_sync`).
         in_loop: whether the mini-batches come from `Guard.steps`.
-        awaited: in this loop, whether a mini-batch is handed out that was not yet passed backward.
+        awaited: whether `Guard.steps` has yielded a mini-batch that was not yet passed backward.
     """
 
     def __init__(self, code: Code, worker: int, seed: int) -> None:
@@ -38,27 +38,27 @@ class Step:
         self.index = self.forwards = self.accumulated = 0
 
     def begin_part(self, index: int) -> None:
-        """Begin one of this rank's parts, with a mini-batch that is handed out."""
+        """Begin one of this rank's parts, when its mini-batch is yielded."""
         self.index, self.forwards, self.awaited = index, 0, True
 
     @property
     def in_last_part(self) -> bool:
-        """Whether the part that runs is the last one, after which messages are exchanged."""
+        """Return whether the current part is the last one, after which messages are exchanged."""
         return self.index == len(self.parts) - 1
 
     def seed(self, stage: int, index: int | None = None) -> None:
-        """Seed the global generators for a stage of a part; default: of the one that runs."""
+        """Seed the global generators for a stage of a part, by default the current one."""
         part = self.parts[self.index if index is None else index]
         seed_generators(self._seed, self.number, part, stage)
 
     def seed_loading(self) -> None:
-        """Seed the global generators where a sampler is asked for a mini-batch."""
-        if not self.in_loop:  # which seeds by itself, for the part that comes next
+        """Seed the global generators when a sampler is asked for a mini-batch."""
+        if not self.in_loop:  # the loop itself seeds for the next part
             # The forward passes count, so that accumulated mini-batches do not get the same noise.
             self.seed(LOADER - 2 * self.forwards)
 
     def check_loop(self) -> None:
-        """Refuse a pass outside the loop where that is needed.
+        """Refuse a pass outside the loop of `Guard.steps` if the code needs it.
 
         Raises:
             RuntimeError: the code has several parts for each rank.
@@ -67,7 +67,7 @@ class Step:
             raise RuntimeError(f"{self._code!r} has several parts for each rank: loop over guard.steps(loader)")
 
     def incomplete(self, number: int) -> RuntimeError:
-        """Return the error of a step, by its number, that was left before its end."""
+        """Return the error for a step that was left before its end."""
         return RuntimeError(
             f"step {number} is not complete: each of its {len(self.parts)} mini-batches needs one backward pass"
         )

@@ -1,4 +1,4 @@
-"""What goes round the guard while a model trains, and shows in no message: found, and refused."""
+"""The watch for gradients and activations that bypass the guard while a model trains."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch.utils.hooks import RemovableHandle
 
 from draco_ext.training.compatibility import reduced_parameters, unreduced
 
-# How many collectives on a process group, by its name, are DistributedDataParallel's or a guard's own.
+# The number of collectives on each process group, by name, that DistributedDataParallel or a guard has started.
 _own_collectives: Counter[str] = Counter()
 
 
 class Collectives:
-    """The collectives that were started on some process groups, without those of guards and of their models.
+    """A counter of the collectives on some process groups, without those of guards and of their models.
 
     Args:
         groups: the process groups.
@@ -32,25 +32,25 @@ class Collectives:
         self._backends = {group.group_name: _backends(group) for group in groups}
 
     def count(self) -> int:
-        """Return how many there were. Only differences have a meaning."""
+        """Return the number of collectives. Only differences between two counts have a meaning."""
         return sum(self.mark().values())
 
     def mark(self) -> dict[str, int]:
-        """Return the count of each group, as `disown` needs it."""
+        """Return the count of each group, for a later `disown`."""
         return {name: started - _own_collectives[name] for name, started in self._started()}
 
     def disown(self, mark: dict[str, int]) -> None:
-        """Leave out of the count what was started since the mark."""
+        """Exclude from the count the collectives that were started since the mark."""
         for name, started in self._started():
             _own_collectives[name] = started - mark[name]
 
     def expect_one(self, group: str) -> None:
-        """Leave out of the count one more, on a group, which may not have been started yet."""
+        """Exclude one more collective on a group from the count; it may not have started yet."""
         _own_collectives[group] += group in self._backends
 
     @contextlib.contextmanager
     def own(self) -> Iterator[None]:
-        """Leave out of the count what is started within this context."""
+        """Exclude from the count the collectives that are started within this context."""
         before = self.mark()
         try:
             yield
@@ -74,19 +74,21 @@ def _backends(group: dist.ProcessGroup) -> list[Any]:
 
 
 class Watch:
-    """Looks at forward and backward passes for gradients and activations that no guard can protect.
+    """A watch over forward and backward passes, which refuses gradients and activations that no guard can protect.
+
+    It raises RuntimeError for:
 
     * A collective between the beginning of a forward pass and the end of its backward pass: activations of one rank
       would change the gradients of all.
-    * A gradient that DistributedDataParallel has not reduced when an optimizer steps with it: of a second backward
-      pass for one forward pass, or of a pass that ended before all buckets were ready.
+    * A gradient that DistributedDataParallel has not reduced when an optimizer steps with it. It comes from a second
+      backward pass for one forward pass, or from a pass that ended before all buckets were ready.
     * A parameter that is new, or requires a gradient only since the model was wrapped.
     * `DistributedDataParallel.join`.
 
     Args:
         model: the guarded model.
-        refuse: called before anything is raised.
-        collectives: whether to look at collectives.
+        refuse: called before an error is raised.
+        collectives: whether to look for collectives.
     """
 
     def __init__(self, model: DistributedDataParallel, refuse: Callable[[], None], *, collectives: bool) -> None:
@@ -94,23 +96,23 @@ class Watch:
         groups = {group.group_name: group for group in both}
         self._collectives = Collectives(groups.values() if collectives else ())
         self._group = model.process_group.group_name
-        # DistributedDataParallel asks all ranks what is used: then behind the last bucket, before the first, or never.
+        # DistributedDataParallel reduces its map of used parameters after the last bucket, before the first, or never.
         self._maps_unused_last = self._maps_unused_first = False
         self._refuse = refuse
         self._reduced = reduced_parameters(model)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
-        self._checked = False  # the parameters, in this step
-        self._undecoded: set[Tensor] = set()  # parameters whose gradient has grown since the last step's end
-        # Collectives when the first forward pass began that has had no backward pass yet.
+        self._checked = False  # whether the parameters were checked in this step
+        self._undecoded: set[Tensor] = set()  # parameters with a new gradient since the end of the last step
+        # The number of collectives at the beginning of the first forward pass without a backward pass.
         self._baseline: int | None = None
         self._reducing = False  # whether DistributedDataParallel will reduce the gradients of the last forward pass
         self._in_backward = False
-        self._mark: dict[str, int] | None = None  # what was started since is DistributedDataParallel's own
+        self._mark: dict[str, int] | None = None  # collectives since this mark are DistributedDataParallel's own
 
         model.register_forward_pre_hook(torch.compiler.disable(self._before_forward))
         model._run_ddp_forward = self._around_forward(weakref.ref(model))  # type: ignore[method-assign]
         model.register_forward_hook(torch.compiler.disable(lambda *_: self._excuse()))
-        accumulate = weakref.WeakMethod(self._accumulate)  # a parameter must not hold what holds it
+        accumulate = weakref.WeakMethod(self._accumulate)  # weak, since this object refers to the parameter
 
         def accumulated(parameter: Tensor) -> None:
             if (method := accumulate()) is not None:
@@ -122,15 +124,15 @@ class Watch:
         weakref.finalize(self, _remove, handles).atexit = False
 
     def own(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the guard talks to other ranks."""
+        """Return a context in which collectives are the guard's own."""
         return self._collectives.own()
 
     def begin_part(self) -> None:
-        """Forget forward passes of another mini-batch."""
+        """Forget the forward passes of earlier mini-batches."""
         self._baseline = None
 
     def begin_bucket(self) -> None:
-        """Look at what has happened in the backward pass up to this bucket."""
+        """Check the backward pass up to this bucket."""
         if self._maps_unused_first:
             self._maps_unused_first = False
             self._collectives.expect_one(self._group)
@@ -138,24 +140,24 @@ class Watch:
         self._check("the backward pass")
 
     def end_pass(self) -> None:
-        """Note that all buckets of a backward pass have come."""
+        """Note that all buckets of a backward pass are ready."""
         self._baseline = None
         if self._maps_unused_last:
             self._collectives.expect_one(self._group)
 
     def finish(self) -> None:
-        """Note that all gradients are decoded, or gone."""
+        """Note that all gradients are decoded or were dropped."""
         self._undecoded.clear()
         self._checked = False
 
     def _excuse(self) -> None:
-        """Leave out what DistributedDataParallel has started since the mark, to give all ranks the same buffers."""
+        """Exclude DistributedDataParallel's broadcasts of buffers, which were started since the mark."""
         if self._mark is not None:
             self._collectives.disown(self._mark)
             self._mark = None
 
     def _before_forward(self, model: DistributedDataParallel, arguments: Any) -> None:
-        """Before DistributedDataParallel's own part of the forward pass."""
+        """Check the model before DistributedDataParallel's own part of the forward pass."""
         if not torch.is_grad_enabled():
             return
         if model._join_config.enable:
@@ -177,7 +179,7 @@ class Watch:
         self._mark = self._collectives.mark()
 
     def _around_forward(self, model: weakref.ref[DistributedDataParallel]) -> Callable[..., Any]:
-        """Return a call of the wrapped module; hooks of its own would be copied and pickled with it."""
+        """Return a function that calls the wrapped module; hooks of the module would be copied and pickled with it."""
 
         def run(*arguments: Any, **keywords: Any) -> Any:
             wrapped = model()
@@ -197,7 +199,7 @@ class Watch:
         return around
 
     def _accumulate(self, parameter: Tensor) -> None:
-        """After a gradient was added to a parameter's; before DistributedDataParallel takes it into a bucket."""
+        """Note a new gradient of a parameter, before DistributedDataParallel puts it into a bucket."""
         self._undecoded.add(parameter)
         if self._in_backward:
             return
@@ -206,9 +208,9 @@ class Watch:
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
     def _end_backward(self) -> None:
-        """At the end of a backward pass, before the gradients of DistributedDataParallel's buckets are in place."""
+        """Check the end of a backward pass, before the gradients of DistributedDataParallel's buckets are in place."""
         self._in_backward = False
-        if not self._reducing:  # no bucket looks
+        if not self._reducing:  # no bucket would check it
             self._check("the backward pass")
             self._baseline = None
 
@@ -247,6 +249,6 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 
 def _before_step(watch: Watch | None, optimizer: Optimizer) -> None:
-    # A compiled step cannot look.
+    # A compiled optimizer step cannot run the check.
     if watch is not None and not torch.compiler.is_compiling():
         watch.check_optimizer(optimizer)

@@ -56,6 +56,7 @@ def test_wrong_answers_are_told():
     assert "changed messages" in output
 
 
+@pytest.mark.long
 def test_crashes_and_endless_calls_are_told_and_survived():
     targets = [f"--target=planted_{name}" for name in ("crash", "hang")]
     status, output = fuzz("--calls", 4, "--seed", 19, "--patience", 2, *targets)  # one of each

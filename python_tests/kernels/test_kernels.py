@@ -432,9 +432,9 @@ LOCATORS = [(1, 0), (6, 0), (3, 1), (5, 2), (8, 3), (9, 4), (16, 3), (45, 5), (6
 
 
 @pytest.mark.parametrize("dtype", CYCLIC_DTYPES, ids=str)
-def test_locate(dtype, device, simt, generator):
+def test_locate(dtype, device, simt, long, generator):
     """From (bad, of them not finite, missing) = (0, 0, 0) to more than can be told."""
-    means = itertools.cycle([True, False, True])
+    means, step = itertools.cycle([True, False, True]), 4 if simt else 1 if long else 2
     for (n, s), length in itertools.product(LOCATORS, (200, 32770, 140_003)):
         cases = {(0, 0, 0), (0, 0, 1), (0, 0, 2 * s), (0, 0, 2 * s + 1)}
         cases |= (
@@ -443,7 +443,7 @@ def test_locate(dtype, device, simt, generator):
         cases |= {(s + 1, 0, 0), (s + 1, s + 1, 0), (s + 1, 1, 0)}
         for index, (bad, nonfinite, missing) in enumerate(sorted(cases)):
             hopeless = bad > s and nonfinite <= s  # then all of the search is gone through
-            if missing > n or bad > n or (simt and (length + index + n) % 4) or (hopeless and n > 9 and length > 200):
+            if missing > n or bad > n or (length + index + n) % step or (hopeless and n > 9 and length > 200):
                 continue
             if hopeless and (s == 0 or (simt and n > 9)):
                 continue  # nothing shows without redundancy
@@ -541,13 +541,13 @@ DECODERS = [(1, 0), (5, 0), (3, 1), (4, 1), (7, 2), (8, 3), (9, 4), (15, 3), (33
 
 
 @pytest.mark.parametrize("dtype", CYCLIC_DTYPES, ids=str)
-def test_decode(dtype, device, simt, generator):
+def test_decode(dtype, device, simt, long, generator):
     layouts, means = itertools.cycle(LAYOUTS), itertools.cycle([True, True, False])
     seeds = itertools.cycle([None, *SEEDS])
     cases = [(n, s, d, scene) for (n, s), d, scene in itertools.product(DECODERS, LENGTHS, SCENES)]
-    cases = list(every(16 if simt else 1, cases))
-    long = [(n, s, d, scene) for (n, s), d, scene in itertools.product([(3, 1), (7, 2), (15, 3)], LONG, SCENES)]
-    cases += every(13 if simt else 1, long)
+    cases = list(every(16 if simt else 1 if long else 3, cases))
+    wide = [(n, s, d, scene) for (n, s), d, scene in itertools.product([(3, 1), (7, 2), (15, 3)], LONG, SCENES)]
+    cases += every(13 if simt else 1 if long else 3, wide)
     for n, s, d, scene in cases:
         if scene == "failed" and (s == 0 or (n > 9 and d != 33)):
             continue  # without redundancy nothing shows; and with many workers all of the search takes long

@@ -170,37 +170,44 @@ def usable_instruction_sets():
     return sets
 
 
-@pytest.mark.parametrize("isa", usable_instruction_sets())
-def test_every_instruction_set(isa, tmp_path, long):
-    """The exhaustive and the reference tests again, in a process that is made to use the instruction set."""
-    if draco_ext.build_info()["instruction_set"] == isa or "DRACO_ISA" in os.environ:
-        pytest.skip(f"this run uses {draco_ext.build_info()['instruction_set']} already")
+@pytest.fixture(scope="module")
+def other_instruction_sets(request, tmp_path_factory):
+    """The exhaustive and the reference tests in a process for each instruction set, which is made to use it.
+
+    All run at the same time: each of them on one core.
+    """
     here = os.path.dirname(__file__)
-    files = [os.path.join(here, name) for name in ("test_repetition.py", "test_cyclic.py")]
     depend = "every_bad_set or matches_reference or fused or sum or bit or half or missing or large_param"
-    depend = f"({depend}) and not cuda"
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            depend,
-            *files,
-            *["--long"] * long,
-        ],
-        env={**os.environ, "DRACO_ISA": isa},
-        cwd=tmp_path,  # not the source tree, whose draco_ext may have no compiled module
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"({depend}) and not cuda"]
+    command += [os.path.join(here, name) for name in ("test_repetition.py", "test_cyclic.py")]
+    command += ["--long"] * request.config.getoption("--long")
+    processes = {
+        isa: subprocess.Popen(
+            command,
+            env={**os.environ, "DRACO_ISA": isa, "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path_factory.mktemp(isa),  # not the source tree, whose draco_ext may have no compiled module
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for isa in OTHER_INSTRUCTION_SETS
+    }
+    yield processes
+    for process in processes.values():
+        process.kill()
+
+
+OTHER_INSTRUCTION_SETS = [
+    isa
+    for isa in usable_instruction_sets()
+    if isa != draco_ext.build_info()["instruction_set"] and "DRACO_ISA" not in os.environ
+]
+
+
+@pytest.mark.parametrize("isa", OTHER_INSTRUCTION_SETS)
+def test_every_instruction_set(isa, other_instruction_sets):
+    output, _ = other_instruction_sets[isa].communicate(timeout=900)
+    assert other_instruction_sets[isa].returncode == 0, output[-4000:]
 
 
 def test_unknown_instruction_set_is_named(tmp_path):

@@ -91,6 +91,7 @@ def hosts():
         yield names
 
 
+@pytest.mark.long
 def test_doctor_where_there_is_only_ipv6():
     with namespaces(["six"]) as names:
         _ip("-n", names["six"], "address", "del", "127.0.0.1/8", "dev", "lo")

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -91,6 +92,7 @@ def test_a_rank_killed_and_a_rank_stopped(tmp_path):
         assert result["missing"][STOPPED][-1] < STEPS - 1  # it has caught up
 
 
+@pytest.mark.long
 def test_a_rank_stopped_for_too_long_is_given_up(tmp_path):
     assert _run(tmp_path / "late", "stopped for too long") == [0] * 4 + [1, 0]
     assert torch.load(tmp_path / "late" / "0.pt")["missing"] == {STOPPED: list(range(STOP, STEPS))}

@@ -103,7 +103,7 @@ def test_codes_under_attack(transport, attack, bad, workers, adversaries):
     assert all(check.holds for check in judge(config, outcomes, learns=False))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_port_that_is_taken_is_one_line(tmp_path, rank):
     """MASTER_PORT, by another program, and rank 0 cannot have it; and a rank 1 that finds nobody there."""
     command = "import datetime; from draco_ext.testing import local; local.SILENCE = datetime.timedelta(seconds=2);"

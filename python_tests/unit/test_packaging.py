@@ -1,6 +1,8 @@
 """The build's own decisions: which torch, which compiler, CUDA or not; each stop is one clear sentence."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -212,3 +214,25 @@ def test_another_program_below_uv_does_not_build_for_its_environment(monkeypatch
     assert torch_at.uv_target() is None
     monkeypatch.delenv("UV")
     assert torch_at.uv_target() is None
+
+
+def test_stub_names_what_the_compiled_module_has():
+    from draco_ext._extension import _C
+
+    stub = ast.parse((ROOT / "draco_ext" / "_C.pyi").read_text()).body
+    typed = {node.target.id: node.annotation.id for node in stub if isinstance(node, ast.AnnAssign)}
+    functions = {node.name: len(node.args.args) for node in stub if isinstance(node, ast.FunctionDef)}
+    names = {name for name in dir(_C) if not name.startswith("_")}
+    assert names == typed.keys() | functions.keys()
+    for name, expected in typed.items():
+        assert type(getattr(_C, name)).__name__ == expected
+    for name, arguments in functions.items():
+        assert getattr(_C, name).__doc__.splitlines()[0].count(": ") == arguments
+
+
+@pytest.mark.parametrize("stage", re.findall(r"^stage_(\w+)\(\)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
+def test_every_stage_of_ci_is_a_session_and_is_explained(stage):
+    if stage == "tests":  # the three layers together
+        return
+    assert f'"{stage}"' in (ROOT / "noxfile.py").read_text()
+    assert f"`{stage}`" in (ROOT / "CONTRIBUTING.md").read_text()

@@ -197,9 +197,9 @@ def _dishonest(communicator):
     transport = make_transport("allgather", code, communicator)
     seeds, decode_rows = [], transport._decode_rows
 
-    def note_and_decode(rows, missing, seed):
+    def note_and_decode(rows, out, missing, seed):
         seeds.append(seed)
-        return decode_rows(rows, missing, seed)
+        return decode_rows(rows, out, missing, seed)
 
     transport._decode_rows = note_and_decode
     message, truth = message_of(code, communicator.worker, 3)

@@ -1,1 +1,1 @@
-"""What ``draco bench`` and the suites in bench/ measure: decoders beside the rules people use instead."""
+"""The measurements of ``draco bench`` and of the suites in bench/: decoders compared with robust averages."""

@@ -1,6 +1,6 @@
-"""Robust averages of the libraries that people install, as they are; none is needed, none is copied.
+"""Robust averages of other libraries, for comparison. None of them is required.
 
-``pip install "draco_ext[bench]"`` brings them.
+``pip install "draco_ext[bench]"`` installs them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from draco_ext import baselines
 
 @dataclass(frozen=True)
 class Peer:
-    """One rule of another library.
+    """A rule of another library.
 
     Attributes:
-        name: as in the tables.
-        library: as on PyPI.
+        name: its name in the tables.
+        library: the library's name on PyPI.
         call: (messages, adversaries) -> gradient.
-        definition: what it claims to compute, for float64 messages: (messages, adversaries) -> gradient.
+        definition: the definition that it claims to compute, for float64 messages: (messages, adversaries) -> gradient.
         iterates: whether its time depends on the messages.
     """
 
@@ -39,7 +39,7 @@ class Peer:
     iterates: bool = False
 
     def missing(self) -> str | None:
-        """Why it cannot be used here, or None."""
+        """Return why it cannot be used here, or None."""
         try:
             version(self.library)
         except PackageNotFoundError:
@@ -47,35 +47,36 @@ class Peer:
         return None
 
     def distance(self, workers: int) -> float:
-        """How far its result is from its definition, relatively, on random messages of which one is reversed."""
+        """Return the relative distance of its result from its definition, on random messages with one reversed."""
         generator = torch.Generator().manual_seed(0)
         messages = torch.randn(workers, 1000, generator=generator) + torch.randn(1000, generator=generator)
         messages[0] *= -100
         expected = self.definition(messages.double(), 1)
-        return ((self.call(messages, 1).double() - expected).norm() / expected.norm()).item()
+        return float((self.call(messages, 1).double() - expected).norm() / expected.norm())
 
     def apply(self, messages: Tensor, code: object) -> Tensor:
-        """As a rule of the benchmarks: one worker may be bad."""
+        """Apply it as a rule of the benchmarks, with at most one bad worker."""
         return self.call(messages, 1)
 
 
 def _byzfl() -> types.ModuleType:
-    """Its aggregators alone: the package imports torchvision, which needs a torch with CUDA if it comes from PyPI."""
+    """Import byzfl's aggregators only: the package itself imports torchvision, whose PyPI build needs CUDA."""
     if "byzfl" not in sys.modules:
         spec = importlib.util.find_spec("byzfl")
         package = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("byzfl", None, is_package=True))
-        package.__path__ = list(spec.submodule_search_locations)
+        package.__path__ = list((spec and spec.submodule_search_locations) or ())
         sys.modules["byzfl"] = package
     return importlib.import_module("byzfl.aggregators.aggregators")
 
 
 def _geom_median(messages: Tensor, adversaries: int) -> Tensor:
     module = importlib.import_module("geom_median.torch")
-    return module.compute_geometric_median(messages, skip_typechecks=True).median
+    median: Tensor = module.compute_geometric_median(messages, skip_typechecks=True).median
+    return median
 
 
 def _krum(messages: Tensor, neighbours: int) -> Tensor:
-    """All messages by their Krum scores, the least first, from all differences."""
+    """Return all messages in the order of their Krum scores, lowest first, computed from all differences."""
     squared = (messages[:, None] - messages).square().sum(2)
     scores = squared.sort(1).values[:, 1 : neighbours + 1].sum(1)
     return scores.argsort()
@@ -94,7 +95,7 @@ PEERS = (
         lambda messages, s: _byzfl().TrMean(s)(messages),
         lambda messages, s: messages.sort(0).values[s : len(messages) - s].mean(0),
     ),
-    # Of the n-s-1 nearest, where the paper has n-s-2.
+    # This library uses the n-s-1 nearest messages; the paper has n-s-2.
     Peer(
         "byzfl Krum",
         "byzfl",
@@ -107,7 +108,7 @@ PEERS = (
         lambda messages, s: _byzfl().MultiKrum(s)(messages),
         lambda messages, s: messages[_krum(messages, len(messages) - s - 1)[: len(messages) - s]].mean(0),
     ),
-    # Three steps, by default: the definition is what they lead to.
+    # The library makes three steps by default; the definition is the limit of these steps.
     Peer(
         "byzfl GeometricMedian",
         "byzfl",

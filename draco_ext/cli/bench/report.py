@@ -1,4 +1,4 @@
-"""What the benchmarks print and leave behind: Markdown tables, JSON, pictures."""
+"""The output of the benchmarks: Markdown tables, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,24 +19,26 @@ from draco_ext.cli.train_report import finite, processor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measured call; medians over the rounds.
+    """A measured call, as medians over the rounds.
 
     Attributes:
-        report: which of `REPORTS` it belongs to.
-        n: workers.
-        d: elements of the gradient.
-        rule: what was called.
-        seconds: how long it took; None: it could not run, see note.
-        to_yardstick: seconds / those of the report's yardstick, around every round.
-        bytes: read, or sent.
-        error: relative to the honest mean, with reversed messages.
-        own: whether it is this library's.
-        split: seconds that are part of the others, or other figures with names of their own; None: never.
-        note: what else to know of it.
+        report: the name of its report, one of `REPORTS`.
+        n: the number of workers.
+        d: the number of elements of the gradient.
+        rule: the name of the rule that was called.
+        seconds: the time of a call; None if it could not run, see note.
+        to_yardstick: the ratio of seconds to those of the report's yardstick, measured around every round.
+        bytes: the number of bytes that were read or sent.
+        error: the error relative to the honest mean, with reversed messages.
+        own: whether the rule is this library's.
+        split: seconds that are part of `seconds`, or other figures, by name; None: does not apply.
+        note: a remark.
     """
 
     report: str
@@ -48,7 +50,7 @@ class Row:
     bytes: int = 0
     error: float | None = None
     own: bool = False
-    split: dict[str, float | None] | None = None
+    split: Mapping[str, float | None] | None = None
     note: str = ""
 
 
@@ -67,7 +69,7 @@ def _gpu() -> dict[str, str]:
 
 
 def machine(cuda: bool = False) -> dict[str, str]:
-    """What a table was measured on."""
+    """Return a description of the machine on which a table was measured."""
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
@@ -88,11 +90,11 @@ def machine(cuda: bool = False) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Report:
-    """How the rows of one kind are shown."""
+    """The way in which the rows of one kind are shown."""
 
     title: str
     legend: str
-    column: str  # of Row.to_yardstick
+    column: str  # the heading of Row.to_yardstick
     show: Callable[[float], str] = "{:.2f}".format
 
 
@@ -157,7 +159,7 @@ REPORTS = {
 
 
 def size_name(d: int) -> str:
-    """A number of elements, short."""
+    """Return a number of elements in a short form."""
     return f"{d:.3g}".replace("e+0", "e")
 
 
@@ -170,23 +172,25 @@ def _fastest_other(rows: list[Row]) -> dict[tuple[int, int], float]:
 
 
 def _cells(row: Row, report: Report, fastest: dict[tuple[int, int], float]) -> dict[str, str]:
-    """A row's cells by the table's header."""
+    """Return a row's cells by the table's header."""
     cells = {"n": str(row.n), "d": size_name(row.d), "rule": row.rule}
     if row.report in ("paper", "accuracy"):
         return cells | {name: "never" if value is None else f"{value:.3g}" for name, value in (row.split or {}).items()}
-    ms = row.seconds is not None
+    seconds = row.seconds
     cells |= {
-        "ms": f"{1e3 * row.seconds:.4g}" if ms else "-",
+        "ms": "-" if seconds is None else f"{1e3 * seconds:.4g}",
         "MB": f"{row.bytes / 1e6:.1f}",
-        "GB/s": f"{row.bytes / row.seconds / 1e9:.2f}" if ms else "-",
-        report.column: report.show(row.to_yardstick) if ms else "-",
+        "GB/s": "-" if seconds is None else f"{row.bytes / seconds / 1e9:.2f}",
+        report.column: "-" if row.to_yardstick is None else report.show(row.to_yardstick),
     }
     if row.report in ("decode", "cuda"):
         other = fastest.get((row.n, row.d))
-        cells["x other"] = f"{row.seconds / other:.3f}" if ms and other and row.error is not None else ""
+        cells["x other"] = ""
+        if seconds is not None and other is not None and row.error is not None:
+            cells["x other"] = f"{seconds / other:.3f}"
         cells["error"] = "" if row.error is None else f"{row.error:.1e}"
     if row.report == "step":
-        cells |= {name: f"{1e3 * seconds:.1f}" for name, seconds in row.split.items()}
+        cells |= {name: f"{1e3 * part:.1f}" for name, part in (row.split or {}).items() if part is not None}
     if row.report == "scaling":
         cells["locator"] = "" if row.split is None else f"{row.split['locator']:.2%}"
     cells["note"] = row.note
@@ -194,7 +198,7 @@ def _cells(row: Row, report: Report, fastest: dict[tuple[int, int], float]) -> d
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Markdown that is also aligned as plain text."""
+    """Return a Markdown table that is also aligned as plain text."""
     report, fastest = REPORTS[rows[0].report], _fastest_other(rows)
     cells = [_cells(row, report, fastest) for row in rows]
     header = [name for name in cells[0] if any(line.get(name) for line in cells)]
@@ -213,12 +217,12 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def facts(cuda: bool) -> str:
-    """One line of what was measured on."""
+    """Return the description of the machine as one line."""
     return "; ".join(f"{key}: {value}" for key, value in machine(cuda).items())
 
 
 def write(folder: Path, rows: list[Row]) -> list[Path]:
-    """Writes one kind of rows as JSON, Markdown and, where there is one, a picture; returns the files."""
+    """Write one kind of rows as JSON, Markdown and, if it has one, a picture; return the files."""
     name = rows[0].report
     report, cuda = REPORTS[name], name == "cuda"
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +244,7 @@ _OWN, _OTHERS, _READ = "#0072B2", "#E69F00", "#999999"
 _LINES = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")
 
 
-def _panel(panel: plt.Axes) -> None:
+def _panel(panel: Axes) -> None:
     panel.grid(color="#EEEEEE")
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
@@ -251,22 +255,20 @@ def _short(value: float) -> str:
 
 
 def _draw_decode(path: Path, rows: list[Row]) -> None:
-    """Bars of the largest size: time over one read of the messages."""
+    """Draw bars for the largest size: time relative to one read of the messages."""
     size = max((row.n * row.d, row.n, row.d) for row in rows)[1:]
-    shown = [row for row in rows if (row.n, row.d) == size and row.seconds is not None]
-    shown.sort(key=lambda row: -row.to_yardstick)
-    figure, panel = plt.subplots(figsize=(9, 0.6 + 0.3 * len(shown)), layout="constrained")
-    kinds = [_OWN if row.own else _READ if row.error is None or row.rule == "mean" else _OTHERS for row in shown]
-    bars = panel.barh([row.rule for row in shown], [row.to_yardstick for row in shown], color=kinds)
-    labels = [
-        f" {_short(row.to_yardstick)}" + ("" if row.error is None else f"   error {row.error:.1g}") for row in shown
-    ]
-    panel.bar_label(bars, labels, fontsize=8)
+    bars = [(row.to_yardstick, row) for row in rows if (row.n, row.d) == size and row.to_yardstick is not None]
+    bars.sort(key=lambda bar: -bar[0])
+    figure, panel = plt.subplots(figsize=(9, 0.6 + 0.3 * len(bars)), layout="constrained")
+    kinds = [_OWN if row.own else _READ if row.error is None or row.rule == "mean" else _OTHERS for _, row in bars]
+    drawn = panel.barh([row.rule for _, row in bars], [reads for reads, _ in bars], color=kinds)
+    labels = [f" {_short(reads)}" + ("" if row.error is None else f"   error {row.error:.1g}") for reads, row in bars]
+    panel.bar_label(drawn, labels, fontsize=8)
     names = {_OWN: "draco_ext", _OTHERS: "robust averages and other code", _READ: "not robust, to compare with"}
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in names]
+    handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in names]
     panel.legend(handles, names.values(), frameon=False, loc="upper right")
     panel.set(xscale="log", xlabel="time, in reads of the messages")
-    panel.set_xlim(0.7, 20 * max((row.to_yardstick for row in shown), default=1))
+    panel.set_xlim(0.7, 20 * max((reads for reads, _ in bars), default=1))
     panel.set_title(f"{size[0]} messages of {size_name(size[1])} float32", fontsize=11)
     _panel(panel)
     figure.savefig(path, dpi=150)
@@ -274,14 +276,15 @@ def _draw_decode(path: Path, rows: list[Row]) -> None:
 
 
 def _draw_scaling(path: Path, rows: list[Row]) -> None:
-    """Time per byte, and relative to one read, over d; one line for each n, one row of panels for each rule."""
+    """Draw time per byte, and time relative to one read, over d: a line for each n, a row of panels for each rule."""
     rules = list(dict.fromkeys(row.rule for row in rows))
     figure, panels = plt.subplots(len(rules), 2, figsize=(11, 3.6 * len(rules)), squeeze=False, layout="constrained")
     for (left, right), rule in zip(panels, rules, strict=True):
         for colour, n in zip(_LINES, sorted({row.n for row in rows}), strict=False):
             line = [row for row in rows if row.rule == rule and row.n == n]
             d = [row.d for row in line]
-            left.plot(d, [1e9 * row.seconds / row.bytes for row in line], "o-", color=colour, label=f"n = {n}")
+            per_byte = [1e9 * row.seconds / row.bytes for row in line if row.seconds is not None]
+            left.plot(d, per_byte, "o-", color=colour, label=f"n = {n}")
             right.plot(d, [row.to_yardstick for row in line], "o-", color=colour)
         left.set(xscale="log", ylim=(0, None), xlabel="d", ylabel="ns per byte of the messages", title=rule)
         right.set(xscale="log", ylim=(0, None), xlabel="d", ylabel="time / one read of the messages", title=rule)

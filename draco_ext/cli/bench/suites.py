@@ -1,4 +1,4 @@
-"""What ``draco bench`` can measure, as jobs that give rows."""
+"""The suites of ``draco bench``, as jobs that yield rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 import draco_ext
 from draco_ext import baselines, ops
 from draco_ext.cli.bench.report import Row
-from draco_ext.cli.bench.timing import Clock, available_memory, compare, memory_limit, repeat
+from draco_ext.cli.bench.timing import Clock, Timing, available_memory, compare, memory_limit, repeat
 from draco_ext.cli.bench.workloads import (
     ONE_READ,
     Rule,
@@ -34,7 +34,7 @@ from draco_ext.testing.attacks import ATTACKS
 
 @dataclass(frozen=True)
 class Job:
-    """A piece of a suite."""
+    """A part of a suite."""
 
     label: str
     run: Callable[[], list[Row]]
@@ -47,7 +47,7 @@ def _built(load: Workload) -> Tensor:
 
 
 def decode(device: str, n: int, d: int, with_peers: bool) -> Iterator[Job]:
-    """Decoders beside robust averages on the messages of n workers."""
+    """Yield jobs that compare decoders with robust averages on the messages of n workers."""
     clock = Clock(device)
     for rule in [ONE_READ, *others(n, with_peers), *votes(n), *cyclic_rules(n)]:
         yield Job(rule.name, functools.partial(_decode_row, rule, clock, device, n, d))
@@ -56,8 +56,8 @@ def decode(device: str, n: int, d: int, with_peers: bool) -> Iterator[Job]:
 def _decode_row(rule: Rule, clock: Clock, device: str, n: int, d: int) -> list[Row]:
     load = workload(device, n, d, rule.code, rule.adversaries)
     row = Row("decode" if device == "cpu" else "cuda", n, d, rule.name, None, own=rule.own)
-    if rule.peer is not None and rule.peer.missing():
-        return [replace(row, note=rule.peer.missing())]
+    if rule.peer is not None and (why := rule.peer.missing()):
+        return [replace(row, note=why)]
     messages = _built(load)
     moved = messages.nbytes
     yardstick = messages.sum
@@ -72,14 +72,16 @@ def _decode_row(rule: Rule, clock: Clock, device: str, n: int, d: int) -> list[R
     try:
         with memory_limit():
             error, timing = _measure(rule, clock, load, messages, yardstick)
-    except Exception as failure:  # of other people's code: of whatever kind, it goes into the table
+    except Exception as failure:  # other libraries' code may raise anything; the table shows it
         return [replace(row, note=f"failed: {str(failure).strip().splitlines()[0][:80]}")]
     distance = rule.peer.distance(n)
     note = f"{distance:.0e} from what it approximates" if distance > 1e-5 else ""
     return [replace(row, seconds=timing.seconds, to_yardstick=timing.ratio, error=error, note=note)]
 
 
-def _measure(rule: Rule, clock: Clock, load: Workload, messages: Tensor, yardstick: Callable[[], object]):
+def _measure(
+    rule: Rule, clock: Clock, load: Workload, messages: Tensor, yardstick: Callable[[], object]
+) -> tuple[float | None, Timing]:
     error = relative_error(rule, load.device, load.n)
     with reversed_workers(messages, rule.reversed, rule.late):
         return error, compare(clock, lambda: rule.apply(messages, load.code), yardstick)
@@ -89,7 +91,10 @@ def _measure(rule: Rule, clock: Clock, load: Workload, messages: Tensor, yardsti
 
 
 def same_messages(n: int, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """All workers send the same: honest messages of every code, as the n-th roots of unity add up to 0."""
+    """Return the same message from every worker; with every code this is an honest set of messages.
+
+    For the cyclic code this holds because the n-th roots of unity add up to 0.
+    """
     gradient = part_gradient("cpu", 0, d).to(dtype)
     messages = torch.empty(n, d, dtype=dtype)
     for row in messages:
@@ -98,18 +103,20 @@ def same_messages(n: int, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 KERNEL_ROUNDS = 21
+# A call, its yardstick, and how many bytes the call reads.
+Built = tuple[Callable[[], object], Callable[[], object], int]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel beside its yardstick.
+    """A kernel and its yardstick.
 
     Attributes:
-        name: as in the table.
-        yardstick: what the yardstick is.
-        n: workers.
-        d: elements.
-        build: makes the two calls, and says how many bytes the first one reads.
+        name: its name in the table.
+        yardstick: a description of the yardstick.
+        n: the number of workers.
+        d: the number of elements.
+        build: returns the two calls, and the number of bytes that the first one reads.
         short: whether a call is too short to be timed alone.
     """
 
@@ -117,11 +124,11 @@ class Case:
     yardstick: str
     n: int
     d: int
-    build: Callable[[], tuple[Callable[[], object], Callable[[], object], int]]
+    build: Callable[[], Built]
     short: bool = False
 
     def prepare(self) -> Prepared:
-        """Makes the calls."""
+        """Make the calls."""
         gc.collect()
         call, yardstick, moved = self.build()
         if not self.short:
@@ -130,7 +137,7 @@ class Case:
 
 
 class Prepared(NamedTuple):
-    """A case's calls, each so often repeated that it can be timed."""
+    """The calls of a case, each repeated until it is long enough to be timed."""
 
     case: Case
     call: Callable[[], object]
@@ -140,7 +147,7 @@ class Prepared(NamedTuple):
     bytes: int
 
     def row(self, seconds: float, ratio: float) -> Row:
-        """The row, from what the two calls took."""
+        """Return the row, given the times of the two calls."""
         case = self.case
         return Row(
             "kernels",
@@ -156,7 +163,7 @@ class Prepared(NamedTuple):
 
 
 def kernel_cases(d: int) -> Iterator[Case]:
-    """Every kernel, for a gradient of d elements on the CPU."""
+    """Yield a case for every kernel, for a gradient of d elements on the CPU."""
     for group in (3, 5, 7, 11):
         yield _vote_case(45 // group * group, d, group, torch.float32)
     yield _vote_case(45, d // 2, 3, torch.float64)
@@ -173,7 +180,7 @@ def kernel_cases(d: int) -> Iterator[Case]:
 
 
 def _vote_case(n: int, d: int, group: int, dtype: torch.dtype) -> Case:
-    def build():
+    def build() -> Built:
         messages = same_messages(n, d, dtype)
         words = messages if dtype.itemsize > 2 else messages.view(torch.float32)  # torch adds up 16-bit types slowly
         code = draco_ext.RepetitionCode(n, (group - 1) // 2)
@@ -182,34 +189,34 @@ def _vote_case(n: int, d: int, group: int, dtype: torch.dtype) -> Case:
     return Case(f"vote of {group}, {str(dtype).removeprefix('torch.')}", "one read", n, d, build)
 
 
-def _encode_part(d: int):
+def _encode_part(d: int) -> Built:
     gradient, message, carry = part_gradient("cpu", 0, d), torch.zeros(d), torch.zeros(d)
     encode = functools.partial(ops.cyclic_encode_add_, message, carry, gradient, 45, 5, 0, 0)
     return encode, functools.partial(message.add_, gradient), 2 * gradient.nbytes
 
 
-def _encode(d: int):
+def _encode(d: int) -> Built:
     gradients = same_messages(11, d)
     return functools.partial(ops.cyclic_encode, gradients, 45, 5, 0), gradients.sum, gradients.nbytes
 
 
-def _digest(d: int):
+def _digest(d: int) -> Built:
     values = part_gradient("cpu", 0, d)
     return functools.partial(ops.digest, values, 7), values.sum, values.nbytes
 
 
-def _project(d: int):
+def _project(d: int) -> Built:
     messages = same_messages(45, d)
     return functools.partial(ops.cyclic_project, messages, 7), messages.sum, messages.nbytes
 
 
-def _short(code: draco_ext.Code):
+def _short(code: draco_ext.Code) -> Built:
     messages = same_messages(code.workers, 1000)
     return functools.partial(draco_ext.decode, messages, code), messages.sum, messages.nbytes
 
 
 def kernels(d: int) -> Iterator[Job]:
-    """Every kernel beside its yardstick."""
+    """Yield jobs that compare every kernel with its yardstick."""
     clock = Clock("cpu")
     for case in kernel_cases(d):
         yield Job(case.name, functools.partial(_kernel_row, case, clock))
@@ -227,7 +234,7 @@ SCALING_WORKERS = (7, 15, 45, 127, 255)
 
 
 def scaling(most_bytes: int | None = None) -> Iterator[Job]:
-    """Clean decodes from d = 1e5 to the largest that fits in half of the memory, or in so many bytes."""
+    """Yield jobs for clean decodes of growing size, up to `most_bytes`, by default half of the available memory."""
     clock = Clock("cpu")
     most = available_memory() // 2 if most_bytes is None else most_bytes
     for n in SCALING_WORKERS:
@@ -268,7 +275,7 @@ PAPER_MODELS = {
 
 
 def paper(device: str) -> Iterator[Job]:
-    """Encoding and decoding of whole gradients under attack, as in the paper's tables, with ratios to the median."""
+    """Yield jobs that encode and decode whole gradients under attack, as in the paper's tables."""
     clock = Clock(device)
     for attack in ("reversed", "constant"):
         for s in (1, 3, 5):
@@ -276,7 +283,7 @@ def paper(device: str) -> Iterator[Job]:
 
 
 def _paper_rows(clock: Clock, device: str, attack: str, s: int) -> list[Row]:
-    """One row per model. A whole bucket is measured once for all models that are larger."""
+    """Return one row per model. A full bucket is measured once for all models that are larger."""
     n = PAPER_WORKERS
     seconds: dict[int, dict[str, float]] = {}
     for width in sorted({min(d, BUCKET) for d in PAPER_MODELS.values()}):
@@ -312,7 +319,7 @@ def _paper_calls(device: str, attack: str, s: int, d: int) -> Iterator[tuple[str
     yield "median", functools.partial(baselines.geometric_median, gradients)
     yield "Gram", functools.partial(baselines.geometric_median_gram, gradients)
     messages = gradients
-    messages[:] = gradients[n - 1].clone()  # honest messages of both codes, see same_messages
+    messages[:] = gradients[n - 1].clone()  # these are honest messages of both codes, see same_messages
     for j in range(s):
         messages[j] = corrupt(messages[j])
     yield "repetition", functools.partial(draco_ext.decode, messages, draco_ext.RepetitionCode(n, s))
@@ -330,12 +337,15 @@ ACCURACY = Config(
     attack="constant",
     bad="fixed",
     seed=0,
-    **{**LEARNING, "steps": 150},
+    steps=150,
+    batch_size=LEARNING.batch_size,
+    learning_rate=LEARNING.learning_rate,
+    momentum=LEARNING.momentum,
 )
 
 
 def accuracy(config: Config = ACCURACY) -> Iterator[Job]:
-    """Real training in real processes until a test accuracy is reached, under attack."""
+    """Yield jobs that train in real processes under attack until a test accuracy is reached."""
     yield Job(f"training, {config.steps} steps per rule", functools.partial(_accuracy_rows, config))
 
 

@@ -1,4 +1,4 @@
-"""The one harness of all benchmarks: times calls beside a yardstick."""
+"""The harness of all benchmarks, which times calls together with a yardstick."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PATIENCE = 15.0  # seconds for all rounds of one call; a slower call is made onc
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians.
+    """The medians of a timed call.
 
     Attributes:
-        seconds: of the call.
-        ratio: to the yardstick just before and after it.
-        rounds: how many.
+        seconds: the seconds of the call.
+        ratio: the ratio to the yardstick just before and after the call.
+        rounds: the number of rounds.
     """
 
     seconds: float
@@ -35,31 +35,31 @@ class Timing:
 
     @classmethod
     def of(cls, calls: Sequence[float], yardsticks: Sequence[float]) -> Timing:
-        """Return the medians of a call's seconds, given those of the yardstick before the first and after each."""
+        """Return the medians, given the seconds of the calls and of the yardsticks before the first and after each."""
         around = [(before + after) / 2 for before, after in itertools.pairwise(yardsticks)]
         ratios = [own / other for own, other in zip(calls, around, strict=True)]
         return cls(statistics.median(calls), statistics.median(ratios), len(calls))
 
 
 class Clock:
-    """Seconds that a call takes on a device: on a GPU by its events, from a cache that holds nothing of use."""
+    """A clock that times calls on a device: on a GPU with CUDA events, after other data have filled the cache."""
 
     def __init__(self, device: str) -> None:
         self._unrelated = torch.ones(2**28, device=device) if device == "cuda" else None
 
     def __call__(self, call: Callable[[], object]) -> float:
-        """Runs the call."""
+        """Run the call and return its seconds."""
         if self._unrelated is None:
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._unrelated.sum()  # evicts the cache, and lets the host launch ahead
-        start.record()
+        begin.record()
         call()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(begin.elapsed_time(end)) / 1e3
 
 
 def compare(
@@ -69,7 +69,7 @@ def compare(
     rounds: int = ROUNDS,
     patience: float = PATIENCE,
 ) -> Timing:
-    """Times the call, and the yardstick before and after each: neighbours in time, on a machine that may be shared."""
+    """Time the call, and the yardstick before and after each round, since the load of a shared machine may change."""
     clock(yardstick)
     yardsticks, begin = [clock(yardstick)], time.perf_counter()
     calls: list[float] = []
@@ -83,7 +83,7 @@ def compare(
 
 
 def repeat(call: Callable[[], object], seconds: float = 2e-3) -> tuple[Callable[[], None], int]:
-    """A function that makes a short call so often that it takes about this long, and how often that is."""
+    """Return a function that repeats a short call for about this many seconds, and the number of repetitions."""
     call()
     start = time.perf_counter()
     call()
@@ -97,10 +97,10 @@ def repeat(call: Callable[[], object], seconds: float = 2e-3) -> tuple[Callable[
 
 
 def keep_memory() -> None:
-    """Has the C library keep what is freed, as torch's CUDA allocator does.
+    """Make the C library keep freed memory, as torch's CUDA allocator does.
 
-    Otherwise it takes the memory of every result above 32 MB from the operating system anew, which clears it page by
-    page: what that costs depends on the system, in a virtual machine on its host, and not on the rule.
+    Otherwise every result above 32 MB gets new memory from the operating system, which clears it page by page. That
+    cost depends on the system (in a virtual machine, on its host) and not on the rule.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):  # glibc
@@ -109,7 +109,7 @@ def keep_memory() -> None:
 
 
 def available_memory() -> int:
-    """Bytes that this machine can still give."""
+    """Return the number of bytes that this machine has available."""
     with contextlib.suppress(OSError):
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         if found:
@@ -119,7 +119,7 @@ def available_memory() -> int:
 
 @contextlib.contextmanager
 def memory_limit() -> Iterator[None]:
-    """A call that wants more memory than there is fails with an exception: the process is not killed."""
+    """Make calls that need more memory than there is fail with an exception, so that the process is not killed."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     if pages:

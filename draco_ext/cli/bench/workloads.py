@@ -1,4 +1,4 @@
-"""Messages as workers send them, and rules that make one gradient of them."""
+"""Messages of workers, and rules that compute one gradient from them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ EXACT = 1e-6  # the largest relative error of a decoded float32 gradient
 
 @dataclass(frozen=True)
 class Workload:
-    """float32 messages of n workers for a gradient of d elements, made by a code or by none."""
+    """The float32 messages of n workers for a gradient of d elements, with a code or without."""
 
     device: str
     n: int
@@ -32,11 +33,11 @@ class Workload:
 
     @property
     def parts(self) -> int:
-        """How many gradients there are."""
+        """The number of gradients."""
         return self.n if self.code is None else self.code.parts
 
     def build(self, series: int = 0) -> Tensor:
-        """The honest messages, part by part: beside them exists no more than one gradient.
+        """Return the honest messages, built part by part, so that no more than one gradient is in memory beside them.
 
         Every series has other gradients.
         """
@@ -50,18 +51,18 @@ class Workload:
                 if code is None:
                     messages[worker] = gradient
                 else:
-                    # One room for what rounding leaves: these parts do not cancel.
+                    # One vector of rounding errors is enough, since these parts do not cancel.
                     first = part == min(assigned[worker])
                     code.encode_add_(messages[worker], carry.zero_(), gradient, worker, part, first=first)
         return messages
 
     @property
     def size(self) -> str:
-        """Messages and elements, short."""
+        """The numbers of messages and elements in a short form."""
         return f"{self.n}x{self.d:.3g}".replace("e+0", "e")
 
     def honest_mean(self) -> Tensor:
-        """Of the series 0."""
+        """Return the honest mean of series 0."""
         total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
         for part in range(self.parts):
             total += part_gradient(self.device, part, self.d)
@@ -74,17 +75,17 @@ def _randn(device: str, d: int, seed: int) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def common_gradient(device: str, d: int) -> Tensor:
-    """What all parts of the batch have in common."""
+    """Return the gradient that all parts of the batch have in common."""
     return _randn(device, d, 2**31)
 
 
 def part_gradient(device: str, part: int, d: int) -> Tensor:
-    """What all parts of the batch have in common, and as much noise."""
+    """Return a part's gradient: the common one, and noise of the same size."""
     return _randn(device, d, part).add_(common_gradient(device, d))
 
 
 def reverse(messages: Tensor, workers: Iterable[int], late: bool = False) -> None:
-    """Makes workers bad, in place; in the last element alone if late."""
+    """Reverse the messages of some workers, in place; only the last element if `late`."""
     for worker in workers:
         bad = messages[worker, -1:] if late else messages[worker]
         bad.copy_(ATTACKS["reversed"](bad, generator=torch.Generator()))
@@ -92,7 +93,7 @@ def reverse(messages: Tensor, workers: Iterable[int], late: bool = False) -> Non
 
 @contextlib.contextmanager
 def reversed_workers(messages: Tensor, workers: Sequence[int], late: bool = False) -> Iterator[None]:
-    """Makes workers bad for a while."""
+    """Reverse the messages of some workers within this context."""
     honest = messages[list(workers)]
     reverse(messages, workers, late)
     try:
@@ -101,24 +102,24 @@ def reversed_workers(messages: Tensor, workers: Sequence[int], late: bool = Fals
         messages[list(workers)] = honest
 
 
-Apply = Callable[[Tensor, draco_ext.Code | None], Tensor]
+Apply = Callable[[Tensor, Any], Tensor]  # the rule says which class of code, or None
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the table for every size.
+    """A rule, which has one line in the table for every size.
 
     Attributes:
-        name: as in the table.
+        name: its name in the table.
         apply: (messages, code) -> gradient.
         code: the class of code that makes the messages, or None.
-        adversaries: how many bad workers the code is made for.
-        reversed: who sends a reversed message while the rule is timed. For the error somebody always does: the first
-            workers, as many as the rule is told of, where nobody is named here.
+        adversaries: the number of bad workers for which the code is made.
+        reversed: the workers that send a reversed message while the rule is timed. The error is always measured with
+            reversed messages; if this is empty, with those of the first workers, as many as the rule allows.
         late: whether only the last element of their messages is reversed.
-        slow: to be timed less often.
-        decodes: whether what it gives is a gradient, whose error can be looked at.
-        peer: whose code it is, where it is another library's.
+        slow: whether it is timed less often.
+        decodes: whether its result is a gradient, whose error can be measured.
+        peer: the rule of another library that it calls, or None.
     """
 
     name: str
@@ -133,28 +134,28 @@ class Rule:
 
     @property
     def own(self) -> bool:
-        """Whether it is this library's."""
+        """Return whether it is a rule of this library."""
         return self.apply in (decode, decode_expecting, decode_into, encode)
 
     @property
     def slug(self) -> str:
-        """The name in a form that pytest -k understands."""
+        """The name in a form that pytest -k accepts."""
         return "-".join(re.findall(r"\w+", self.name.replace("=", "")))
 
 
 @functools.cache
 def workload(device: str, n: int, d: int, code: type[draco_ext.Code] | None, adversaries: int) -> Workload:
-    """One object for all rules with the same messages: they are built once."""
-    return Workload(device, n, d, code and code(n, adversaries))
+    """Return the workload; rules with the same messages share one, so that it is built once."""
+    return Workload(device, n, d, None if code is None else code(n, adversaries))
 
 
 def decode(messages: Tensor, code: draco_ext.Code) -> Tensor:
-    """As in a step in which bad workers, if any, are new."""
+    """Decode as in a step in which bad workers, if any, are new."""
     return draco_ext.decode(messages, code).gradient
 
 
 def decode_expecting(messages: Tensor, code: draco_ext.Code) -> Tensor:
-    """As in every step of a run but the first in which a worker is bad."""
+    """Decode as in a step in which the bad workers are those of the step before."""
     expected = torch.arange(code.workers, device=messages.device) < code.adversaries
     return draco_ext.decode(messages, code, expected=expected).gradient
 
@@ -171,12 +172,12 @@ def decode_into(messages: Tensor, code: draco_ext.Code) -> Tensor:
 
 
 def encode(messages: Tensor, code: draco_ext.Code) -> Tensor:
-    """A worker's message; any rows will do as the gradients of its parts."""
+    """Encode a worker's message; the messages serve as the gradients of its parts."""
     return code.encode(0, messages[: code.redundancy])
 
 
 def baseline(name: str) -> Apply:
-    """One of `baselines.AGGREGATORS`, told that one worker is bad."""
+    """Return one of `baselines.AGGREGATORS` as a rule, for one bad worker."""
     return lambda messages, code: baselines.AGGREGATORS[name](messages, 1)
 
 
@@ -185,18 +186,18 @@ ONE_READ = Rule("one read", lambda messages, code: messages.sum(), decodes=False
 
 
 def vote_torch(messages: Tensor, code: draco_ext.Code) -> Tensor:
-    """The majority vote in plain torch."""
+    """Apply the majority vote in plain torch."""
     return baselines.vote_torch(messages, code.redundancy)[0]
 
 
 def others(n: int, with_peers: bool) -> list[Rule]:
-    """What people use instead: plain torch and, where wanted, the libraries that they install."""
+    """Return the rules to compare with: plain torch and, if wanted, other libraries."""
     sorting = ("coordinate-median", "trimmed-mean")
     medians = ("geometric-median", "geometric-median-gram")
     rules = [
         Rule(name, baseline(name), slow=name in sorting or name == "geometric-median") for name in baselines.AGGREGATORS
     ]
-    # The number of iterations depends on the messages.
+    # Timed with reversed messages, since its number of iterations depends on the messages.
     rules += [Rule(f"{name}, 1 reversed", baseline(name), reversed=(0,), slow=True) for name in medians]
     if with_peers:
         for peer in peers.PEERS:
@@ -207,10 +208,10 @@ def others(n: int, with_peers: bool) -> list[Rule]:
 
 
 def votes(n: int) -> list[Rule]:
-    """The majority vote, and the same in plain torch, which has to look further where somebody lies."""
+    """Return the majority vote, and the same in plain torch, which is slower if workers are bad."""
     sizes = draco_ext.RepetitionCode(n, 1).group_sizes
-    liars = tuple(itertools.accumulate(sizes[:-1], initial=0))  # one in every group
-    kinds = {
+    liars = tuple(itertools.accumulate(sizes[:-1], initial=0))  # one bad worker in every group
+    kinds: dict[str, dict[str, Any]] = {
         "": {},
         f", {len(liars)} reversed": {"reversed": liars},
         f", {len(liars)} in their last element": {"reversed": liars, "late": True},
@@ -224,7 +225,7 @@ def votes(n: int) -> list[Rule]:
 
 
 def cyclic_rules(n: int) -> list[Rule]:
-    """The cyclic decode when nobody is bad, when bad workers are new, and when they are those of the step before."""
+    """Return the cyclic decode without bad workers, with new ones, and with those of the step before."""
     return [
         rule
         for s in ((1, 5) if n == 45 else (1,))
@@ -238,20 +239,20 @@ def cyclic_rules(n: int) -> list[Rule]:
 
 
 def relative_error(rule: Rule, device: str, n: int) -> float | None:
-    """Of the rule on reversed messages, against the mean of the honest gradients; None for what makes none."""
+    """Return a rule's error on reversed messages, relative to the honest mean; None if it computes no gradient."""
     if not rule.decodes:
         return None
     load = workload(device, n, ERROR_D, rule.code, rule.adversaries)
     messages = load.build()
     reverse(messages, rule.reversed or range(rule.adversaries), rule.late)
     honest = load.honest_mean()
-    error = ((rule.apply(messages, load.code).double() - honest).norm() / honest.norm()).item()
+    error = float((rule.apply(messages, load.code).double() - honest).norm() / honest.norm())
     assert rule.code is None or error <= EXACT
     return error
 
 
 def cases(device: str, sizes: list[tuple[int, int]], rules: Callable[[int], list[Rule]]) -> dict[str, object]:
-    """For metafunc.parametrize: every size with every rule, those with the same messages as neighbours."""
+    """Return cases for metafunc.parametrize: all sizes and rules, those with the same messages next to each other."""
     pairs = [(workload(device, n, d, rule.code, rule.adversaries), rule) for n, d in sizes for rule in rules(n)]
     ids = [f"{load.size}-{rule.slug}" for load, rule in pairs]
     return {"argnames": ("messages", "rule"), "argvalues": pairs, "ids": ids, "indirect": ["messages"]}

@@ -1,4 +1,4 @@
-"""The transports, a file each, and their registry: a new one is a new file and a line in `TRANSPORTS`."""
+"""The transports and their registry: a new transport is a new file and a line in `TRANSPORTS`."""
 
 from collections.abc import Callable, Mapping
 
@@ -35,14 +35,14 @@ TRANSPORTS: Mapping[str, Callable[..., Transport]] = {
 def make_transport(
     name: str, code: Code, communicator: Communicator, *, deadline: float = 60.0, atol: float = 0.0, rtol: float = 0.0
 ) -> Transport:
-    """Return the transport of this name. To be called on all ranks.
+    """Return the transport of this name. All ranks must call it.
 
     Args:
         name: one of `TRANSPORTS`.
         code: the code.
-        communicator: the code's workers.
+        communicator: connects the code's workers.
         deadline: seconds that a server waits for the others' messages once it has its own.
-        atol: honest messages may differ by so much, see `draco_ext.decode`.
-        rtol: the same, relative.
+        atol: the absolute tolerance between honest messages; see `draco_ext.decode`.
+        rtol: the relative one.
     """
     return TRANSPORTS[name](code, communicator, deadline=deadline, atol=atol, rtol=rtol)

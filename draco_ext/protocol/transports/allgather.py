@@ -1,4 +1,4 @@
-"""All-gather of the messages: every rank decodes by itself."""
+"""All-gather of the messages: every rank decodes all of them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from draco_ext.protocol.messages import (
 )
 from draco_ext.protocol.transports.base import Transport
 
-# Slices of a rank's messages that may be on their way at a time, in bytes.
+# Bytes of a rank's messages that may be in flight at a time.
 WINDOW = 4 * SLICE
 
 
 @dataclass
 class _Slice:
-    """A slice of a message: this rank's values, and where everybody's arrive once it has been sent."""
+    """A slice of a message: this rank's values, and the rows that receive all workers' values once it is sent."""
 
     values: Tensor
     rows: Tensor | None = None
@@ -43,14 +43,14 @@ class _Slice:
 
 
 class AllGather(Transport):
-    """Every rank collects all messages and decodes by itself, slice by slice.
+    """A transport in which every rank collects all messages and decodes them, slice by slice.
 
-    Moves every message from its rank to every other. A rank holds n slices for each of its own that are on their way:
-    at most `WINDOW` bytes of each worker's messages, also between steps.
+    It sends every message from its rank to every other. For each of its own slices in flight a rank holds n slices: at
+    most `WINDOW` bytes of each worker's messages. It keeps this memory between steps.
 
-    A decoder that needs random numbers gets the same ones on all ranks: which errors near the noise floor are noticed
-    depends on them. They are drawn by commit and reveal when the messages are in. A rank that does not reveal the share
-    that it has committed itself to is a suspect, and its message an erasure.
+    A decoder that needs random numbers gets the same ones on all ranks, since they decide which errors near the noise
+    floor are noticed. They are drawn by commit and reveal when the messages have arrived. A rank that does not reveal
+    the share to which it has committed is a suspect, and its message is an erasure.
     """
 
     trust = (
@@ -65,12 +65,12 @@ class AllGather(Transport):
 
     def abort(self) -> None:
         """See `Transport.abort`."""
-        self._unsent: deque[_Slice] = deque()  # of all buffers, in order
+        self._unsent: deque[_Slice] = deque()  # slices of all buffers, in order
         self._under_way = 0  # bytes
         self._free_rows: list[Tensor] = []  # bytes, for everybody's slices
 
     def _exchange(self, message: Message, number: int) -> Exchange:
-        """Gather and decode the slices in order, while the next ones come."""
+        """Gather and decode the slices in order, while the next ones arrive."""
         own = [_Slice(values) for values in slices(message.values)]
         self._unsent.extend(own)
         self._send()
@@ -96,7 +96,7 @@ class AllGather(Transport):
             each.messages = self.communicator.all_gather_p2p(each.values, each.rows)
 
     def _take_rows(self, values: Tensor) -> Tensor:
-        """Return rows for everybody's values; used ones where there are, since new memory costs as much as a decode."""
+        """Return rows for all workers' values, reused where possible: new memory costs as much as a decode."""
         size = self.code.workers * values.numel() * values.element_size()
         rows = self._free_rows.pop() if self._free_rows else None
         if rows is None or rows.numel() < size:
@@ -109,8 +109,7 @@ class AllGather(Transport):
         seed, liars = None, list[int]()
         if self._seed is not None and each.commitments is not None:
             seed, liars = self._seed.reveal(each.share, each.commitments)
-        gradient, outcome = self._decode_rows(rows, liars, seed)
-        each.values.copy_(gradient)
+        outcome = self._decode_rows(rows, each.values, liars, seed)
         self._under_way -= each.size
         self._free_rows.append(rows.view(-1).view(torch.uint8))
         each.rows = each.messages = None

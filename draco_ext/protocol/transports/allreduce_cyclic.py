@@ -1,4 +1,4 @@
-"""An all-reduce for codes with projections: the plain sum of the messages, and a check of their projections."""
+"""All-reduce for codes with projections: the sum of the messages, and a check of their projections."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from draco_ext.protocol.transports.base import Transport
 
 
 class AllReduceCyclic(Transport):
-    """All-reduce of the messages, whose plain sum is the answer, and a check of their projections.
+    """All-reduce of the messages, whose sum is the result, with a check of their projections.
 
-    Moves what a plain all-reduce moves, the projections, 40 bytes for every 32768 elements and rank, and 8 bytes per
-    rank and buffer. Only where the projections object, the messages are all-reduced again, with weights.
+    Besides the traffic of a plain all-reduce it sends the projections (40 bytes for every 32768 elements and rank) and
+    8 bytes per rank and buffer. Only if the check fails, the messages are all-reduced again, with weights.
     """
 
     trust = HONEST_COMMUNICATION
     needs_scaled_values = True
 
     def _exchange(self, message: Message, number: int) -> Exchange:
-        """Add up, and meanwhile gather projections; where they object, add up with weights."""
+        """Add up the messages while the projections are gathered; if their check fails, add up with weights."""
         code, communicator, values = self.code, self.communicator, message.values
         buffer = message.buffer.values
         # The projection must not be known before all messages are made.
@@ -43,7 +43,7 @@ class AllReduceCyclic(Transport):
         yield total
         if failed or weights.isnan().any():
             buffer.fill_(torch.nan)
-        elif (weights != 1 / code.workers).any():  # somebody is left out
+        elif (weights != 1 / code.workers).any():  # a worker is left out
             if weights[communicator.worker] == 0:
                 buffer.zero_()
             else:

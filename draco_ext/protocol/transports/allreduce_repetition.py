@@ -1,4 +1,4 @@
-"""An all-reduce for codes whose messages are gradients: vote on digests, then let one of each group contribute."""
+"""All-reduce for codes whose messages are gradients: a vote on digests, then a sum with one member of each group."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ HONEST_COMMUNICATION = "allreduce: up to s ranks may compute anything wrong; wha
 
 
 class AllReduceRepetition(Transport):
-    """An all-reduce that uses that a group's members have the same message, after a vote on digests of the messages.
+    """A vote on digests of the messages, then an all-reduce in which each member of a group contributes one shard.
 
-    The buffer is cut into as many shards as a group has members (the smallest group, where they differ). Each member
-    is responsible for one of them: it adds it up with its like in the other groups, and gives the sum to its own group.
-    With m members and G groups a rank so sends (2 (G - 1) / G + m - 1) / m times the buffer, where a plain all-reduce
-    sends nearly 2; with one group nothing, and with s = 0 it is the plain all-reduce. To that come 24 bytes per rank
-    and buffer, for the digest and a share in its key; nothing of the size of a message is held.
+    The buffer is divided into as many shards as a group (the smallest one) has members. Each member is responsible for
+    one shard: it adds it up with the corresponding members of the other groups, and broadcasts the sum to its own
+    group. With m members and G groups a rank sends (2 (G - 1) / G + m - 1) / m times the buffer; a plain all-reduce
+    sends nearly 2 times the buffer. With one group nothing is sent, and with s = 0 it is the plain all-reduce. The
+    digest and a share in its key add 24 bytes per rank and buffer. No memory of the size of a message is needed.
 
-    A member that is outvoted is first sent the right message by one of the majority, and tells what differed. So it is
-    always the same member that contributes a shard, with the same bits, and the order of the sum never changes.
+    A member that is outvoted first receives the right message from a member of the majority, and reports the
+    difference. So the same member always contributes a shard, and the sum has the same bits as without faults.
     """
 
     trust = HONEST_COMMUNICATION
@@ -38,9 +38,9 @@ class AllReduceRepetition(Transport):
         self._groups = code.decoding_groups
         self._shards = min(map(len, self._groups))
         self._own = next(members for members in self._groups if communicator.worker in members)
-        self._shard = self._own.index(communicator.worker)  # for which this worker is responsible, if there is one
+        self._shard = self._own.index(communicator.worker)  # this worker's shard, if it is less than _shards
         self._rounds = DigestRounds(communicator)
-        # A shard is summed around its ring, and given to the members of the group, its circle.
+        # A shard is all-reduced in its ring (one worker of each group), then broadcast in the circle (the group).
         self._ring: Communicator | None = None
         self._circle: Communicator | None = None
         if len(self._groups) == 1:
@@ -60,7 +60,7 @@ class AllReduceRepetition(Transport):
         self._rounds.abort()
 
     def _exchange(self, message: Message, number: int) -> Exchange:
-        """Gather digests, vote, repair, add up."""
+        """Gather digests, vote, repair the suspects and add up the messages."""
         if self.code.adversaries == 0:  # groups of one
             yield from self._add_up(message)
             return ExchangeOutcome({}, False)
@@ -82,16 +82,16 @@ class AllReduceRepetition(Transport):
         return ExchangeOutcome(found, False)
 
     def _add_up(self, message: Message) -> Steps[None]:
-        """Write the mean over the groups, of which each member has the same message, into the buffer."""
+        """Write the mean over the groups into the buffer; all members of a group have the same message."""
         if len(self._groups) == 1:
             message.write(message.values)
             return
         shards = message.buffer.values.tensor_split(self._shards)
         if self._ring is not None:
-            mine = shards[self._shard]
-            # Scaled as DDP does, to the last bit.
-            torch.mul(message.values.tensor_split(self._shards)[self._shard], 1 / self.code.parts, out=mine)
-            yield self._ring.all_reduce(mine, resume_on_next_bucket=self._circle is not None)
+            own_shard = shards[self._shard]
+            # Scaled exactly as DDP does it, so that the result has the same bits.
+            torch.mul(message.values.tensor_split(self._shards)[self._shard], 1 / self.code.parts, out=own_shard)
+            yield self._ring.all_reduce(own_shard, resume_on_next_bucket=self._circle is not None)
         if self._circle is not None:
             arriving = [self._circle.broadcast(shard, i) for i, shard in enumerate(shards)]
             while arriving:
@@ -100,7 +100,7 @@ class AllReduceRepetition(Transport):
     def _repair_suspects(
         self, values: Tensor, suspects: list[int], helpers: dict[int, int]
     ) -> dict[int, Difference | None]:
-        """Give every suspect the message that it should have had, in place."""
+        """Replace every suspect's message by the right one, in place; return how each differed."""
         if not suspects:
             return {}
         communicator = self.communicator

@@ -1,4 +1,4 @@
-"""What every transport is: a way to exchange messages and decode them."""
+"""The base class of transports."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from draco_ext.protocol.messages import ExchangeOutcome, Message, reject_truncat
 
 
 class Transport(abc.ABC):
-    """One way to exchange messages and decode them.
+    """A way to exchange messages and decode them.
 
-    All calls are collective: every rank makes the same ones in the same order.
+    All calls are collective: every rank makes the same calls in the same order.
 
     Attributes:
-        trust: one sentence: who must be honest for the guarantee to hold.
-        needs_scaled_values: whether `exchange` wants the message / workers in the buffer already.
-        is_served: whether one trusted rank decodes for all; else every rank decides by itself.
+        trust: who must be honest for the guarantee to hold, in one sentence.
+        needs_scaled_values: whether `exchange` expects the message / workers in the buffer.
+        is_served: whether one trusted rank decodes for all ranks; otherwise every rank decides by itself.
     """
 
     trust: ClassVar[str]
@@ -38,11 +38,11 @@ class Transport(abc.ABC):
         self.rtol = rtol
 
     def exchange(self, message: Message, number: int) -> Exchange:
-        """Send this rank's message and decode everybody's.
+        """Send this rank's message and decode all workers' messages.
 
         Args:
-            message: its values and its buffer may be overwritten; in the end the buffer is the decoded gradient.
-            number: of this exchange, the same on all ranks, never used before.
+            message: its values and its buffer may be overwritten; at the end the buffer holds the decoded gradient.
+            number: the number of this exchange, the same on all ranks and never used before.
         """
         if message.values.numel() == 0:
             return ExchangeOutcome({}, False)  # nothing to send
@@ -50,46 +50,51 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def _exchange(self, message: Message, number: int) -> Exchange:
-        """`exchange` of a message that has elements."""
+        """Exchange a message that has elements; see `exchange`."""
 
     def gather_record(self, record: Tensor) -> RecordExchange:
-        """Give every rank everybody's record: a few numbers about a step. Not decoded, what a bad rank sends included.
+        """Gather all workers' records, which are a few numbers about a step.
+
+        Records are not decoded: a bad rank's record may contain anything.
 
         Args:
             record: (len,) int64, of the same length on all ranks, on the device of the messages.
 
         Returns:
-            (workers, len) int64 on the CPU, row j from worker j, and the workers whose record did not come or was cut
-            off; their rows are 0. The same on all ranks, where each sends the same to all.
+            (workers, len) int64 on the CPU, row j from worker j, and the workers whose record is missing or truncated;
+            their rows are 0. The result is the same on all ranks if each rank sends the same record to all.
         """
         return (yield self.communicator.all_gather(record)).cpu(), ()
 
     def abort(self) -> None:  # noqa: B027 (most transports have nothing to forget)
-        """Forget the exchanges of a step that is aborted."""
+        """Forget the exchanges of an aborted step."""
 
     def _decode_rows(
-        self, rows: Tensor, missing: Collection[int] = (), seed: int | None = None
-    ) -> tuple[Tensor, ExchangeOutcome]:
-        """Decode everybody's messages, or slices of them.
+        self, rows: Tensor, out: Tensor, missing: Collection[int] = (), seed: int | None = None
+    ) -> ExchangeOutcome:
+        """Decode all workers' messages, or slices of them.
 
         Args:
-            rows: row j from worker j, in rows with a truncation sentinel.
-            missing: workers whose rows are not to be looked at.
-            seed: of what the decoder draws; default: from the operating system.
+            rows: row j from worker j, with truncation sentinels.
+            out: the vector that the gradient is written into.
+            missing: workers whose rows are ignored.
+            seed: the seed of the decoder's random numbers; default: one from the operating system.
 
         Returns:
-            The gradient, and the outcome.
+            The outcome.
         """
         mask = torch.zeros(self.code.workers, dtype=torch.bool, device=rows.device)
         mask[list(missing)] = True
         reject_truncated(rows, mask)
-        decoded = self.code.decode(rows, missing=mask if missing else None, seed=seed, atol=self.atol, rtol=self.rtol)
+        decoded = self.code.decode(
+            rows, missing=mask if missing else None, seed=seed, atol=self.atol, rtol=self.rtol, out=out
+        )
         suspects = _differences(rows, decoded, missing)
-        return decoded.gradient, ExchangeOutcome(suspects, bool(decoded.failed), left_out=workers_in(decoded.left_out))
+        return ExchangeOutcome(suspects, bool(decoded.failed), left_out=workers_in(decoded.left_out))
 
 
 def _differences(rows: Tensor, decoded: Decoded, missing: Collection[int] = ()) -> dict[int, Difference | None]:
-    """Return the suspects among decoded messages, with what differs where another worker has sent the right message."""
+    """Return the suspects among decoded messages, each with the difference if another worker sent the right message."""
     code = decoded.code
     suspects = workers_in(decoded.suspects)
     if decoded.failed or not code.message_is_gradient:

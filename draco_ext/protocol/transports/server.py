@@ -1,4 +1,4 @@
-"""The paper's parameter server as a transport: one trusted rank gathers, decodes and hands the result back."""
+"""The paper's parameter server as a transport: one trusted rank gathers, decodes and returns the result."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from draco_ext.protocol.messages import (
 )
 from draco_ext.protocol.transports.base import Transport
 
-# How many results wait for a rank that is behind before it is given up: each of them is a bucket in memory.
+# The server drops a rank that is behind by more results than this; each of them keeps a bucket in memory.
 MOST_UNCLAIMED = 32
 
 _DECODED, _FAILED, _GIVEN_UP, _TAKEN = range(4)
 
 
 class ServerTransport(Transport):
-    """The server receives all messages, decodes them, and sends the gradient and the verdict to everybody.
+    """A transport in which a server receives and decodes all messages, and sends the gradient and the verdict to all.
 
-    A rank whose message is not there when the deadline has passed, counted from the server's own message, is an erasure
-    for that bucket, and is not waited for again until it has caught up: it still gets every result, in order, and so
-    keeps the same parameters. One that has died, or has left `MOST_UNCLAIMED` results unclaimed, is an erasure from
-    then on.
+    The deadline is counted from the moment when the server has its own message. A rank whose message has not arrived by
+    then is an erasure for that bucket, and the server does not wait for it again until it has caught up. It still gets
+    every result, in order, and so keeps the same parameters. A rank that has died, or that is more than
+    `MOST_UNCLAIMED` results behind, is an erasure from then on.
 
-    Moves one message per rank to the server and one back, slice by slice. The server holds the n slices of two turns,
-    those of every turn in which a rank was late until its slice has come, and results that wait for such a rank.
+    One message per rank is sent to the server and one back, slice by slice. The server holds the n slices of two turns,
+    the slices of every turn with a late rank until its slice has arrived, and the results for such a rank.
     """
 
     trust = (
@@ -56,7 +56,7 @@ class ServerTransport(Transport):
     def __init__(
         self, code: Code, communicator: Communicator, *, deadline: float, atol: float = 0.0, rtol: float = 0.0
     ) -> None:
-        # Connections of its own, since only the server decides who is late.
+        # Connections of its own with a longer timeout, since only the server decides who is late.
         own = communicator.split([range(communicator.workers)], extra_timeout=deadline)
         super().__init__(code, own, atol=atol, rtol=rtol)
         self.server = communicator.root
@@ -71,15 +71,17 @@ class ServerTransport(Transport):
 
     def _exchange(self, message: Message, number: int) -> Exchange:
         """Send to the server and wait for its answer, slice by slice."""
-        yield from ()  # in one go: a rank's messages and results take turns on its connection
+        yield from ()  # a generator without a yield: messages and results alternate on a rank's connection
         pieces = slices(message.values)
         exchange = self._serve if self.communicator.worker == self.server else self._ask_for
         return finish_slices(message, [exchange(values, last=values is pieces[-1]) for values in pieces])
 
     def _serve(self, values: Tensor, *, last: bool) -> ExchangeOutcome:
-        """At the server: decode everybody's values, in place of its own."""
+        """Decode all workers' values on the server; the result replaces its own values."""
         rows, absent = self._collect(values.cpu())
-        gradient, outcome = self._decode_rows(rows.to(values.device), absent)
+        # Not into the values: the result may wait for a late worker beyond this step.
+        gradient = torch.empty_like(values)
+        outcome = self._decode_rows(rows.to(values.device), gradient, absent)
         outcome = replace(outcome, missing=tuple(sorted(absent)))
         verdict = _write(outcome, self.code.workers)
         self._answer((verdict,) if outcome.failed else (verdict, gradient.cpu()), absent, complete=last)
@@ -87,7 +89,7 @@ class ServerTransport(Transport):
         return outcome
 
     def _ask_for(self, values: Tensor, *, last: bool) -> ExchangeOutcome:
-        """At any other rank: send its values, and receive the decoded ones in their place."""
+        """Send a rank's values to the server and receive the decoded ones in their place."""
         answer = values.cpu()
         verdict = self._ask(answer, answer)
         values.copy_(answer)
@@ -95,7 +97,7 @@ class ServerTransport(Transport):
         return ExchangeOutcome(found, bool(verdict[0, 0] == _FAILED), missing, left_out)
 
     def gather_record(self, record: Tensor) -> RecordExchange:
-        """Gather through the server, by turns with the buckets; see `Transport.gather_record`."""
+        """Gather through the server, in turn with the buckets; see `Transport.gather_record`."""
         yield from ()
         if self.communicator.worker == self.server:
             rows, absent = self._collect(record.cpu())
@@ -108,9 +110,9 @@ class ServerTransport(Transport):
         return rows, missing
 
     def send_to_server(self, worker: int, values: Tensor) -> None:
-        """Send a worker's values (CPU) to the server, into its own; these two ranks alone call it.
+        """Send a worker's values (CPU) to the server, where they replace `values`. Only these two ranks call it.
 
-        Where they do not come in time the server's stay as they are.
+        If they do not arrive in time, the server's values stay unchanged.
         """
         if self.communicator.worker != self.server:
             self._ask(values, values)
@@ -124,9 +126,9 @@ class ServerTransport(Transport):
         connection.end((self._status(_TAKEN),), late=not in_time, complete=False)
 
     def send_from_server(self, worker: int, values: Tensor) -> None:
-        """Send the server's values (CPU) to a worker, into its own; these two ranks alone call it.
+        """Send the server's values (CPU) to a worker, where they replace `values`. Only these two ranks call it.
 
-        The server does not wait for it.
+        The server does not wait for the worker.
         """
         ready = torch.zeros(1, dtype=torch.int64)
         if self.communicator.worker != self.server:
@@ -142,7 +144,7 @@ class ServerTransport(Transport):
         return verdict
 
     def _ask(self, values: Tensor, answer: Tensor) -> Tensor:
-        """Send values to the server, receive its answer unless that is a failure, and return the verdict."""
+        """Send values to the server, receive its answer unless it is a failure, and return the verdict."""
         verdict = torch.empty(self.code.workers + 1, len(_COLUMNS), dtype=torch.float64)
         try:
             self.communicator.send(values.cpu(), self.server)
@@ -156,7 +158,7 @@ class ServerTransport(Transport):
         return verdict
 
     def _collect(self, values: Tensor) -> tuple[Tensor, set[int]]:
-        """Return everybody's values, row j from worker j, and the workers that were late: their rows may change yet."""
+        """Return all workers' values, row j from worker j, and the late workers, whose rows may still change."""
         begin = time.perf_counter()
         rows = write_truncation_sentinel(values.new_empty(self.code.workers, values.numel()))
         rows[self.server] = values
@@ -172,7 +174,7 @@ class ServerTransport(Transport):
         return rows, self._connections.keys() - arrived
 
     def _await(self, turn: _Turn, awaited: set[int]) -> set[int]:
-        """Return those of the workers whose values come until the deadline."""
+        """Return the awaited workers whose values arrive before the deadline."""
         arrived = set()
         until = time.monotonic() + self._deadline
         while awaited:
@@ -188,12 +190,12 @@ class ServerTransport(Transport):
         return arrived
 
     def _answer(self, result: tuple[Tensor, ...], absent: set[int], *, complete: bool) -> None:
-        """Send a result, which begins with a verdict, to everybody, also to those who were late."""
+        """Send a result, which begins with a verdict, to all workers, including late ones."""
         for j, connection in self._connections.items():
             connection.end(result, late=j in absent, complete=complete)
 
 
-# What the server found of each worker, as numbers on the wire; row 0 is what became of the bucket.
+# Columns of a verdict, the numbers that the server sends about each worker; row 0 holds the status of the bucket.
 _COLUMNS = ("suspect", "missing", "known", "elements", "first", "largest", "left out")
 
 
@@ -221,17 +223,17 @@ def _read(verdict: Tensor) -> tuple[dict[int, Difference | None], tuple[int, ...
     return found, tuple(missing), workers_in(verdict[1:, -1])
 
 
-_Arrival = tuple[int, int | None]  # worker, and number of the turn for which its values have come; None: none will
+_Arrival = tuple[int, int | None]  # worker, and number of the turn whose values have arrived; None: the worker is gone
 
 
 @dataclass
 class _Turn:
-    """One of the turns that ranks take in sending values and getting a result.
+    """One round in which workers send values and get a result.
 
     Attributes:
-        number: counts the turns.
-        rows: where everybody's values arrive; None once they are decoded: what comes then is thrown away.
-        like: has their length and dtype.
+        number: the number of the turn.
+        rows: the rows that receive the workers' values; None once they are decoded, and later values are discarded.
+        like: a tensor of the values' length and dtype.
     """
 
     number: int
@@ -239,18 +241,18 @@ class _Turn:
     like: Tensor
 
     def target(self, worker: int) -> Tensor:
-        """Return where the values of a worker are to be received."""
-        rows = self.rows  # may be taken away meanwhile
+        """Return the tensor into which a worker's values are received."""
+        rows = self.rows  # another thread may set it to None at any time
         return torch.empty_like(self.like) if rows is None else rows[worker]
 
 
 class _WorkerConnection(threading.Thread):
-    """The server's end of one worker's connection: receives a message and sends a result back, by turns.
+    """The server's end of one worker's connection, which receives messages and sends results in turn.
 
-    A thread, since gloo cannot be asked whether a message has come, only waited for.
+    It is a thread, since gloo can only wait for a message and cannot tell whether one has arrived.
 
     Attributes:
-        in_time: whether the worker is waited for.
+        in_time: whether the server waits for the worker.
     """
 
     def __init__(self, connection: Connection, worker: int, arrived: queue.Queue[_Arrival]) -> None:
@@ -262,7 +264,7 @@ class _WorkerConnection(threading.Thread):
         self._arrived = arrived
         self._requests: queue.Queue[_Turn | None] = queue.Queue()
         self._results: queue.Queue[tuple[tuple[Tensor, ...], bool]] = queue.Queue()
-        # Results, and buckets that they complete: sent by the server's thread, and acknowledged by this one.
+        # Counts of results, and of buckets that they complete: sent by the server's thread, acknowledged by this one.
         self._sent = self._acknowledged = self._buckets_sent = self._buckets_acknowledged = 0
         self._keepalive: tuple[Tensor, ...] = ()  # see ProcessGroupCommunicator
         self.start()
@@ -274,11 +276,11 @@ class _WorkerConnection(threading.Thread):
             self._requests.put(turn)
 
     def end(self, result: tuple[Tensor, ...], *, late: bool, complete: bool) -> None:
-        """Give the turn's result, which the worker will get as soon as it has sent its values, however late.
+        """Store the turn's result, which the worker gets after it has sent its values, however late.
 
         Args:
-            result: its first tensor is a verdict.
-            late: the worker is not waited for any more.
+            result: the tensors to send; the first one is a verdict.
+            late: the server does not wait for the worker any more.
             complete: the result is the last of its bucket.
         """
         if late:
@@ -296,7 +298,7 @@ class _WorkerConnection(threading.Thread):
             self._results.put((result, complete))
 
     def run(self) -> None:
-        """Take turns until there is none left, or the worker is dead."""
+        """Serve turns until there is none left or the connection fails."""
         try:
             while (turn := self._requests.get()) is not None:
                 target = turn.target(self._worker)
