@@ -39,7 +39,7 @@ PROTECT = "test_protect.py::test_a_bucket_of_one_element test_protect.py::test_b
 TESTS = {
     "draco_ext/codes/": "test_arguments.py test_repetition.py test_cyclic.py test_guarantee.py test_properties.py",
     "draco_ext/codes/repetition.py": "test_arguments.py test_repetition.py test_guarantee.py test_properties.py",
-    "draco_ext/ops.py": "test_arguments.py test_ops.py test_kernels.py test_cyclic.py test_fuzz.py",
+    "draco_ext/ops/": "test_arguments.py test_out.py test_ops.py test_kernels.py test_cyclic.py test_fuzz.py",
     "draco_ext/protocol/encoder.py": "test_protect.py::test_messages_grow_with_the_gradients "
     + PROTECT
     + " test_protect.py::test_without_adversaries_it_is_plain_ddp test_protect.py::test_bytes_on_the_wire",
@@ -59,6 +59,7 @@ TESTS = {
 }
 SOURCES = (
     "draco_ext/codes/*.py",
+    "draco_ext/ops/*.py",
     *(name for name in TESTS if name.startswith("draco_ext") and name.endswith(".py")),
     "csrc/core/**/*.h",
     "csrc/cpu/**/*.cpp",

@@ -135,7 +135,7 @@ class Rule:
     @property
     def own(self) -> bool:
         """Return whether it is a rule of this library."""
-        return self.apply in (decode, decode_expecting, encode)
+        return self.apply in (decode, decode_expecting, decode_into, encode)
 
     @property
     def slug(self) -> str:
@@ -158,6 +158,17 @@ def decode_expecting(messages: Tensor, code: draco_ext.Code) -> Tensor:
     """Decode as in a step in which the bad workers are those of the step before."""
     expected = torch.arange(code.workers, device=messages.device) < code.adversaries
     return draco_ext.decode(messages, code, expected=expected).gradient
+
+
+@functools.lru_cache(maxsize=1)
+def _result(device: torch.device, dtype: torch.dtype, d: int) -> Tensor:
+    return torch.empty(d, dtype=dtype, device=device)
+
+
+def decode_into(messages: Tensor, code: draco_ext.Code) -> Tensor:
+    """Decode into a gradient that is there already, as a bucket is; see `decode`."""
+    out = _result(messages.device, messages.dtype, messages.size(1))
+    return draco_ext.decode(messages, code, out=out).gradient
 
 
 def encode(messages: Tensor, code: draco_ext.Code) -> Tensor:
@@ -206,6 +217,7 @@ def votes(n: int) -> list[Rule]:
         f", {len(liars)} in their last element": {"reversed": liars, "late": True},
     }
     rules = [Rule(f"vote s=1{kind}", decode, REPETITION, **how) for kind, how in kinds.items()]
+    rules.insert(1, Rule("vote s=1, out=", decode_into, REPETITION))
     if n % 3 == 0:
         name = "vote s=1 in plain torch"
         rules += [Rule(f"{name}{kind}", vote_torch, REPETITION, slow=True, **how) for kind, how in kinds.items()]
@@ -219,6 +231,7 @@ def cyclic_rules(n: int) -> list[Rule]:
         for s in ((1, 5) if n == 45 else (1,))
         for rule in (
             Rule(f"cyclic s={s}", decode, CYCLIC, s),
+            Rule(f"cyclic s={s}, out=", decode_into, CYCLIC, s),
             Rule(f"cyclic s={s}, {s} reversed", decode, CYCLIC, s, reversed=range(s)),
             Rule(f"cyclic s={s}, {s} reversed, expected", decode_expecting, CYCLIC, s, reversed=range(s)),
         )
