@@ -91,7 +91,7 @@ def pytest_collection_modifyitems(config, items):
     def wanted(item):
         if config.getoption("--simt") is not None and "device" not in item.fixturenames:
             return False
-        if "cuda" in item.fixturenames and not _with_cuda():
+        if "cuda" in item.fixturenames and not with_cuda():
             return False
         return config.getoption("--long") or item.get_closest_marker("long") is None
 
@@ -124,7 +124,7 @@ def _start_forkserver(modules):
 
 
 def pytest_generate_tests(metafunc):
-    kinds = ["cpu", "cuda"] if _with_cuda() else ["cpu"]
+    kinds = ["cpu", "cuda"] if with_cuda() else ["cpu"]
     if "device" in metafunc.fixturenames:
         on_host = metafunc.config.getoption("--simt") is not None
         metafunc.parametrize("device", ["simt"] if on_host else kinds, indirect=True)
@@ -147,7 +147,7 @@ def lacking_for_cuda():
     return None if draco_ext.build_info()["cuda"] else "draco_ext was built without CUDA"
 
 
-def _with_cuda():
+def with_cuda():
     """Whether tests on a GPU are collected. `test_kernels.py::test_on_a_gpu` is skipped in place of them all."""
     return lacking_for_cuda() is None or os.environ.get("FAIL_WITHOUT_CUDA") == "1"
 

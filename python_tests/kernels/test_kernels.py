@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import attacked, honest_messages, named, on
+from conftest import attacked, honest_messages, lacking_for_cuda, named, on, with_cuda
 
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode, ops, reference
@@ -24,6 +24,13 @@ EVERY_CODE = [RepetitionCode(9, 1), CyclicCode(9, 2)]
 
 # The CPU's vote, taken now: where kernels compiled for the host are tested, the name stands for theirs later on.
 VOTE_ON_CPU = torch.ops.draco_ext.majority_vote.default
+
+
+def test_on_a_gpu():
+    """Stands for all tests on a GPU where there is none."""
+    if not with_cuda():
+        pytest.skip(f"{lacking_for_cuda()}: no test on a GPU has run (FAIL_WITHOUT_CUDA=1 makes this a failure)")
+    assert lacking_for_cuda() is None
 
 
 # ----------------------------------------------------------------------------------------------------- helpers
