@@ -1,4 +1,4 @@
-// What the ops of every device check of their arguments. Python checks values and words the errors
+// Argument checks of the ops of every device. Python checks values and words the errors
 // (draco_ext/_checks.py); these keep memory safe whoever calls.
 #pragma once
 
@@ -123,7 +123,8 @@ inline const std::vector<EncodingWeight>& encoding_weights(int workers, int adve
   return weights;
 }
 
-// Those of all parts of a worker, in ascending order of the parts, as CyclicCode.assignment gives them.
+// Checks the arguments; returns the weights of all parts of a worker, in ascending order of the parts, as
+// CyclicCode.assignment gives them.
 inline std::vector<EncodingWeight> check_encode(const char* op, const Tensor& gradients, int64_t workers,
                                                 int64_t adversaries, int64_t worker) {
   check_matrix(op, "gradients", gradients);
@@ -169,8 +170,8 @@ void dispatch_real(const char* op, ScalarType type, const F& f) {
   STD_TORCH_CHECK(false, op, ": expected float32 or float64");
 }
 
-// Of a decode's projections: from the operating system, after the messages are in. One that is known beforehand, or can
-// be computed from others, can be attacked.
+// The seed of a decode's projections: from the operating system, after the messages are in. One that is known
+// beforehand, or can be computed from others, can be attacked.
 inline uint64_t fresh_seed(const char* op) {
   uint64_t seed = 0;
   STD_TORCH_CHECK(getentropy(&seed, sizeof seed) == 0, op, ": the operating system gives no random numbers");

@@ -1,4 +1,4 @@
-// What CUDA ops need of torch and of the runtime beyond the stable ABI: the device and its current stream, launches
+// Needs of CUDA ops beyond the stable ABI, from torch and from the runtime: the device and its current stream, launches
 // with their check, shared memory, registration. The only place that knows torch's C++ versions.
 //
 // With DRACO_SIMT the same .cu text is compiled for the host and run by csrc/tests/simt.h: that is how it is tested

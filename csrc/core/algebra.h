@@ -120,7 +120,7 @@ DRACO_TEAM void rotate(const Team& team, Complex* x, Complex* y, int64_t rows, d
   }
 }
 
-// Whether x and y had to be rotated. For one warp.
+// Rotates x and y until they are orthogonal; false where they were already. For one warp.
 template <typename Team>
 DRACO_TEAM bool make_orthogonal(const Team& team, Complex* x, Complex* y, int64_t rows, Complex* u, Complex* v,
                                 int columns) {
@@ -177,8 +177,8 @@ DRACO_TEAM_CALL NullVector null_vector(const Team& team, Complex* system, int64_
   return found;
 }
 
-// The same, of a matrix that may have many more rows than columns: the triangle of its QR factorisation has the same
-// null vector. Uses the matrix up; `triangle` and `diagonal` are scratch. Collective.
+// The null vector of a matrix that may have many more rows than columns: the triangle of its QR factorisation has the
+// same null vector. Uses the matrix up; `triangle` and `diagonal` are scratch. Collective.
 template <typename Team>
 DRACO_TEAM_CALL NullVector null_vector(const Team& team, Complex* matrix, int64_t rows, int columns, Complex* triangle,
                                        Complex* diagonal, Complex* vectors) {

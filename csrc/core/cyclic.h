@@ -31,7 +31,7 @@ DRACO_HD Complex cyclic_node(int workers, long long power) {
   return {cos(angle), sin(angle)};
 }
 
-// Whether all weights are 1 / (2s+1).
+// True where all weights are 1 / (2s+1).
 DRACO_HD bool has_real_weights(int64_t workers, int64_t adversaries) { return workers % (2 * adversaries + 1) == 0; }
 
 // prod_{i != t} x_i / (x_i - x_t) over the support. With half the angle from t to i, a_i = pi (o_i - o_t) / n, each

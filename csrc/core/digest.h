@@ -39,7 +39,7 @@ DRACO_HD uint64_t digest_pair(uint32_t a, uint32_t b, uint32_t key_a, uint32_t k
   return uint64_t{a + key_a} * uint64_t{b + key_b};
 }
 
-// What a block's sum number i adds to the digest's; the order of blocks does not matter.
+// The amount that a block's sum number i adds to the digest's; the order of blocks does not matter.
 DRACO_HD uint64_t digest_weigh(uint64_t seed, int64_t block, int i, uint64_t sum) {
   const Philox w = philox(seed, static_cast<uint64_t>(block) * kDigestSums + i, kDigestWeightDomain);
   return (sum & 0xffffffffu) * (uint64_t{w.word[1]} << 32 | w.word[0]) +

@@ -48,7 +48,7 @@ DRACO_HD Half to_half(float x) {
   return {static_cast<uint16_t>(sign | magnitude)};
 }
 
-// How a dtype is stored, voted on (as an integer) and averaged.
+// The types in which a dtype is stored, voted on (an integer) and averaged.
 template <typename T>
 struct Element;
 template <>
@@ -96,7 +96,8 @@ DRACO_HD typename Element<T>::Bits bits_of(typename Element<T>::Sum value) {
   }
 }
 
-// What computed results have for every NaN, on every device: processors and GPUs differ in the bits that they give it.
+// The bits that computed results have for every NaN, on every device: processors and GPUs differ in the bits that they
+// give it.
 template <typename Sum>
 constexpr typename Element<Sum>::Bits kNaNBits =
     static_cast<typename Element<Sum>::Bits>(sizeof(Sum) == 4 ? 0x7fc00000u : 0x7ff8000000000000u);

@@ -1,4 +1,4 @@
-// How large things may be. Python reads the same numbers from the module (csrc/module.cpp).
+// The largest inputs that the kernels take. Python reads the same numbers from the module (csrc/module.cpp).
 #pragma once
 
 #include <cstdint>

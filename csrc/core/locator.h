@@ -17,7 +17,7 @@
 // What 2. to 6. give is improved by exchanging one member at a time while the unexplained energy falls. Whatever the
 // search does, a set is only accepted when it explains every projection; otherwise decoding has failed. A member of the
 // set is named only if no set without it explains them as well (locator/naming.h): errors little above the noise may be
-// explained by several sets, all of which give the same gradient up to noise, and the honest must not be accused. All
+// explained by several sets, which all give the same gradient up to noise, and the honest must not be accused. All
 // arithmetic is double. Scratch comes from the caller: nothing is allocated here. Methods are collectives of their team
 // (core/team.h): all threads make the same decisions from the same values.
 #pragma once

@@ -1,4 +1,4 @@
-// How far honest projections may miss the checks by rounding alone.
+// The noise model: how far honest projections may miss the checks by rounding alone.
 #pragma once
 
 #include <cmath>

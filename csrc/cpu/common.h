@@ -1,4 +1,4 @@
-// What the CPU ops share: masks, row pointers, results, threads.
+// Shared by the CPU ops: masks, row pointers, results, threads.
 #pragma once
 
 #include <sys/mman.h>
@@ -76,14 +76,14 @@ inline Tensor new_result(const Tensor& like, int64_t size) {
   return result;
 }
 
-// Whether a result of this many bytes would only fill the caches.
+// True where a result of this many bytes would only fill the caches.
 inline bool is_large(int64_t bytes) { return bytes > int64_t{4} << 20; }
 
-// Whether this process is the child of a fork (set in dispatch.cpp).
+// True in the child of a fork (set in dispatch.cpp).
 inline bool is_forked_child = false;
 
 // f(begin, end) for parts of at least `grain` of the range from 0 to count, on torch's threads and in their right mode.
-// Those of libgomp do not survive a fork: a child that asked for them would wait for ever, so it does without.
+// Threads of libgomp do not survive a fork: a child that asked for them would wait for ever, so it does without.
 template <typename F>
 void parallel(int64_t count, int64_t grain, const F& f) {
   const auto in_mode = [&](int64_t begin, int64_t end) {

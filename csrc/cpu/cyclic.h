@@ -1,4 +1,4 @@
-// What the cyclic code's CPU ops share: the projecting sweep, the search for suspects, the weighted sum.
+// Shared by the cyclic code's CPU ops: the projecting sweep, the search for suspects, the weighted sum.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// What the kernels share: 16-byte accesses and the last block of a grid.
+// Shared by the kernels: 16-byte accesses and the last block of a grid.
 #pragma once
 
 #include "core/arena.h"
@@ -31,13 +31,13 @@ struct alignas(16) Vector {
   T at[kCount];
 };
 
-// Whether every row can be read 16 bytes at a time from any column that is a multiple of Vector<T>::kCount.
+// True where every row can be read 16 bytes at a time from any column that is a multiple of Vector<T>::kCount.
 template <typename T>
 bool rows_aligned(const void* first, int64_t stride, int64_t rows) {
   return reinterpret_cast<uintptr_t>(first) % 16 == 0 && (rows <= 1 || stride * sizeof(T) % 16 == 0);
 }
 
-// The next kCount elements, of which `left` exist; the others are 0. kWhole: all exist and are aligned.
+// Loads the next kCount elements; those beyond the `left` that exist are 0. kWhole: all exist and are aligned.
 template <bool kWhole, typename T>
 DRACO_DEVICE Vector<T> load(const T* from, int64_t left) {
   if constexpr (kWhole) {
@@ -81,7 +81,8 @@ inline Tensor new_scratch(const Tensor& like, int64_t bytes) {
   return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
 }
 
-// The same, for the arrays that `place` takes of an arena: first to count them, then to have them.
+// Memory on the tensor's device for the arrays that `place` takes of an arena. Calls it twice: to count, then to have
+// them.
 template <typename Place>
 Tensor new_arena(const Tensor& like, Place&& place) {
   Arena count;

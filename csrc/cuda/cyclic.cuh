@@ -1,4 +1,4 @@
-// What the cyclic code's CUDA ops launch of each other.
+// Launches that the cyclic code's CUDA ops share.
 #pragma once
 
 #include "core/arena.h"
@@ -9,7 +9,7 @@
 
 namespace draco {
 
-// What the fused decode's kernels tell each other.
+// Values that one kernel of the fused decode leaves for the next.
 struct DecodeState {
   uint64_t seed;
   double divisor;    // of the sum that the weights make

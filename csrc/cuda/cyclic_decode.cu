@@ -1,4 +1,4 @@
-// The fused decode: four launches, none of which the host waits for or copies to.
+// The fused decode: four launches; the host neither waits for one nor copies to it.
 //   begin_search   the seed, and the weights of those who are not left out          (cuda/cyclic_locate.cu)
 //   sweep          sum and projections: reads n x d elements, writes d              (cuda/cyclic_project.cu)
 //   locate         suspects, and what remains to be done                            (cuda/cyclic_locate.cu)

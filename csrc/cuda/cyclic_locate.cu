@@ -15,8 +15,8 @@ namespace {
 
 constexpr int kSeedDomain = 3;  // of Philox, beside those of core/random.h
 
-// How many decodes this process has begun on the device: what makes the projection new in every replay of a CUDA graph,
-// into which the host's random key is baked.
+// Counts the decodes that this process has begun on the device: it makes the projection new in every replay of a CUDA
+// graph, into which the host's random key is baked.
 static __device__ unsigned long long decodes;
 
 struct Begin {
@@ -38,8 +38,8 @@ DRACO_DEVICE Parity<Block> parity_of(const Block& team, const Search& search) {
   return {team, search.workers, search.adversaries, ParityArrays(arena, search.workers, search.adversaries)};
 }
 
-// What the decoding weights are multiplied with. Who is left out decides the bits of a result: with nobody left out the
-// plain sum is divided (`divided`), otherwise the weights are.
+// The number that decoding weights are multiplied with. Who is left out decides the bits of a result: with nobody left
+// out the plain sum is divided (`divided`), otherwise the weights are.
 DRACO_DEVICE double factor(const Search& search, const uint8_t* erased, bool divided) {
   bool nobody = divided;
   for (int j = 0; j < search.workers; ++j) nobody &= !erased[j];
@@ -137,8 +137,8 @@ DRACO_TEAM_CALL void set_noise(const Block& team, const Search& search, int most
   team.sync();
 }
 
-// How many workers among the others send what is so much larger than the noise that they are bad beyond doubt; marks
-// them. Collective.
+// Marks the workers among the others whose messages are so much larger than the noise that they are bad beyond doubt;
+// returns how many there are. Collective.
 DRACO_TEAM_CALL int find_beyond_doubt(const Block& team, const Search& search) {
   for (int j = team.warp; j < search.workers; j += team.warps) {
     double beyond = 0;
@@ -155,7 +155,8 @@ DRACO_TEAM_CALL int find_beyond_doubt(const Block& team, const Search& search) {
   return count;
 }
 
-// Whether the messages of the tiles from first to last are finite and pass the checks without the missing. Collective.
+// Returns whether the messages of the tiles from first to last are finite and pass the checks without the missing.
+// Collective.
 DRACO_TEAM_CALL bool passes(const Block& team, const Search& search, int absent, int64_t first, int64_t last) {
   const int n = search.workers, k = search.per_tile;
   const int64_t columns = search.tiles * k;

@@ -1,4 +1,4 @@
-// Keyed digest of a vector's bits. Two launches, none of which the host waits for:
+// Keyed digest of a vector's bits. Two launches; the host waits for neither:
 //   digest_begin   clears 36 bytes.
 //   digest         128 threads a block of the grid, which takes 16 KiB of the vector at a time; a thread takes the same
 //                  16 bytes of all 8 chunks and of the one of their sums. At most 8 blocks per multiprocessor, each
@@ -19,7 +19,7 @@ struct DigestState {
 
 __global__ void digest_begin(DigestState* state) { *state = {}; }
 
-// Adds NH of a thread's words of a chunk, of which `left` bytes are before its end, to both lanes' plain sums, and
+// Adds NH of a thread's words of a chunk, whose end is `left` bytes away, to both lanes' plain sums, and
 // those to the weighted ones. A pair beyond the end is none, rather than one of zeros.
 DRACO_DEVICE void add_words(const Vector<uint32_t>& words, int64_t left, const uint32_t* key, uint64_t* sums) {
 #pragma unroll
@@ -31,8 +31,8 @@ DRACO_DEVICE void add_words(const Vector<uint32_t>& words, int64_t left, const u
   }
 }
 
-// What one thread makes of a block of the digest; `left`: bytes from its first word to the vector's end. kWhole: all of
-// the block is there, and aligned.
+// Adds one thread's part of a block of the digest; `left`: bytes from its first word to the vector's end. kWhole: all
+// of the block is there, and aligned.
 template <bool kWhole>
 DRACO_DEVICE void add_block(const unsigned char* from, int64_t left, int chunks, const uint32_t* key, uint64_t* sums) {
   Vector<uint32_t> words[kDigestChunks], extra = {};

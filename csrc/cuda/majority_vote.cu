@@ -1,4 +1,4 @@
-// Majority vote in each group, fused with the mean over groups. Three launches, none of which the host waits for:
+// Majority vote in each group, fused with the mean over groups. Three launches; the host waits for none:
 //   vote_begin   one block: who is present in which group. Reads the mask, writes 4 bytes per worker.
 //   vote         256 threads a block, 16 bytes of each row a thread and step, at most 32 blocks per multiprocessor.
 //                Reads n x d elements once, writes d (groups other than of 1, 3, 5, 7 read theirs again, from cache).

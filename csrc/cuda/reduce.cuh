@@ -1,4 +1,4 @@
-// Reductions over the lanes of a warp, all of which must take part.
+// Reductions over the lanes of a warp. All lanes must take part.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -23,7 +23,7 @@ DRACO_DEVICE Indexed from_other_lane(Indexed value, int distance) {
   return {from_other_lane(value.value, distance), from_other_lane(value.index, distance)};
 }
 
-// What `combine` makes of the values of a group of neighbouring lanes, a power of two of them, in all of these. A
+// Combines the values of a group of neighbouring lanes, a power of two of them; all of these get the result. A
 // butterfly: both lanes of a pair combine the same two values, so that they end with the same bits where it makes no
 // difference which of two values comes first.
 template <typename T, typename Combine>

@@ -1,4 +1,4 @@
-// What a set of workers leaves unexplained, and how one more member, or another one, would change that.
+// Analyses a set of workers: the energy that it leaves unexplained, and how one more member, or another, changes that.
 #pragma once
 
 #include "core/locator/search.h"
@@ -23,7 +23,7 @@ struct AnalysisArrays {
   }
 };
 
-// What the checks without a set leave of the active projections: good until the next set is looked at.
+// The part of the active projections that the checks without a set see: good until the next set is looked at.
 struct Residuals {
   Checks checks;
   const Complex* value;  // (checks, active)
@@ -39,7 +39,7 @@ struct Residuals {
   }
 };
 
-// What exchanges of one member of a set need. For member i let u_i be the unit vector that the checks without it have
+// All exchanges of one member of a set. For member i let u_i be the unit vector that the checks without it have
 // more than those of the whole set: a combination of the members' columns, orthogonal to all but its own. So one
 // factorisation serves for all exchanges.
 template <typename Team>

@@ -54,8 +54,8 @@ DRACO_TEAM int insert(const Team& team, const BeamArrays& beam, int count, Set o
   return last + 1;
 }
 
-// Of the kBeam sets that leave least unexplained, starting with `set`, one member at a time is exchanged for the
-// kChildren best others, in the best set first that was not tried yet. Leaves the best in `set`; returns whether that
+// Keeps the kBeam sets that leave least unexplained, starting with `set`. In the best that was not tried yet, each
+// member is exchanged for the kChildren best others. Leaves the best in `set`; returns whether that
 // explains the active projections. Collective.
 template <typename Team>
 DRACO_TEAM_CALL bool best_first(SearchState<Team>& search, Analysis<Team>& analysis, const BeamArrays& beam, Set set) {

@@ -17,7 +17,7 @@ struct Syndromes {
   double largest;  // of the squared values of the polynomial that they were filtered with
 };
 
-// Multiplies every worker's projection by a polynomial of which the erased workers' nodes are roots. Collective.
+// Multiplies every worker's projection by a polynomial whose roots are the erased workers' nodes. Collective.
 template <typename Team>
 DRACO_TEAM_CALL Syndromes filter_syndromes(SearchState<Team>& search, Complex* filter, Complex* syndrome) {
   const Team& team = search.team;

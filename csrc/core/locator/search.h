@@ -1,4 +1,4 @@
-// What the steps of a search share: its input, the code's checks, and the projections that are not explained yet.
+// Shared by the steps of a search: its input, the code's checks, and the projections that are not explained yet.
 #pragma once
 
 #include <cmath>
@@ -10,8 +10,8 @@ namespace {
 
 constexpr double kTolerance = 6.0;  // a check may be this many times the noise (root mean square over the checks)
 constexpr double kQuiet = 0.1;      // of the tolerated energy: what honest noise really leaves
-// What the search takes for explained: less than 1, as all columns are looked at again by other code, rounded
-// otherwise.
+// The search takes a set for explained up to this part of the tolerated energy: less than 1, as all columns are looked
+// at again by other code, rounded otherwise.
 constexpr double kExplained = 0.9;
 constexpr int kActivated = 8;        // projections that join the search at a time, the least explained first
 constexpr int kTogether = 4;         // active projections that one thread multiplies at a time
@@ -35,7 +35,7 @@ DRACO_HD double unexplained(double energy, double noise, int checks) {
   return ratio * ratio / (kTolerance * kTolerance * checks);
 }
 
-// How many projections can take part in a search: as many as bad workers could be wrong in alone, with some room.
+// The most projections that can take part in a search: as many as bad workers could be wrong in alone, with some room.
 DRACO_HD int most_active(int adversaries) { return 2 * adversaries + 32; }
 
 // Columns of the arrays that have one for each of them: they are worked on kTogether at a time.
@@ -43,7 +43,7 @@ DRACO_HD int active_stride(int adversaries) {
   return (most_active(adversaries) + kTogether - 1) / kTogether * kTogether;
 }
 
-// Of a set that is looked at: half as many again as may be bad.
+// The most members of a set that is looked at: half as many again as may be bad.
 DRACO_HD int64_t most_members(int64_t adversaries) { return adversaries + adversaries / 2; }
 
 struct SearchArrays {

@@ -24,7 +24,7 @@ DRACO_HD Vector<uint64_t> multiply_halves(Vector<uint64_t> x) {
 
 constexpr int kDigestAhead = 8192;  // bytes: further than kAhead, as there is one stream alone
 
-// Adds NH of the words of a chunk, of which there are `bytes`, to both lanes' sums. The words are added to `extra` or,
+// Adds NH of the words of a chunk, `bytes` bytes, to both lanes' sums. The words are added to `extra` or,
 // of the first chunk, written there; kExtra: they are those themselves.
 enum class Chunk { kFirst, kOther, kExtra };
 template <Chunk kChunk>

@@ -31,7 +31,7 @@ DRACO_HD Vector<T> larger(Vector<T> a, Vector<T> b) {
   return a > b ? a : b;
 #endif
 }
-// Whether any number of a mask is set.
+// True where any number of a mask is set.
 DRACO_HD bool any_set(Vector<int64_t> mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;

@@ -97,7 +97,7 @@ DRACO_HD void add_values(Vector<typename Element<T>::Bits> winner, typename Elem
   }
 }
 
-// What a vote among many members needs: threads may have small stacks.
+// Arrays for a vote among many members, which may be too large for a thread's stack.
 template <typename T>
 struct VoteScratch {
   using Bits = typename Element<T>::Bits;
