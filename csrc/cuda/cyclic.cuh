@@ -91,7 +91,29 @@ struct Search {
   unsigned char* arena;                                       // the locator's scratch
   int64_t arena_bytes;
 };
-void place_search(Search& search, Arena& arena);
+// Bytes of the locator's scratch.
+int64_t locator_bytes(int workers, int adversaries);
+
+namespace {
+
+inline void place_search(Search& search, Arena& arena) {
+  const int64_t n = search.workers, columns = search.tiles * search.per_tile;
+  search.state = arena.take<DecodeState>(1);
+  search.noise = arena.take<double>(columns);
+  search.per_column = arena.take<double>(columns);
+  search.scale = arena.take<double>(search.tiles);
+  search.checks = arena.take<Complex>(2 * search.adversaries * n);
+  search.missing = arena.take<uint8_t>(n);
+  search.left_out = arena.take<uint8_t>(n);
+  search.nonfinite = arena.take<uint8_t>(n);
+  search.erased = arena.take<uint8_t>(n);
+  search.beyond = arena.take<uint8_t>(n);
+  search.arena_bytes = locator_bytes(search.workers, search.adversaries);
+  search.arena = arena.take<unsigned char>(search.arena_bytes);
+}
+
+}  // namespace
+
 // Seed, masks, the first sweep's weights (where asked for) and the checks without the missing. One block.
 void begin_search(const Device& device, const Search& search, Mask missing, Mask expected, bool weigh,
                   std::optional<int64_t> seed);

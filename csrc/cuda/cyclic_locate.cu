@@ -326,21 +326,7 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, cons
 
 }  // namespace
 
-void place_search(Search& search, Arena& arena) {
-  const int64_t n = search.workers, columns = search.tiles * search.per_tile;
-  search.state = arena.take<DecodeState>(1);
-  search.noise = arena.take<double>(columns);
-  search.per_column = arena.take<double>(columns);
-  search.scale = arena.take<double>(search.tiles);
-  search.checks = arena.take<Complex>(2 * search.adversaries * n);
-  search.missing = arena.take<uint8_t>(n);
-  search.left_out = arena.take<uint8_t>(n);
-  search.nonfinite = arena.take<uint8_t>(n);
-  search.erased = arena.take<uint8_t>(n);
-  search.beyond = arena.take<uint8_t>(n);
-  search.arena_bytes = Locator<Block>::scratch_bytes(search.workers, search.adversaries);
-  search.arena = arena.take<unsigned char>(search.arena_bytes);
-}
+int64_t locator_bytes(int workers, int adversaries) { return Locator<Block>::scratch_bytes(workers, adversaries); }
 
 void begin_search(const Device& device, const Search& search, Mask missing, Mask expected, bool weigh,
                   std::optional<int64_t> seed) {
