@@ -6,10 +6,11 @@
 #include "core/common.h"
 
 namespace draco {
+namespace {
 
 // Hands out arrays of the memory that it is given, each on a multiple of 16 bytes. Without memory it only counts: the
 // same calls then tell how much they need, so that the two can never disagree. Builds with assertions check every array
-// against the end of the memory. Not in an unnamed namespace: functions of several files pass it to each other.
+// against the end of the memory.
 class Arena {
  public:
   DRACO_MEMBER Arena() {}
@@ -39,4 +40,5 @@ class Arena {
   int64_t bytes_ = 0, used_ = 0, needed_ = 0;
 };
 
+}  // namespace
 }  // namespace draco
