@@ -236,7 +236,8 @@ def test_neighbours_that_collude_have_no_honest_worker_named(n, s, trials, gener
         bad = [(first + i) % n for i in range(s)]
         error = weak_direction(code, bad, ("most damage", "near-codeword", "weak")[trial % 3], rng)
         size = (0.01, 0.1, 0.1, 4.0)[trial % 4] * norm / np.abs(error).max()
-        suspects = named(draco_ext.decode(misplace(honest, bad, error, {trial % (d // 2): 1.0}, size), code).suspects)
+        sent = misplace(honest, bad, error, {trial % (d // 2): 1.0}, size)
+        suspects = named(code.decode(sent, seed=trial).suspects)  # few trials name all: the same ones in every run
         assert suspects <= set(bad), f"trial {trial}: {suspects}, bad {bad}"
         some_named |= suspects == set(bad)
     assert some_named
