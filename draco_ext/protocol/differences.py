@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Number of elements that are compared at a time, small enough that temporary results stay in the cache.
 CHUNK = 2**16
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Difference:
 
 def difference(sent: Tensor, right: Tensor) -> Difference:
     """Compare two messages bit by bit."""
-    bits = _BITS[sent.element_size()]
+    bits = BITS[sent.element_size()]
     elements, first, largest = 0, 0, 0.0
     for i, (one, other) in enumerate(zip(sent.split(CHUNK), right.split(CHUNK), strict=True)):
         differing = one.view(bits) != other.view(bits)

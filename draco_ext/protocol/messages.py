@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draco_ext.protocol.differences import Difference, join
+from draco_ext.protocol.differences import BITS, Difference, join
 
 # Bytes of a slice; messages are gathered and decoded slice by slice. A multiple of the decoder's tile for every dtype.
 SLICE = 2**22
@@ -124,12 +124,11 @@ def workers_in(mask: Tensor) -> tuple[int, ...]:
 
 # Before a message is received, a sentinel is written to the end of its row. If it is still there afterwards, the
 # message was too short, and the rest of the row may differ between ranks.
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def write_truncation_sentinel(rows: Tensor) -> Tensor:
     """Write the sentinel to the end of each row (or of the only one) before messages arrive; return the rows."""
-    rows.view(_BITS[rows.element_size()])[..., -1] = _sentinel(rows.dtype)
+    rows.view(BITS[rows.element_size()])[..., -1] = _sentinel(rows.dtype)
     return rows
 
 
@@ -150,11 +149,11 @@ def read_records(rows: Tensor, missing: Collection[int] = ()) -> tuple[Tensor, t
 
 
 def _is_truncated(rows: Tensor) -> Tensor:
-    return rows.view(_BITS[rows.element_size()])[:, -1] == _sentinel(rows.dtype)
+    return rows.view(BITS[rows.element_size()])[:, -1] == _sentinel(rows.dtype)
 
 
 def _sentinel(dtype: torch.dtype) -> int:
     """Return the bits of a NaN that no arithmetic makes; a digest equals them with a probability of 2^-64."""
     dtype = torch.float64 if dtype == torch.int64 else dtype
     infinity = torch.tensor([torch.inf], dtype=dtype)
-    return int(infinity.view(_BITS[infinity.element_size()])) + 42
+    return int(infinity.view(BITS[infinity.element_size()])) + 42

@@ -67,7 +67,7 @@ class Recorder:
         self._missing: dict[int, list[int]] = {}
         self._repaired: dict[int, list[int]] = {}
         self._failed_steps: list[int] = []
-        self._undelivered_findings: list[Finding] = []  # of the current step
+        self._pending: list[Finding] = []  # of the current step
         self._callback_errors: set[type[Exception]] = set()  # types that were logged
         self._undelivered = 0
 
@@ -148,7 +148,7 @@ class Recorder:
 
     def deliver(self) -> None:
         """Call the callback with the step's findings; its errors are logged and do not end the job."""
-        findings, self._undelivered_findings = self._undelivered_findings, []
+        findings, self._pending = self._pending, []
         if self._callback is None:
             return
         for finding in findings:
@@ -213,7 +213,7 @@ class Recorder:
     def _add(self, finding: Finding) -> None:
         if self._ledger is not None:
             self._ledger.append(finding)
-        self._undelivered_findings.append(finding)
+        self._pending.append(finding)
 
     def _miss(self, finding: Finding) -> None:
         steps = self._missing.setdefault(finding.rank, [])

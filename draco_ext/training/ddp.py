@@ -199,4 +199,3 @@ class UnusedParameters:
                     item.parameter.grad = None
             elif item.parameter.grad is None:
                 item.parameter.grad = item.gradient.clone()
-        self.forget()

@@ -260,8 +260,16 @@ class Guard:
         """Give up a step in which an error was raised."""
         self._scheduler.close()
         self._transport.abort()
+        self._forget_step()
         self._adapter.drop_gradients()  # both this rank's own and the decoded ones
         self._recorder.deliver()
+
+    def _forget_step(self) -> None:
+        """Forget what a step has collected, whether it came to its end or not."""
+        self._claims, self._outcomes = None, []
+        self._record.begin()
+        if self._unused is not None:
+            self._unused.forget()
 
     def _finish(self) -> None:
         """End a step after its last backward pass, when the gradients are in place."""
@@ -270,15 +278,15 @@ class Guard:
         except BaseException:
             self._adapter.drop_gradients()
             raise
+        finally:
+            self._forget_step()
 
     def _end_step(self) -> None:
-        claims, outcomes = self._claims, self._outcomes
+        claims = self._claims
         assert claims is not None
-        self._claims, self._outcomes = None, []
-        self._record.begin()
         failure = self._agree_on_step(claims.steps)
         verdict = self._state_check.judge(claims.state)
-        failure = self._record_outcomes(outcomes, claims, verdict, failure)
+        failure = self._record_outcomes(claims, verdict, failure)
         with self._adapter.own_collectives():
             problem = self._state_check.repair(verdict, self.step) if claims.state else None
         failure = failure or problem or self._policy.explain_state(self.step, verdict.with_wrong("parameters"))
@@ -293,8 +301,6 @@ class Guard:
             self._adapter.drop_gradients()
         elif self._unused is not None:
             self._unused.settle(claims.used_parameters())
-        if self._unused is not None:
-            self._unused.forget()
         self._recorder.deliver()
         self._policy.apply(failure)
 
@@ -320,18 +326,12 @@ class Guard:
         self._step.number = usual
         return None
 
-    def _record_outcomes(
-        self,
-        outcomes: list[tuple[ExchangeOutcome, int]],
-        claims: Claims,
-        state: StateVerdict,
-        failure: str | None,
-    ) -> str | None:
+    def _record_outcomes(self, claims: Claims, state: StateVerdict, failure: str | None) -> str | None:
         """Record the findings of a step's exchanges; return why the step failed, or None."""
-        if all(outcome.is_clean for outcome, _ in outcomes):
+        if all(outcome.is_clean for outcome, _ in self._outcomes):
             return failure
         other_data = claims.with_other_data()
-        for outcome, bucket in outcomes:
+        for outcome, bucket in self._outcomes:
             if not outcome.failed:
                 self._recorder.weigh(outcome.left_out, outcome.suspects, self.step)
             elif failure is None:
@@ -417,7 +417,7 @@ class Guard:
         _checks.check_tolerance("timeout", timeout)
         present = set(range(self.code.workers)) - self._recorder.missing_in(self.step - 1)
         with self._adapter.own_collectives():
-            wrong = self._state_check.run(self.step, present, timeout, self._recorder.deliver)
+            wrong = self._state_check.run(self.step, present, timeout)
         return tuple(sorted(self._ranks[worker] for worker in wrong))
 
     def state_dict(self, check: bool = True) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -75,14 +75,13 @@ class StateCheck:
             return None
         return f"no gradient in step {step}: no majority of the ranks has the same {' and '.join(verdict.undecided)}"
 
-    def run(self, step: int, present: Collection[int], timeout: float, deliver: Callable[[], None]) -> list[int]:
+    def run(self, step: int, present: Collection[int], timeout: float) -> list[int]:
         """Compare and repair now, between steps, on all ranks; return the workers that were wrong.
 
         Args:
             step: the next step.
             present: the ranks to wait for.
             timeout: seconds to wait for them.
-            deliver: called when the findings are recorded.
 
         Raises:
             DecodingError: there is no majority.
@@ -96,7 +95,7 @@ class StateCheck:
         rows, missing = run_alone(self._transport.gather_record(self._digests(step).flatten()))
         verdict = self.judge({j: digests_in(row) for j, row in enumerate(rows) if j not in missing})
         problem = self.repair(verdict, step)
-        deliver()
+        self._recorder.deliver()
         if problem:
             raise DecodingError(problem)
         return list(verdict.wrong)

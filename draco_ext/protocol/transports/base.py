@@ -97,7 +97,7 @@ def _differences(rows: Tensor, decoded: Decoded, missing: Collection[int] = ()) 
     """Return the suspects among decoded messages, each with the difference if another worker sent the right message."""
     code = decoded.code
     suspects = workers_in(decoded.suspects)
-    if decoded.failed or not code.message_is_gradient:
+    if not suspects or decoded.failed or not code.message_is_gradient:
         return dict.fromkeys(suspects)
     good = {code.assignment(j): j for j in range(code.workers) if j not in suspects and j not in missing}
     return {j: difference(rows[j], rows[good[code.assignment(j)]]) for j in suspects}
