@@ -28,13 +28,14 @@ LAYERS = {
     "kernels": "ops and codes against the reference, enumerations, CUDA kernels run on the host",
 }
 
-# quick draws the same examples every time, long and thorough others each time; all print how to see a failing one
-# again.
+# quick and long draw the same examples every time, so that a change fails for what it does alone; thorough draws others
+# each time. All print how to see a failing one again.
 hypothesis.settings.register_profile("quick", max_examples=30, derandomize=True, deadline=None, print_blob=True)
-for profile, examples in (("long", 300), ("thorough", 3000)):
+for profile, examples, same in (("long", 300, True), ("thorough", 3000, False)):
     hypothesis.settings.register_profile(
         profile,
         max_examples=examples,
+        derandomize=same,
         deadline=None,
         print_blob=True,
         suppress_health_check=list(hypothesis.HealthCheck),

@@ -111,6 +111,11 @@ class Round:
     def mask(self):
         return self.adversary.mask(self.code.workers)
 
+    def columns(self, start, stop):
+        """The same step of these columns alone, as one of several buckets carries it."""
+        cut = {name: getattr(self, name)[:, start:stop] for name in ("gradients", "honest", "sent")}
+        return dataclasses.replace(self, **cut)
+
     def __repr__(self):
         layers = f"{tuple(self.gradients.shape)} {self.gradients.dtype}"
         return f"Round({self.code}, gradients {layers}, {self.adversary})"
