@@ -1,4 +1,4 @@
-"""What guards have in common: how they are composed, and what they offer between steps."""
+"""The base class of guards: their composition, and what they offer between steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from draco_ext.training.state_check import StateCheck
 
 
 class GuardBase(abc.ABC):
-    """What stands between the gradients of a DistributedDataParallel model and its optimizer.
+    """A guard between the gradients of a DistributedDataParallel model and its optimizer.
 
     Args:
         model: the model.
@@ -104,12 +104,16 @@ class GuardBase(abc.ABC):
             model, self._transport, self._recorder, every=check_state_every, seed=seed, helpers=helpers
         )
 
-    def _attach(self) -> None:
-        """Register the hooks, when everything else is made."""
+    def _attach(self, *, steps_after: str = "backward()") -> None:
+        """Register the hooks, when everything else is made; `steps_after`: see `DDPAdapter.attach`."""
         # The server's threads communicate at any time, so the server cannot watch collectives; the other ranks do.
         is_server = self._transport.is_served and self.worker == self._communicator.root
         self._adapter.attach(
-            take=self._take, before_forward=self._before_forward, abort=self._abort, watch_collectives=not is_server
+            take=self._take,
+            before_forward=self._before_forward,
+            abort=self._abort,
+            watch_collectives=not is_server,
+            steps_after=steps_after,
         )
         reduced = self._adapter.reduced()
         usage = self._adapter.parameters_may_be_unused

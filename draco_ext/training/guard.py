@@ -191,7 +191,7 @@ class Guard(GuardBase):
     def _send_record(self) -> None:
         """Send this rank's record of the step; all ranks do this at the same point of every step."""
         with self._seconds.decoding():
-            state = self._state_check.digests(self.step)
+            state = self._state_check.digests(self.step) if self._state_check.is_due(self.step) else None
             record = self._record.vector(self.step, state, self._adapter.device)
 
         def complete(gathered: tuple[Tensor, tuple[int, ...]]) -> None:
