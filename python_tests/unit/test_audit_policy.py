@@ -131,10 +131,15 @@ def test_steps_are_independent(lag):
     assert_binomial(sum(coins[step] and coins[step + lag] for step in range(steps)), steps, 0.2**2)
 
 
-def test_seeds_are_independent():
+@pytest.mark.parametrize("other", [SEED ^ 1, SEED + 1, SEED + 2**32, SEED + 2**64])
+def test_seeds_are_independent(other):
     audit, steps = Audit(3, 1, 0.2), 20_000
-    both = sum(audit.is_audited(SEED, step) and audit.is_audited(SEED + 1, step) for step in range(steps))
+    both = sum(audit.is_audited(SEED, step) and audit.is_audited(other, step) for step in range(steps))
     assert_binomial(both, steps, 0.2**2)
+    same = sum(audit.audited_pass(SEED, step, 5) == audit.audited_pass(other, step, 5) for step in range(steps))
+    assert_binomial(same, steps, 1 / 5)
+    same = sum(audit.shifts(SEED, step) == audit.shifts(other, step) for step in range(5_000))
+    assert_binomial(same, 5_000, 1 / 2)
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3, 8, 10])
