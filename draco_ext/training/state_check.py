@@ -28,18 +28,26 @@ class StateCheck:
         recorder: records the findings.
         every: state is compared in steps whose number is a multiple of this; 0: in the first step only.
         seed: the seed of the digests' keys.
+        helpers: how many ranks are asked for the majority's values before a repair is given up.
 
     Attributes:
         state: the state that is compared.
     """
 
     def __init__(
-        self, model: DistributedDataParallel, transport: Transport, recorder: Recorder, *, every: int, seed: int
+        self,
+        model: DistributedDataParallel,
+        transport: Transport,
+        recorder: Recorder,
+        *,
+        every: int,
+        seed: int,
+        helpers: int,
     ) -> None:
         self.state = ReplicatedState(model)
         self._transport = transport
         self._recorder = recorder
-        self._repair = make_repair(transport, self.state)
+        self._repair = make_repair(transport, self.state, helpers)
         self._rendezvous = Rendezvous(model.process_group)
         self._every = every
         self._seed = seed
