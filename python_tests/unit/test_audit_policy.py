@@ -230,6 +230,20 @@ def test_every_set_of_convicted_workers(workers, adversaries):
     assert bool(unavoidable) == (adversaries >= 3)
 
 
+@pytest.mark.parametrize(("workers", "adversaries"), [(3, 1), (5, 2), (6, 2), (7, 3)])
+def test_every_part_has_an_opinion_of_a_rank_that_is_right(workers, adversaries):
+    """For any bad ranks, any of them convicted, whose opinions do not count: step 1 of the proof in docs/guarantee.md."""
+    audit = Audit(workers, adversaries, 1)
+    for bad in itertools.combinations(range(workers), adversaries):
+        for size in range(adversaries + 1):
+            for convicted in itertools.combinations(bad, size):
+                for avoid in ((), convicted):
+                    shifts = audit.shifts(SEED, 0, avoid=avoid)
+                    for part in range(workers):
+                        opinions = {part, *auditors(audit, part, shifts)} - {*convicted}
+                        assert opinions - {*bad}
+
+
 def test_shifts_are_uniform_among_those_without_a_convicted_auditor():
     audit = Audit(7, 2, 1)
     drawn = [audit.shifts(SEED, step, avoid={0, 2}) for step in range(6_000)]
