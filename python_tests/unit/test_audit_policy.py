@@ -232,7 +232,7 @@ def test_every_set_of_convicted_workers(workers, adversaries):
 
 @pytest.mark.parametrize(("workers", "adversaries"), [(3, 1), (5, 2), (6, 2), (7, 3)])
 def test_every_part_has_an_opinion_of_a_rank_that_is_right(workers, adversaries):
-    """For any bad ranks, any of them convicted, whose opinions do not count: step 1 of the proof in docs/guarantee.md."""
+    """Step 1 of the proof in docs/guarantee.md: opinions of convicted ranks do not count."""
     audit = Audit(workers, adversaries, 1)
     for bad in itertools.combinations(range(workers), adversaries):
         for size in range(adversaries + 1):
