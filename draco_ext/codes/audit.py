@@ -80,9 +80,9 @@ class Audit:
         With a shift of delta, worker j audits part (j + delta) % n. So worker (k - delta) % n audits part k, every
         worker audits one part per shift, and the s auditors of a part are s different workers that do not own it.
 
-        Shifts are drawn uniformly among those that are equally good, the best first. A shift is better by which fewer
-        parts of convicted workers have a convicted auditor; there are none unless too few shifts are left. Of those
-        that are equal in this, one is better by which more parts have an auditor on another host than their owner.
+        Better shifts come first; among equally good ones all are equally likely. A shift is better if fewer parts of
+        convicted workers get a convicted auditor, which is none unless too few shifts are left. Among shifts that are
+        equal in this, one is better if more parts get an auditor on another host than their owner.
 
         Args:
             seed: the same on all ranks, at least 0.
@@ -114,10 +114,11 @@ class Audit:
     # ------------------------------------------------------------------------------------------ what to expect
 
     def expected_wrong_updates(self, trigger_chance: float = 0.0, passes: int = 1) -> float:
-        """Return the mean number of wrong updates before a worker that is wrong again and again is convicted.
+        """Return the mean number of wrong updates before a worker that is wrong again and again is found.
 
         Each wrong step is found with a chance of p = q + (1 - q) * c, independently, and is then put right. The number
-        of wrong updates before is geometric with the mean (1 - p) / p, however often the worker is wrong.
+        of wrong updates before is geometric with the mean (1 - p) / p, however often the worker is wrong. A worker that
+        is found, and wrong again when it computes its part again, is convicted.
 
         Args:
             trigger_chance: c, the chance that a wrong step triggers an audit by its statistics.
@@ -128,7 +129,7 @@ class Audit:
         return (1 - found) / found
 
     def wrong_updates_quantile(self, level: float, trigger_chance: float = 0.0, passes: int = 1) -> int:
-        """Return the number of wrong updates before conviction that is not exceeded with this probability.
+        """Return the number of wrong updates before a worker is found that is not exceeded with this probability.
 
         It is the smallest k with P(N <= k) = 1 - (1 - p)^(k + 1) >= level; see `expected_wrong_updates`.
 
