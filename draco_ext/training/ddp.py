@@ -147,12 +147,12 @@ class DDPAdapter:
 
     @property
     def broadcasts_buffers(self) -> bool:
-        """Whether DistributedDataParallel gives rank 0's buffers to all ranks in every step."""
+        """Return whether DistributedDataParallel gives rank 0's buffers to all ranks in every step."""
         return bool(self.model.broadcast_buffers)
 
     @property
     def is_static_graph(self) -> bool:
-        """Whether DistributedDataParallel learns in the first backward pass which parameters are used."""
+        """Return whether DistributedDataParallel learns in the first backward pass which parameters are used."""
         return bool(self.model.static_graph)
 
     def finish_step(self) -> None:
