@@ -54,23 +54,10 @@ class Audit:
         Args:
             seed: the same on all ranks, at least 0.
             step: counted from 0.
-            passes: A, the number of micro-batches whose gradients the step accumulates. One of them is audited, see
-                `audited_pass`, so that the cost per micro-batch does not depend on A.
+            passes: A, the number of micro-batches whose gradients the step accumulates. The first of them is audited,
+                so that the cost per micro-batch does not depend on A; with a rate of 1 all of them are.
         """
         return _uniform("coin", *_check_draw(seed, step)) < self._chance(passes)
-
-    def audited_pass(self, seed: int, step: int, passes: int) -> int:
-        """Return which micro-batch of an audited step is audited, from 0 to passes - 1, all with the same chance.
-
-        The choice is independent of `is_audited`.
-
-        Args:
-            seed: the same on all ranks, at least 0.
-            step: counted from 0.
-            passes: the number of micro-batches whose gradients the step accumulates.
-        """
-        _checks.check_int("passes", passes, 1)
-        return _hash("pass", *_check_draw(seed, step)) % passes
 
     def shifts(
         self, seed: int, step: int, hosts: Sequence[str] | None = None, avoid: Collection[int] = ()

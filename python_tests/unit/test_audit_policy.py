@@ -69,7 +69,7 @@ def test_bad_fields(arguments, error, said):
         (lambda a: a.is_audited(0.0, 0), TypeError, "seed must be an int, got float"),
         (lambda a: a.is_audited(0, -1), ValueError, "step must be at least 0, got -1"),
         (lambda a: a.is_audited(0, 0, 0), ValueError, "passes must be at least 1, got 0"),
-        (lambda a: a.audited_pass(0, 0, 0), ValueError, "passes must be at least 1, got 0"),
+        (lambda a: a.is_audited(0, 0, 0), ValueError, "passes must be at least 1, got 0"),
         (lambda a: a.shifts(-1, 0), ValueError, "seed must be at least 0, got -1"),
         (lambda a: a.shifts(0, 0, "abc"), TypeError, "hosts must be a sequence of str, got str"),
         (lambda a: a.shifts(0, 0, [0, 1, 2]), TypeError, "hosts must be a sequence of str, got an entry of type int"),
@@ -107,7 +107,6 @@ def test_what_is_drawn_depends_on_seed_and_step_alone():
     """Machines and Python's own hash seed make no difference: these are the values of the machine it was written on."""
     audit = Audit(7, 3, 0.02)
     assert [step for step in range(300) if audit.is_audited(0, step)] == [1, 54, 75, 154]
-    assert [audit.audited_pass(0, step, 10) for step in range(12)] == [9, 5, 5, 8, 4, 2, 7, 6, 9, 7, 7, 5]
     assert [audit.shifts(0, step) for step in range(3)] == [(1, 3, 6), (2, 3, 5), (1, 6, 2)]
 
 
@@ -115,7 +114,7 @@ def test_asking_in_another_order_changes_nothing():
     def ask(step):
         audit = Audit(7, 2, 0.3)
         random.random()  # generators of others have no part in it
-        return audit.is_audited(SEED, step), audit.audited_pass(SEED, step, 5), audit.shifts(SEED, step)
+        return audit.is_audited(SEED, step), audit.shifts(SEED, step)
 
     steps = list(range(500))
     in_order = {step: ask(step) for step in steps}
@@ -136,21 +135,8 @@ def test_seeds_are_independent(other):
     audit, steps = Audit(3, 1, 0.2), 20_000
     both = sum(audit.is_audited(SEED, step) and audit.is_audited(other, step) for step in range(steps))
     assert_binomial(both, steps, 0.2**2)
-    same = sum(audit.audited_pass(SEED, step, 5) == audit.audited_pass(other, step, 5) for step in range(steps))
-    assert_binomial(same, steps, 1 / 5)
     same = sum(audit.shifts(SEED, step) == audit.shifts(other, step) for step in range(5_000))
     assert_binomial(same, 5_000, 1 / 2)
-
-
-@pytest.mark.parametrize("passes", [1, 2, 3, 8, 10])
-def test_micro_batches_are_audited_equally_often_whatever_the_coin_says(passes):
-    audit = Audit(3, 1, 0.5 / passes)
-    drawn = {True: [], False: []}
-    for step in range(12_000):
-        drawn[audit.is_audited(SEED, step, passes)].append(audit.audited_pass(SEED, step, passes))
-    for values in drawn.values():
-        assert len(values) > 5_000
-        assert_uniform(values, range(passes))
 
 
 # ---------------------------------------------------------------------------------------------- who audits whom
@@ -259,14 +245,14 @@ def test_another_host_counts_less_than_a_convicted_auditor():
 # ---------------------------------------------------------------------------------------------- wrong updates
 
 
-def wrong_updates(audit, seed, *, passes=1, wrong_in=None, trigger_chance=0.0, frequency=1.0):
+def wrong_updates(audit, seed, *, passes=1, wrong_in_one=False, trigger_chance=0.0, frequency=1.0):
     """Simulate a worker that is bad from a step on, and count its wrong updates until it is found.
 
     Args:
         audit: draws the audited steps.
         seed: of the run.
         passes: the number of micro-batches of a step.
-        wrong_in: the one micro-batch that is wrong; default: all.
+        wrong_in_one: whether one micro-batch, any one, is wrong, and not all. The first one is audited.
         trigger_chance: that a wrong step triggers an audit.
         frequency: the share of steps that are wrong.
     """
@@ -275,7 +261,8 @@ def wrong_updates(audit, seed, *, passes=1, wrong_in=None, trigger_chance=0.0, f
     for step in itertools.count(own.randrange(10**6)):
         if own.random() >= frequency:
             continue
-        if audit.is_audited(seed, step, passes) and wrong_in in (None, audit.audited_pass(seed, step, passes)):
+        is_seen = not wrong_in_one or own.randrange(passes) == 0
+        if audit.is_audited(seed, step, passes) and is_seen:
             return updates
         if own.random() < trigger_chance:
             return updates
@@ -338,7 +325,7 @@ def test_accumulation_finds_faults_sooner_at_the_same_cost():
     assert sum(alone) / len(alone) > 7 * sum(every) / len(every)  # 99 updates, and 11.5
 
     # A fault in one micro-batch alone is found as often as without accumulation, and not sooner.
-    one = [wrong_updates(audit, SEED + run, passes=passes, wrong_in=3) for run in range(1_500)]
+    one = [wrong_updates(audit, SEED + run, passes=passes, wrong_in_one=True) for run in range(1_500)]
     assert_law(one, audit)
 
 

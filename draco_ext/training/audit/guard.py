@@ -131,7 +131,7 @@ class AuditGuard(GuardBase):
         Args:
             loader: any iterable of mini-batches. Every rank has its own, of the same length.
             accumulate: the number of mini-batches whose gradients a step adds up. Only the last one's backward pass
-                communicates, without ``no_sync()`` in the loop. An audit covers the first one.
+                communicates, without ``no_sync()`` in the loop. An audit covers the first one, or all at a rate of 1.
 
         Yields:
             The steps.
@@ -193,11 +193,12 @@ class AuditGuard(GuardBase):
         audited = substituting or self.audit.is_audited(self._seed, step, len(self._mini_batches))
         with_state = self._state_check.is_due(step)
         earlier: Sequence[Row] = ()  # what ranks said before a doubt
+        whole = substituting or len(self._mini_batches) == 1 or self.audit.rate == 1
         shifts: tuple[int, ...] = ()
         for _ in range(ATTEMPTS):
             if audited and self._can_audit:
                 shifts = self.audit.shifts(self._seed, step, self._hosts, self._convictions.convicted)
-            yield from self._audit_passes(shifts, whole=substituting or len(self._mini_batches) == 1)
+            yield from self._audit_passes(shifts, whole=whole)
             # DDP makes other buckets after its first synchronised pass, in which sums over ranks round differently. So
             # what an audit finds before is put right before, too.
             rehearse = bool(shifts) and self._own_passes == 0
