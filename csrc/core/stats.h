@@ -29,7 +29,10 @@ template <typename T>
 constexpr typename Element<T>::Bits kMagnitudeBits =
     static_cast<typename Element<T>::Bits>(static_cast<typename Element<T>::Bits>(~typename Element<T>::Bits{}) >> 1);
 template <typename T>
-constexpr int kMantissaBits = std::is_same_v<T, double> ? 52 : std::is_same_v<T, float> ? 23 : std::is_same_v<T, Half> ? 10 : 7;
+constexpr int kMantissaBits = std::is_same_v<T, double>  ? 52
+                              : std::is_same_v<T, float> ? 23
+                              : std::is_same_v<T, Half>  ? 10
+                                                         : 7;
 template <typename T>
 constexpr typename Element<T>::Bits kInfinityBits =
     static_cast<typename Element<T>::Bits>(kMagnitudeBits<T> >> kMantissaBits<T> << kMantissaBits<T>);

@@ -1,10 +1,9 @@
 // Shared by the CPU ops that digest: the key, the blocks on all threads, and what joins them.
 #pragma once
 
-#include "core/digest.h"
-
 #include <atomic>
 
+#include "core/digest.h"
 #include "cpu/common.h"
 
 namespace draco {
@@ -13,8 +12,8 @@ struct alignas(64) DigestKey {
   uint32_t word[kDigestKey];
 };
 
-// The digest of a vector of this many bytes. hash(key, begin, size, sums) adds the four sums of one block to `sums`; the
-// blocks of `alignment` bytes, a multiple of the block's, are hashed by one thread, in their order.
+// The digest of a vector of this many bytes. hash(key, begin, size, sums) adds the four sums of one block to `sums`;
+// the blocks of `alignment` bytes, a multiple of the block's, are hashed by one thread, in their order.
 template <typename F>
 Tensor digest_blocks(int64_t bytes, uint64_t seed, int64_t alignment, const F& hash) {
   constexpr int64_t kTaken = 16 * kDigestBlock;  // bytes that a thread takes at once

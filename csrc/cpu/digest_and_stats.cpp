@@ -17,13 +17,12 @@ std::tuple<Tensor, Tensor> digest_and_stats(const Tensor& values, int64_t seed) 
   auto* const of_tile = static_cast<Stats*>(stats.data_ptr());
   std::fill_n(of_tile, tiles, Stats{});
   const Kernels& kernel = kernels();
-  Tensor digest = digest_blocks(bytes, static_cast<uint64_t>(seed), tile,
-                                [&](const uint32_t* key, int64_t begin, int64_t size, uint64_t* sums) {
-                                  Stats block;
-                                  kernel.digest_and_stats[static_cast<int>(dtype)](key, from + begin, size, sums,
-                                                                                   &block);
-                                  merge(of_tile[begin / tile], block);
-                                });
+  Tensor digest = digest_blocks(
+      bytes, static_cast<uint64_t>(seed), tile, [&](const uint32_t* key, int64_t begin, int64_t size, uint64_t* sums) {
+        Stats block;
+        kernel.digest_and_stats[static_cast<int>(dtype)](key, from + begin, size, sums, &block);
+        merge(of_tile[begin / tile], block);
+      });
   return {digest, stats};
 }
 

@@ -61,8 +61,8 @@ std::tuple<Tensor, Tensor> vote(const Tensor& messages, const std::vector<uint8_
         kernel.vote[kIndex](chunk);
       }
       if (groups > 1)
-        kernel.finish[kIndex](sum, columns, mean ? static_cast<double>(groups) : 1.0,
-                                               is_large(d * sizeof(T)), out + begin);
+        kernel.finish[kIndex](sum, columns, mean ? static_cast<double>(groups) : 1.0, is_large(d * sizeof(T)),
+                              out + begin);
       for (size_t i = 0; i < member.size(); ++i)
         if (local[i]) __atomic_store_n(&differs[member[i]], uint8_t{1}, __ATOMIC_RELAXED);
     });

@@ -18,8 +18,7 @@ DRACO_HD Vector<double> widen_half(const T* from) {
     return (Vector<double>)_mm512_maskz_cvtps_pd(
         0xff, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
-    return (Vector<double>)_mm256_cvtps_pd(
-        _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+    return (Vector<double>)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 #endif
   }
 #endif
