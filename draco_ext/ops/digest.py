@@ -56,9 +56,9 @@ def digest_and_stats(values: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         seed: the digest's key, 64 bits.
 
     Returns:
-        The digest, (2,) int64, and (tiles, 4) float64 with a row for each tile of `TILE` elements, of which the last may
-        have fewer: the sum of the squares of the finite values, the largest absolute finite value, the number of
-        values that are infinite or NaN, and the number of zeros, +0 and -0.
+        The digest, (2,) int64, and the statistics, (tiles, 4) float64: a row for each tile of `TILE` elements, the last
+        of which may be shorter. Its columns are the sum of squares of the finite values, the largest absolute finite
+        value, the number of values that are infinite or NaN, and the number of zeros, +0 and -0.
     """
     _checks.check_tensor("values", values, 1, VOTE_DTYPES)
     _checks.check_contiguous("values", values)
