@@ -13,8 +13,8 @@ static Stats of(typename Element<T>::Bits bits) {
   return tally.stats();
 }
 
-static void check(const Stats& got, double squares, double largest, double nonfinite, double zeros, const char* what,
-                  uint64_t bits) {
+static void check_stats(const Stats& got, double squares, double largest, double nonfinite, double zeros,
+                        const char* what, uint64_t bits) {
   CHECK_EQ(got.squares, squares, "squares, ", what, " ", bits);
   CHECK_EQ(got.largest, largest, "largest, ", what, " ", bits);
   CHECK_EQ(got.nonfinite, nonfinite, "nonfinite, ", what, " ", bits);
@@ -25,9 +25,9 @@ template <typename T>
 static void check_value(typename Element<T>::Bits bits, const char* what) {
   const double value = value_of<T>(bits);
   if (std::isfinite(value)) {
-    check(of<T>(bits), value * value, std::abs(value), 0, value == 0, what, bits);
+    check_stats(of<T>(bits), value * value, std::abs(value), 0, value == 0, what, bits);
   } else {
-    check(of<T>(bits), 0, 0, 1, 0, what, bits);
+    check_stats(of<T>(bits), 0, 0, 1, 0, what, bits);
   }
 }
 
@@ -59,7 +59,9 @@ TEST(parts_are_merged) {
     second.take(bit_cast<uint32_t>(x));
   Stats all = {};
   merge(all, first.stats());
-  check(all, 25, 4, 0, 1, "first", 0);
+  check_stats(all, 25, 4, 0, 1, "first", 0);
   merge(all, second.stats());
-  check(all, 29, 4, 2, 2, "both", 0);
+  check_stats(all, 29, 4, 2, 2, "both", 0);
 }
+
+int main() { return check::run(); }
