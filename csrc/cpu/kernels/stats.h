@@ -7,36 +7,55 @@
 namespace draco {
 namespace {
 
-// Numbers of 16 bits as a vector of doubles.
+// The values of a line as floats or doubles: in place, or of 16 bits what they are widened to.
 template <typename T>
-DRACO_HD Vector<double> widen_half(const T* from) {
-  constexpr int kCount = VectorOf<double>::kSize;
-  typedef float Floats __attribute__((vector_size(kBytes / 2)));
+struct Line {
+  const T* at;
+
+  DRACO_MEMBER explicit Line(const unsigned char* from) : at(reinterpret_cast<const T*>(from)) {}
+};
+
+// Numbers of 16 bits without their signs; those that are not finite become anything.
+template <typename T>
+struct WidenedLine {
+  static constexpr int kValues = kLine / sizeof(T);
+  alignas(kLine) float at[kValues];
+
+  DRACO_MEMBER explicit WidenedLine(const unsigned char* from) {
 #if defined(__F16C__)
-  if constexpr (std::is_same_v<T, Half>) {
+    if constexpr (std::is_same_v<T, Half>) {
+      constexpr int kFloats = VectorOf<float>::kSize;
+      DRACO_UNROLL for (int i = 0; i < kValues; i += kFloats) {
 #if defined(__AVX512F__)
-    return (Vector<double>)_mm512_maskz_cvtps_pd(
-        0xff, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+        store(at + i, (Vector<float>)_mm512_maskz_cvtph_ps(
+                          0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 2 * i))));
 #else
-    return (Vector<double>)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+        store(at + i, (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * i))));
 #endif
-  }
+      }
+      return;
+    }
 #endif
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    typedef uint16_t Halves __attribute__((vector_size(kBytes / 4)));
-    typedef uint32_t Words __attribute__((vector_size(kBytes / 2)));
-    Halves halves;
-    memcpy(&halves, from, sizeof(halves));
-    return __builtin_convertvector((Floats)(__builtin_convertvector(halves, Words) << 16), Vector<double>);
+    uint16_t bits[kValues];
+    memcpy(bits, from, sizeof(bits));
+    for (int i = 0; i < kValues; ++i) {
+      const uint32_t magnitude = bits[i] & 0x7fffu;
+      if constexpr (std::is_same_v<T, Half>) {  // to_float (core/half.h) of what is finite and positive
+        at[i] = bit_cast<float>(magnitude << 13) * 0x1p112f;
+      } else {
+        at[i] = bit_cast<float>(magnitude << 16);
+      }
+    }
   }
-  T halves[kCount];
-  memcpy(halves, from, sizeof(halves));
-  float wide[kCount];
-  for (int i = 0; i < kCount; ++i) wide[i] = to_float(halves[i]);
-  return widen_real(wide);
-}
-DRACO_HD Vector<double> widen_real(const Half* from) { return widen_half(from); }
-DRACO_HD Vector<double> widen_real(const BFloat16* from) { return widen_half(from); }
+};
+template <>
+struct Line<Half> : WidenedLine<Half> {
+  using WidenedLine::WidenedLine;
+};
+template <>
+struct Line<BFloat16> : WidenedLine<BFloat16> {
+  using WidenedLine::WidenedLine;
+};
 
 struct NoStatistics {
   DRACO_MEMBER void take_line(const unsigned char*) {}
@@ -56,9 +75,9 @@ class FiniteStatistics {
       largest_ = magnitude > largest_ ? magnitude : largest_;
       zeros_ -= (Vector<Bits>)(magnitude == 0);
     }
-    const T* const values = reinterpret_cast<const T*>(from);
+    const Line<T> line(from);
     DRACO_UNROLL for (int i = 0; i < kValues; i += kWide) {
-      const Vector<double> value = widen_real(values + i);
+      const Vector<double> value = widen_real(line.at + i);
       Vector<double>& sum = squares_[i / kWide % kSums];
       sum = multiply_add<double>(value, value, sum);
     }
