@@ -234,7 +234,7 @@ def test_projections_learn_the_tolerance_and_see_what_they_say():
     assert 1e-6 < measure.tolerance < 10 * MARGIN * 1e-6
     assert measure.sees == 10 * measure.tolerance
     missed = accused = 0
-    for key in range(100, 400):
+    for key in range(100, 200):
         values = torch.randn(length, generator=generator)
         own = projected(measure, [noisy(values)], key)
         accused += not measure.agree(own, projected(measure, [noisy(values)], key))
@@ -243,7 +243,7 @@ def test_projections_learn_the_tolerance_and_see_what_they_say():
         wrong *= measure.sees * values[: ops.TILE].norm() / wrong.norm()
         missed += measure.agree(own, projected(measure, [values + wrong], key))
     assert accused == 0
-    assert missed <= 3
+    assert missed <= 1
 
 
 def test_projections_allow_an_absolute_difference():

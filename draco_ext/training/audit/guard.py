@@ -605,16 +605,17 @@ class AuditGuard(GuardBase):
         self._doubts = []
         self.failed = failure is not None
         self._adapter.finish_step()
+        if failure is not None or self._conviction is not None:
+            self._adapter.drop_gradients()
+            self._adapter.set_buffers(self._buffers)  # as if the step had not been
         if failure is not None:
             self._recorder.add_failure(step)
-            self._adapter.drop_gradients()
         elif self._unused is not None:
             self._unused.settle(claims.used_parameters())
         self._forget_step()
         self._recorder.deliver()
         if self._conviction is not None:
             conviction, self._conviction = self._conviction, None
-            self._adapter.drop_gradients()
             raise DecodingError(conviction)
         self._policy.apply(failure)
 
