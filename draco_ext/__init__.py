@@ -12,18 +12,23 @@ from draco_ext.codes import (
 )
 from draco_ext.ops import build_info
 from draco_ext.reporting.ledger import Finding, iter_ledger, read_ledger
-from draco_ext.reporting.report import Report, Suspect
+from draco_ext.reporting.report import AuditReport, Dispute, Report, Suspect, Trigger
 from draco_ext.training.api import protect
+from draco_ext.training.audit.guard import AuditGuard, AuditStep
 from draco_ext.training.guard import Guard
 from draco_ext.training.reproducibility import SelfTest
 from draco_ext.training.sampler import RedundantBatchSampler
 
 __all__ = [
     "Audit",
+    "AuditGuard",
+    "AuditReport",
+    "AuditStep",
     "Code",
     "CyclicCode",
     "Decoded",
     "DecodingError",
+    "Dispute",
     "Finding",
     "Guard",
     "RedundantBatchSampler",
@@ -31,6 +36,7 @@ __all__ = [
     "Report",
     "SelfTest",
     "Suspect",
+    "Trigger",
     "__version__",
     "build_info",
     "decode",

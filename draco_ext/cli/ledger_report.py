@@ -23,7 +23,14 @@ from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
 
 # Every kind of finding with its colour, from Okabe and Ito's palette for colour-blind readers.
-COLOURS = {"gradient": "#D55E00", "data": "#E69F00", "state": "#0072B2", "missing": "#999999"}
+COLOURS = {
+    "gradient": "#D55E00",
+    "data": "#E69F00",
+    "persistent": "#CC79A7",
+    "transient": "#009E73",
+    "state": "#0072B2",
+    "missing": "#999999",
+}
 MOST_DRAWN = 40  # rows of a picture
 BINS = 400  # of steps in a row of a picture
 

@@ -96,6 +96,16 @@ def test_last_clean_step(tmp_path, steps, clean):
     assert rank["last_clean_step"] == clean
 
 
+def test_findings_of_an_audit(tmp_path):
+    found = [finding(4, 2, kind="transient", bucket=-1), finding(9, 2, kind="persistent", bucket=-1)]
+    ledger = write(tmp_path / "bad.jsonl", found)
+    (rank,) = as_json(ledger)["ranks"]
+    assert rank["kinds"] == {"persistent": 1, "transient": 1}
+    assert (rank["steps"], rank["since"]["step"], rank["last_seen"]["step"]) == (2, 4, 9)
+    words = invoke(ledger).output.split()
+    assert {"persistent", "transient"} <= set(words)
+
+
 def test_a_finding_in_the_files_of_several_ranks_counts_once(tmp_path):
     # Each rank writes down the same, at its own time; rank 2 was killed before the last ones.
     for rank, count in (0, len(STORY)), (1, len(STORY)), (2, 4):
@@ -153,7 +163,8 @@ def colours(path):
 
 
 def test_picture(tmp_path):
-    ledger = write(tmp_path / "bad.jsonl", STORY)
+    audited = [finding(14, 2, kind="transient", bucket=-1), finding(16, 2, kind="persistent", bucket=-1)]
+    ledger = write(tmp_path / "bad.jsonl", [*STORY, *audited])
     result = invoke(ledger, "--picture", tmp_path / "bad.png")
     assert result.exit_code == 0
     assert "node-7" in result.output  # the table, too
