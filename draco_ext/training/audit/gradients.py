@@ -214,7 +214,6 @@ def _length(parameters: Sequence[Tensor]) -> int:
 
 def digest_and_statistics(values: Tensor, key: int) -> tuple[Tensor, Tensor]:
     """Return a vector's digest (2,), and its statistics (4,) float64; see `opinions.Row`."""
-    double = values.double()
-    finite = torch.where(double.isfinite(), double, 0)
-    zeros, bad = (values == 0).sum().double(), (~double.isfinite()).sum().double()
-    return ops.digest(values, key), torch.stack([(finite * finite).sum(), finite.abs().max(), bad, zeros])
+    digest, tiles = ops.digest_and_stats(values, key)
+    squares, largest, nonfinite, zeros = tiles.unbind(1)
+    return digest, torch.stack([squares.sum(), largest.amax(), nonfinite.sum(), zeros.sum()])
