@@ -111,10 +111,12 @@ class Round:
     def mask(self):
         return self.adversary.mask(self.code.workers)
 
-    def columns(self, start, stop):
-        """The same step of these columns alone, as one of several buckets carries it."""
-        cut = {name: getattr(self, name)[:, start:stop] for name in ("gradients", "honest", "sent")}
-        return dataclasses.replace(self, **cut)
+    def columns(self, which):
+        """The same step of some columns of its messages alone, as a bucket carries it, or of all in another order."""
+        padded = torch.nn.functional.pad(self.gradients, (0, self.sent.size(1) - self.d))
+        return dataclasses.replace(
+            self, gradients=padded[:, which], honest=self.honest[:, which], sent=self.sent[:, which]
+        )
 
     def __repr__(self):
         layers = f"{tuple(self.gradients.shape)} {self.gradients.dtype}"
