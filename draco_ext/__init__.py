@@ -2,6 +2,7 @@
 
 from draco_ext._version import __version__
 from draco_ext.codes import (
+    Audit,
     Code,
     CyclicCode,
     Decoded,
@@ -18,6 +19,7 @@ from draco_ext.training.reproducibility import SelfTest
 from draco_ext.training.sampler import RedundantBatchSampler
 
 __all__ = [
+    "Audit",
     "Code",
     "CyclicCode",
     "Decoded",

@@ -256,10 +256,23 @@ def _run_with_progress(config: Config, console: Console) -> list[Outcome]:
     default="float32",
     help="What gradients are sent in.",
 )
-def plan(workers: int, adversaries: int, parameters: int, dtype: str) -> None:
-    """Print what each code costs at this size, and what it cannot survive."""
+@click.option(
+    "--audit",
+    "audit_rate",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Rate of draco_ext.Audit, to see it beside the codes.",
+)
+def plan(workers: int, adversaries: int, parameters: int, dtype: str, audit_rate: float | None) -> None:
+    """Print what each code costs at this size, and what it cannot survive.
+
+    With --audit also what it costs to recompute parts in some steps only, and how many wrong updates that lets pass.
+    """
     _check_workers(workers, adversaries)
-    Console().print(planning.make_table(workers, adversaries, parameters, dtype))
+    try:
+        table = planning.make_table(workers, adversaries, parameters, dtype, audit_rate)
+    except ValueError as error:
+        raise click.UsageError(f"--audit: {error}") from error
+    Console().print(table)
 
 
 @draco.command(context_settings={"show_default": True})

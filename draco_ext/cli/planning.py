@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
-from draco_ext.codes import Code, CyclicCode, RepetitionCode
+from draco_ext.codes import Audit, Code, CyclicCode, RepetitionCode
 from draco_ext.protocol.transports import TRANSPORTS
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
@@ -58,37 +58,91 @@ def _all_reduced(code: Code) -> int:
     return 0 if groups == 1 else 2 * (groups - 1) + n - groups
 
 
-def make_table(workers: int, adversaries: int, parameters: int, dtype: str) -> Table:
-    """Return a table of the costs of both codes, side by side."""
+def make_table(workers: int, adversaries: int, parameters: int, dtype: str, audit_rate: float | None = None) -> Table:
+    """Return a table of the costs of both codes, and of Audit if it has a rate, side by side.
+
+    Raises:
+        ValueError: a code, or Audit, cannot have these arguments.
+    """
     n, s = workers, adversaries
     repetition, cyclic = RepetitionCode(n, s), CyclicCode(n, s)
-    codes = [repetition, cyclic]
-    costs = [cost(code, parameters, dtype) for code in codes]
+    columns = {
+        "repetition code": {
+            "who computes what": _groups(repetition),
+            **_costs(repetition, parameters, dtype),
+            "what holds": f"{_few_enough(s)} in a group: every gradient is right, to the last bit",
+            "cannot survive": _repetition_limits(repetition),
+        },
+        "cyclic code": {
+            "who computes what": _supports(cyclic),
+            **_costs(cyclic, parameters, dtype),
+            "what holds": f"{_few_enough(s)}: every gradient is right, up to rounding",
+            "cannot survive": _cyclic_limits(cyclic, dtype),
+        },
+    }
+    if audit_rate is not None:
+        columns[f"audit, rate {audit_rate:g}"] = _audit(Audit(n, s, audit_rate), parameters, dtype)
     table = Table(
         title=f"{n} workers, {s} of them bad, {parameters:,} parameters in {dtype}",
         title_style="bold",
         show_lines=True,
         caption="Sent: by all ranks together, in protect's transports. "
-        "Neither code survives a lying server, poisoned data, or a bug that all workers share.",
+        "Nothing here survives a lying server, poisoned data, or a bug that all workers share.",
     )
     table.add_column("")
-    table.add_column("repetition code")
-    table.add_column("cyclic code")
-    table.add_row("who computes what", _groups(repetition), _supports(cyclic))
-    rows = [
-        ("compute per worker", [f"{c.compute:.3g}x plain data-parallel" for c in costs]),
-        ("sent per step, plain data-parallel", [_bytes(2 * (n - 1) * parameters * ITEM_BYTES[dtype])] * 2),
-        *((f"sent per step, {name}", [_bytes(c.sent[name]) for c in costs]) for name in TRANSPORTS),
-        ("all messages and the result", [_bytes(c.messages) for c in costs]),
-        (
-            "noise amplification",
-            [_amplification(code, c.amplification) for code, c in zip(codes, costs, strict=True)],
-        ),
-    ]
-    for name, cells in rows:
-        table.add_row(name, *cells)
-    table.add_row("cannot survive", _repetition_limits(repetition), _cyclic_limits(cyclic, dtype))
+    for name in columns:
+        table.add_column(name)
+    for row in columns["repetition code"]:
+        table.add_row(row, *(cells[row] for cells in columns.values()))
     return table
+
+
+def _costs(code: Code, parameters: int, dtype: str) -> dict[str, str]:
+    """Return a code's cells in the rows of costs."""
+    costs = cost(code, parameters, dtype)
+    return {
+        "compute per worker": f"{costs.compute:.3g}x plain data-parallel",
+        "sent per step, plain data-parallel": _bytes(_sent_by_plain(code.workers, parameters, dtype)),
+        **{f"sent per step, {name}": _bytes(costs.sent[name]) for name in TRANSPORTS},
+        "all messages and the result": _bytes(costs.messages),
+        "noise amplification": _amplification(code, costs.amplification),
+        "wrong updates before a bad worker is named": "0" if code.exact else "0, but for errors near rounding",
+    }
+
+
+def _sent_by_plain(workers: int, parameters: int, dtype: str) -> int:
+    """Return the bytes that all ranks together send in a ring all-reduce of one gradient."""
+    return 2 * (workers - 1) * parameters * ITEM_BYTES[dtype]
+
+
+def _audit(audit: Audit, parameters: int, dtype: str) -> dict[str, str]:
+    """Return Audit's cell in each row of the table."""
+    n, s = audit.workers, audit.adversaries
+    plain = _bytes(_sent_by_plain(n, parameters, dtype))
+    chance, auditors = f"{100 * audit.rate:.3g}%", f"{s} other worker{'s' if s > 1 else ''}"
+    if audit.rate == 1:
+        when, audited, updates, once = "every step", "gradient", "0", ""
+    else:
+        when, audited = f"{chance} of steps", "audited gradient"
+        updates = (
+            f"{audit.expected_wrong_updates():.4g} expected, at most {audit.wrong_updates_quantile(0.99):,} with a "
+            "probability of 99%, however rarely it is wrong; fewer if its errors trigger audits"
+        )
+        once = f"a fault that occurs once: corrected with a probability of {chance} only; "
+    return {
+        "who computes what": f"{n} parts, a worker each; in {when} each part again by {auditors}",
+        "compute per worker": f"{1 + audit.cost():.4g}x plain data-parallel, with false triggers in 0.1% of steps",
+        "sent per step, plain data-parallel": plain,
+        **dict.fromkeys((f"sent per step, {name}" for name in TRANSPORTS), "not offered"),
+        "sent per step, allreduce": f"{plain}, and if it is audited each part's inputs to {auditors}",
+        "all messages and the result": "none are kept",
+        "noise amplification": "1: the gradient has plain data-parallel's bits",
+        "wrong updates before a bad worker is named": updates,
+        "what holds": f"{_few_enough(s)}: every {audited} is right, to the last bit, or its step fails",
+        "cannot survive": f"{once}{_too_many(s)} in a step; workers that lie about what they communicate; a fault in "
+        "adding gradients up, or in the sum that a worker receives; honest workers that differ in a bit unless there "
+        "is a tolerance",
+    }
 
 
 def _groups(code: RepetitionCode) -> str:
@@ -130,20 +184,24 @@ def _amplification(code: Code, amplification: float | None) -> str:
     return f"{amplification:.3g} at worst, bad workers adjacent"
 
 
-def _too_many(code: Code) -> str:
-    return f"more than {code.adversaries} bad workers" if code.adversaries else "any bad worker"
+def _few_enough(adversaries: int) -> str:
+    return f"with at most {adversaries} bad worker{'' if adversaries == 1 else 's'}"
+
+
+def _too_many(adversaries: int) -> str:
+    return f"more than {adversaries} bad workers" if adversaries else "any bad worker"
 
 
 def _repetition_limits(code: RepetitionCode) -> str:
     return (
-        f"{_too_many(code)} in one group; honest members that differ in a bit "
+        f"{_too_many(code.adversaries)} in one group; honest members that differ in a bit "
         "(other hardware, nondeterministic kernels) unless decode is given a tolerance"
     )
 
 
 def _cyclic_limits(code: CyclicCode, dtype: str) -> str:
     limits = (
-        f"{_too_many(code)} anywhere. Errors near rounding, some 1e-6 of a message, stay in the "
+        f"{_too_many(code.adversaries)} anywhere. Errors near rounding, some 1e-6 of a message, stay in the "
         "gradient at that size, and whoever sent them is not named"
     )
     if dtype not in _CYCLIC_DTYPES:

@@ -110,6 +110,10 @@ class Communicator(abc.ABC):
         """Receive values from one worker in place and wait for them."""
 
     @abc.abstractmethod
+    def send_receive(self, values: Tensor, to: int, received: Tensor, source: int) -> Pending:
+        """Send values to one worker and receive those of another in place, at the same time."""
+
+    @abc.abstractmethod
     def connect(self, worker: int) -> Connection:
         """Return the connection to one worker; it is used by a thread of its own."""
 
@@ -213,6 +217,17 @@ class ProcessGroupCommunicator(Communicator):
         """See `Communicator.receive`."""
         work: Any = dist.irecv(values, group=self.group, group_src=self.ranks[worker], tag=tag_of(values))
         self._pending([_Operation(work, worker)], values, (values,)).wait()
+
+    def send_receive(self, values: Tensor, to: int, received: Tensor, source: int) -> Pending:
+        """See `Communicator.send_receive`."""
+        operations, others = [], []
+        for op, tensor, other in (dist.isend, values, to), (dist.irecv, received, source):
+            peer, tag = self.ranks[other], tag_of(tensor)
+            operations.append(dist.P2POp(op, tensor, group=self.group, group_peer=peer, tag=tag))
+            others.append(other)
+        works = dist.batch_isend_irecv(operations)
+        kept = list(map(_Operation, works, others if len(works) == 2 else [None]))
+        return self._pending(kept, received, (values, received))
 
     def connect(self, worker: int) -> Connection:
         """See `Communicator.connect`."""

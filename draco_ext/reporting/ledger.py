@@ -33,8 +33,9 @@ class Finding:
         failed: whether the bucket could not be decoded. Then the suspicion is not certain, and only the ledger has it.
         missing: whether the message did not arrive in time; this is not a suspicion.
         kind: "gradient" (a wrong message), "data" (a wrong message from a rank that itself reports other inputs than
-            the ranks with the same part), "missing", or "state" (other parameters, buffers or optimizer state than the
-            majority; the bucket is -1).
+            the ranks with the same part), "missing", "state" (other parameters, buffers or optimizer state than the
+            majority; the bucket is -1), or, found by an audit, "persistent" or "transient" (a wrong gradient that was
+            wrong again when it was computed again, or was not; the bucket is -1).
     """
 
     time: float

@@ -125,6 +125,15 @@ class Recorder:
             self._repaired.setdefault(finding.rank, []).append(step)
         self._add(finding)
 
+    def add_audit(self, worker: int, *, step: int, persistent: bool) -> None:
+        """Add a rank that an audit has found to be wrong."""
+        kind = "persistent" if persistent else "transient"
+        finding = self._finding(
+            worker, kind, step=step, bucket=-1, elements=None, first=None, largest=None, failed=False
+        )
+        self._accuse(finding)
+        self._add(finding)
+
     def weigh(self, left_out: Collection[int], suspects: Collection[int], step: int) -> None:
         """Add the evidence of a decode that did not fail about workers that it left out without naming them."""
         if set(suspects) >= set(left_out):
@@ -226,7 +235,8 @@ class Recorder:
         if finding.rank not in self._suspects:
             self._suspects[finding.rank] = Suspect(finding.worker, finding.rank, finding.host)
             what = "has other data than the ranks with the same part: mini-batches or forward passes differ"
-            what = what if finding.kind == "data" else "sent a wrong gradient"
+            if finding.kind != "data":
+                what = "sent a wrong gradient" if finding.bucket >= 0 else f"computed a wrong gradient ({finding.kind})"
             self.log("%s %s in step %d", self.name(finding.rank), what, finding.step)
         suspect = self._suspects[finding.rank]
         suspect.buckets += 1

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -60,6 +62,77 @@ class Suspect:
 
 
 @dataclass(frozen=True)
+class Dispute:
+    """A rank that had computed a wrong gradient, according to at least s + 1 others.
+
+    Attributes:
+        step: the step, whose gradient was put right.
+        rank: the rank.
+        part: the part that it had computed.
+        role: "owner" of the part, or "auditor", which computed it for comparison.
+        persistent: whether it was wrong again when it computed the same part again within the step. If not, the fault
+            was transient.
+    """
+
+    step: int
+    rank: int
+    part: int
+    role: str
+    persistent: bool
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A reason to audit a step on which the coin did not fall.
+
+    Attributes:
+        step: the step.
+        rank: the rank whose statistics were conspicuous, or which called `AuditGuard.doubt`.
+        reason: what was conspicuous, or the reason that was given.
+    """
+
+    step: int
+    rank: int
+    reason: str
+
+
+@dataclass
+class AuditReport:
+    """The findings of an `Audit` so far; the same on all ranks.
+
+    Attributes:
+        audited: the number of steps that were audited.
+        triggers: why steps were audited on which the coin did not fall.
+        disputes: who was wrong, when.
+        convicted: the step in which each rank was convicted that still is, by rank.
+        acquitted: the steps in which ranks were acquitted, by rank.
+        last_clean_audit: the last step in which other ranks have found each rank's gradient right, by rank; None if
+            there is none. Checkpoints up to this step contain no fault of this rank that is still there.
+        passes: the number of forward and backward passes of each rank, in units of a step's own pass. Divided by the
+            number of steps it is the cost in compute.
+    """
+
+    audited: int = 0
+    triggers: list[Trigger] = field(default_factory=list)
+    disputes: list[Dispute] = field(default_factory=list)
+    convicted: dict[int, int] = field(default_factory=dict)
+    acquitted: dict[int, list[int]] = field(default_factory=dict)
+    last_clean_audit: dict[int, int | None] = field(default_factory=dict)
+    passes: float = 0.0
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> AuditReport:
+        """Return the report that `dataclasses.asdict` has made the state of."""
+        return cls(
+            **{
+                **deepcopy(dict(state)),
+                "triggers": [Trigger(**trigger) for trigger in state["triggers"]],
+                "disputes": [Dispute(**dispute) for dispute in state["disputes"]],
+            }
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """The findings of a guard so far.
 
@@ -77,6 +150,7 @@ class Report:
         unwritten: the number of findings that could not be written to this rank's ledger.
         undelivered: the number of findings for which this rank's callback raised an error.
         seconds: the time that this rank has spent in all steps.
+        audit: what an `Audit` has found; None with a code.
     """
 
     trust: str
@@ -89,3 +163,4 @@ class Report:
     unwritten: int = field(default=0, compare=False)
     undelivered: int = field(default=0, compare=False)
     seconds: Seconds = field(default_factory=Seconds, compare=False)
+    audit: AuditReport | None = None

@@ -108,6 +108,16 @@ class FakeCommunicator(Communicator):
         _FakeConnection(self._network, self.worker, worker, self._network.timeout).receive(values)
         self.seconds.communicate += time.perf_counter() - begin
 
+    def send_receive(self, values: Tensor, to: int, received: Tensor, source: int) -> Pending:
+        """See `Communicator.send_receive`."""
+        self.send(values, to)
+
+        def wait() -> Tensor:
+            self.receive(received, source)
+            return received
+
+        return Pending(wait)
+
     def connect(self, worker: int) -> Connection:
         """See `Communicator.connect`."""
         return _FakeConnection(self._network, self.worker, worker, None)

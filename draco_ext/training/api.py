@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext import _checks
-from draco_ext.codes import Code
+from draco_ext.codes import Audit, Code, RepetitionCode
 from draco_ext.protocol.transports import TRANSPORTS
 from draco_ext.reporting.ledger import Finding
+from draco_ext.training.audit.guard import ON_CONVICTION, AuditAdversary, AuditGuard
 from draco_ext.training.compatibility import check_model
 from draco_ext.training.failure import ON_FAILURE
 from draco_ext.training.guard import Adversary, Guard
@@ -22,21 +24,23 @@ logger = logging.getLogger("draco_ext")
 
 def protect(
     model: DistributedDataParallel,
-    code: Code,
+    code: Code | Audit,
     *,
     transport: str = "allreduce",
     on_failure: str = "raise",
     ledger: str | Path | None = None,
     callback: Callable[[Finding], None] | None = None,
-    adversary: Adversary | None = None,
+    adversary: Adversary | AuditAdversary | None = None,
     atol: float = 0.0,
     rtol: float = 0.0,
     seed: int = 0,
     ranks_per_host: int | Sequence[int] | None = None,
     deadline: float = 60.0,
     check_state_every: int | None = 20,
-) -> Guard:
-    """Put a code between a DistributedDataParallel model's gradients and its optimizer.
+    on_conviction: str = "substitute",
+    batch_of: Callable[[int, int], Any] | None = None,
+) -> Guard | AuditGuard:
+    """Put a code or an audit between a DistributedDataParallel model's gradients and its optimizer.
 
     It registers DDP's communication hook. Gradients are then exchanged and decoded, bucket by bucket, instead of being
     averaged. Up to s bad ranks change nothing, and all ranks end every step with the same bits. All ranks of the
@@ -71,7 +75,8 @@ def protect(
     Args:
         model: the model, on every rank, with a process group of ``code.workers`` ranks. It may be compiled with
             torch.compile before or afterwards.
-        code: the assignment of parts to ranks. A code with several parts for each rank (cyclic) needs `Guard.steps`.
+        code: the assignment of parts to ranks. A code with several parts for each rank (cyclic) needs `Guard.steps`,
+            and an `Audit` needs `AuditGuard.steps`, which takes any loader.
         transport: "allreduce", "allgather" or "server".
         on_failure: what happens if too many messages are wrong for the code's guarantee. All gradients become None on
             all ranks, so that an optimizer changes nothing. Then "raise" makes ``backward()`` raise DecodingError, and
@@ -81,7 +86,8 @@ def protect(
             goes on.
         callback: called with every `Finding`, on all ranks, after the step. If it raises an error, training goes on;
             the first error of each type is logged.
-        adversary: makes this rank bad, for tests and demonstrations: f(step, honest message) -> message to send.
+        adversary: makes this rank bad, for tests and demonstrations: f(step, honest message) -> message to send; with
+            an `Audit` f(step, gradient of a parameter, kind of pass) -> gradient, with "own", "audit" or "opinion".
         atol: the absolute tolerance between honest messages; see `draco_ext.decode`. It must be 0 for the repetition
             code with "allreduce", which compares bits.
         rtol: the relative tolerance.
@@ -90,9 +96,16 @@ def protect(
         deadline: seconds that the server waits for the others' messages once it has its own. It does not wait for a
             late rank again until that rank has caught up.
         check_state_every: the interval, in steps, of comparing parameters; 0 or None: in the first step only.
+        on_conviction: only for an `Audit`: what happens with a rank that computed a wrong gradient and did so again.
+            With "substitute" another rank computes its part until its own gradients, which are still compared, were
+            right 100 times, one after another. Every step then takes a second pass, and loses nothing. With "drop" its
+            part is left out of the mean until then. With "raise" the step ends with DecodingError on all ranks.
+        batch_of: only for an `Audit`: f(step, part), which returns the mini-batch that rank `part` has in this step (a
+            list of them with ``guard.steps(loader, accumulate=...)``). Default: ranks send each other their
+            mini-batches, which must be tensors, arrays, numbers and strings in containers.
 
     Returns:
-        The guard.
+        The guard; with an `Audit` an `AuditGuard`.
 
     Raises:
         TypeError: an argument has the wrong type, or a parameter has a dtype that the code does not take.
@@ -107,8 +120,8 @@ def protect(
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")
-    if not isinstance(code, Code):
-        raise TypeError(f"code must be a RepetitionCode or CyclicCode, got {type(code).__name__}")
+    if not isinstance(code, Code | Audit):
+        raise TypeError(f"code must be a RepetitionCode, a CyclicCode or an Audit, got {type(code).__name__}")
     ranks = dist.get_world_size(model.process_group)
     if ranks != code.workers:
         raise ValueError(f"code must be for the {ranks} ranks of the model's process group, got {code!r}")
@@ -122,6 +135,21 @@ def protect(
     _checks.check_int("seed", seed, 0, 2**63 - 1)
     check_state_every = 0 if check_state_every is None else check_state_every
     _checks.check_int("check_state_every", check_state_every, 0)
+    settings: dict[str, Any] = {
+        "transport": transport,
+        "on_failure": on_failure,
+        "ledger": ledger,
+        "callback": callback,
+        "atol": atol,
+        "rtol": rtol,
+        "seed": seed,
+        "deadline": deadline,
+        "check_state_every": check_state_every,
+    }
+    if isinstance(code, Audit):
+        return _protect_by_audit(model, code, ranks_per_host, adversary, on_conviction, batch_of, settings)
+    if on_conviction != "substitute" or batch_of is not None:
+        raise ValueError("on_conviction and batch_of must be left out for a code: only an Audit takes them")
     if code.message_is_gradient and transport == "allreduce" and (atol > 0 or rtol > 0):
         raise ValueError("atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'allgather'")
     check_model(model, code)
@@ -134,18 +162,27 @@ def protect(
             "a rank that dies or hangs will stop all: with buffers and broadcast_buffers, or with "
             "find_unused_parameters, DistributedDataParallel itself talks to all ranks in every step"
         )
-    return Guard(
-        model,
-        code,
-        transport=transport,
-        on_failure=on_failure,
-        ledger=ledger,
-        callback=callback,
-        adversary=adversary,
-        atol=atol,
-        rtol=rtol,
-        seed=seed,
-        ranks_per_host=ranks_per_host,
-        deadline=deadline,
-        check_state_every=check_state_every,
-    )
+    return Guard(model, code, adversary=cast("Adversary | None", adversary), ranks_per_host=ranks_per_host, **settings)
+
+
+def _protect_by_audit(
+    model: DistributedDataParallel,
+    audit: Audit,
+    ranks_per_host: int | Sequence[int] | None,
+    adversary: Any,
+    on_conviction: str,
+    batch_of: Callable[[int, int], Any] | None,
+    settings: dict[str, Any],
+) -> AuditGuard:
+    if settings["transport"] != "allreduce":
+        raise ValueError(f"transport must be 'allreduce' with an Audit, got {settings['transport']!r}")
+    if ranks_per_host is not None:
+        raise ValueError("ranks_per_host must be left out with an Audit: each rank has a part of its own")
+    if on_conviction not in ON_CONVICTION:
+        raise ValueError(f"on_conviction must be {' or '.join(map(repr, ON_CONVICTION))}, got {on_conviction!r}")
+    if batch_of is not None and not callable(batch_of):
+        raise TypeError(f"batch_of must be a function f(step, part), got {type(batch_of).__name__}")
+    if settings["atol"] > 0 or settings["rtol"] > 0:
+        raise ValueError("atol and rtol must be 0 with an Audit, which compares bits")
+    check_model(model, RepetitionCode(audit.workers, 0))
+    return AuditGuard(model, audit, adversary=adversary, on_conviction=on_conviction, batch_of=batch_of, **settings)

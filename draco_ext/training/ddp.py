@@ -88,6 +88,7 @@ class DDPAdapter:
         before_forward: Callable[[torch.nn.Module, Any, Any], None],
         abort: Callable[[], None],
         watch_collectives: bool,
+        steps_after: str,
     ) -> None:
         """Register the hooks.
 
@@ -96,11 +97,12 @@ class DDPAdapter:
             before_forward: called before every forward pass with the module, its arguments and keywords.
             abort: called if a backward pass ends with an error.
             watch_collectives: whether to look for collectives in forward and backward passes.
+            steps_after: what an optimizer must come after, for errors.
         """
         model = self.model
         self._take, self._abort = take, abort
         model.register_comm_hook(None, self._hook)  # first, since it raises if there is a hook already
-        self._watch = Watch(model, self.drop_gradients, collectives=watch_collectives)
+        self._watch = Watch(model, self.drop_gradients, collectives=watch_collectives, steps_after=steps_after)
         model.register_forward_pre_hook(torch.compiler.disable(before_forward), with_kwargs=True)
 
     def reduced(self) -> list[Tensor]:
@@ -117,6 +119,41 @@ class DDPAdapter:
         """Begin another mini-batch; the gradients of the one before are in the messages."""
         self.model.zero_grad(set_to_none=True)
         self._watch.begin_part()
+
+    def synchronise(self, on: bool) -> None:
+        """Say whether the next backward pass ends in buckets; if not, it only adds up gradients, as in ``no_sync``."""
+        self.model.require_backward_grad_sync = on
+
+    def begin_pass(self, *, broadcast_buffers: bool) -> None:
+        """Begin a pass over a part from no gradients.
+
+        Args:
+            broadcast_buffers: whether the first forward pass begins with rank 0's buffers, as the first one after a
+                synchronised backward pass does.
+        """
+        self.begin_part()
+        self.model.require_forward_param_sync = broadcast_buffers
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return copies of the model's buffers, by name."""
+        return {name: buffer.detach().clone() for name, buffer in self.model.module.named_buffers()}
+
+    @torch.no_grad()
+    def set_buffers(self, values: Mapping[str, Tensor]) -> None:
+        """Set the model's buffers to values that `buffers` has returned, here or on another rank."""
+        for name, buffer in self.model.module.named_buffers():
+            if name in values and values[name].shape == buffer.shape:
+                buffer.copy_(values[name])
+
+    @property
+    def broadcasts_buffers(self) -> bool:
+        """Return whether DistributedDataParallel gives rank 0's buffers to all ranks in every step."""
+        return bool(self.model.broadcast_buffers)
+
+    @property
+    def is_static_graph(self) -> bool:
+        """Return whether DistributedDataParallel learns in the first backward pass which parameters are used."""
+        return bool(self.model.static_graph)
 
     def finish_step(self) -> None:
         """Note that all gradients are decoded or were dropped."""
@@ -153,6 +190,16 @@ class DDPAdapter:
             raise
 
 
+def as_parameter(values: Tensor, parameter: Tensor) -> Tensor:
+    """Return a view of some elements of a bucket, laid out as DistributedDataParallel lays out this parameter's there.
+
+    That is as the parameter itself, in channels-last order for instance, if it has no gaps.
+    """
+    if torch.empty_like(parameter, device="meta").stride() == parameter.stride():
+        return values.as_strided(parameter.size(), parameter.stride(), values.storage_offset())
+    return values.view(parameter.shape)
+
+
 @dataclass(frozen=True)
 class _Decoded:
     """A parameter and its decoded gradient.
@@ -185,7 +232,7 @@ class UnusedParameters:
             assert isinstance(parameter, Tensor)
             number = self._numbers[parameter]
             older = parameter.grad is not None and not self._record.is_reached(number)
-            self._decoded.append(_Decoded(number, parameter, gradient.view(parameter.shape), older))
+            self._decoded.append(_Decoded(number, parameter, as_parameter(gradient, parameter), older))
 
     def forget(self) -> None:
         """Forget the parameters of the step."""

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from draco_ext import _checks, ops
 from draco_ext.codes import Code
-from draco_ext.protocol.communicator import ProcessGroupCommunicator
 from draco_ext.protocol.encoder import GradientEncoder
-from draco_ext.protocol.exchange import ExchangeScheduler
-from draco_ext.protocol.groups import membership
 from draco_ext.protocol.messages import ExchangeOutcome
-from draco_ext.protocol.transports import make_transport
-from draco_ext.reporting.ledger import Finding
-from draco_ext.reporting.recorder import Recorder, open_ledger
-from draco_ext.reporting.report import Report
-from draco_ext.training.ddp import Bucket, DDPAdapter, UnusedParameters
-from draco_ext.training.failure import FailurePolicy
-from draco_ext.training.handshake import exchange_setup, sha256_of
+from draco_ext.training.base import GuardBase
+from draco_ext.training.ddp import Bucket
 from draco_ext.training.inputs import InputCheck
 from draco_ext.training.placement import place_ranks
-from draco_ext.training.record import Claims, StepRecord, majority
-from draco_ext.training.reproducibility import SelfTest, self_test
+from draco_ext.training.record import Claims, majority
 from draco_ext.training.sampler import announce_guard, check_workers_of_samplers, step_taken
 from draco_ext.training.seeding import BATCH, LOADER
 from draco_ext.training.state import StateVerdict
-from draco_ext.training.state_check import StateCheck
 from draco_ext.training.step import Step
 
 # A function that returns a bad rank's message: f(step, honest message) -> message. For tests and demonstrations.
 Adversary = Callable[[int, Tensor], Tensor]
 
 
-class Guard:
+class Guard(GuardBase):
     """A guard, which decodes the gradients of a DistributedDataParallel model; made by `protect`.
 
     Attributes:
@@ -56,72 +42,30 @@ class Guard:
         model: DistributedDataParallel,
         code: Code,
         *,
-        transport: str,
-        on_failure: str,
-        ledger: str | Path | None,
-        callback: Callable[[Finding], None] | None,
         adversary: Adversary | None,
-        atol: float,
-        rtol: float,
         seed: int,
         ranks_per_host: int | Sequence[int] | None,
-        deadline: float,
-        check_state_every: int,
+        **settings: Any,
     ) -> None:
-        self.code = code
-        self.failed = False
+        super().__init__(
+            model,
+            code,
+            workers=place_ranks(code, ranks_per_host),
+            setup={"code": repr(code), "ranks_per_host": ranks_per_host},
+            seed=seed,
+            helpers=code.adversaries + 1,
+            **settings,
+        )
         self._adversary = adversary
-        self._adapter = DDPAdapter(model)
-        group, device = self._adapter.group, self._adapter.device
-        workers = place_ranks(code, ranks_per_host)
-        self._workers = workers
-        self._ranks = tuple(sorted(range(code.workers), key=workers.__getitem__))
-        rank = dist.get_rank(group)
-        self.worker = workers[rank]
-        opened, problem = open_ledger(ledger, rank)
-        setup = {
-            "code": repr(code),
-            "transport": transport,
-            "on_failure": on_failure,
-            "ranks_per_host": ranks_per_host,
-            "the placement of ranks (its digest)": sha256_of(workers),
-            "atol": atol,
-            "rtol": rtol,
-            "seed": seed,
-            "deadline": deadline,
-            "check_state_every": check_state_every,
-            "the number of process groups that a rank is in": membership(group),
-            **self._adapter.setup(),
-        }
-        if not code.exact and transport != "server" and device.type == "cpu":
-            # Every rank decodes for itself, and different types of device round differently.
-            setup["instruction set (DRACO_ISA)"] = ops.build_info()["instruction_set"]
-        hosts = exchange_setup(setup, socket.gethostname(), problem, group, device)
-
-        communicator = ProcessGroupCommunicator(group, self._ranks)
-        self._seconds = communicator.seconds
-        self._transport = make_transport(transport, code, communicator, deadline=deadline, atol=atol, rtol=rtol)
-        self._scheduler = ExchangeScheduler(self._seconds)
         self._encoder = GradientEncoder(code, self.worker, scale_into_buffer=self._transport.needs_scaled_values)
-        self._recorder = Recorder(rank, self._ranks, hosts, ledger=opened, callback=callback)
-        self._policy = FailurePolicy(code, self._ranks, on_failure, self._recorder.log)
         self._step = Step(code, self.worker, seed)
-        self._state_check = StateCheck(model, self._transport, self._recorder, every=check_state_every, seed=seed)
         self._exchanges = 0  # the number of exchanges so far; 0 until the first step's messages are sent
         self._inputs = InputCheck(code, self._ranks)  # used in the first step
         self._outcomes: list[tuple[ExchangeOutcome, int]] = []  # the current step's, each with its bucket's number
         self._claims: Claims | None = None  # the current step's
         self._elsewhere: set[int] = set()  # workers at another step, for which that was logged
 
-        # The server's threads communicate at any time, so the server cannot watch collectives; the other ranks do.
-        is_server = self._transport.is_served and rank == 0
-        self._adapter.attach(
-            take=self._take, before_forward=self._before_forward, abort=self._abort, watch_collectives=not is_server
-        )
-        reduced = self._adapter.reduced()
-        usage = self._adapter.parameters_may_be_unused
-        self._record = StepRecord(code, self.worker, reduced, usage=usage)
-        self._unused = UnusedParameters(reduced, self._record) if usage else None
+        self._attach()
         self._step.seed(LOADER)
         announce_guard(self, code)
 
@@ -247,7 +191,7 @@ class Guard:
     def _send_record(self) -> None:
         """Send this rank's record of the step; all ranks do this at the same point of every step."""
         with self._seconds.decoding():
-            state = self._state_check.digests(self.step)
+            state = self._state_check.digests(self.step) if self._state_check.is_due(self.step) else None
             record = self._record.vector(self.step, state, self._adapter.device)
 
         def complete(gathered: tuple[Tensor, tuple[int, ...]]) -> None:
@@ -255,14 +199,6 @@ class Guard:
 
         name = f"no gradient in step {self.step}, record of the step"
         self._scheduler.start(self._transport.gather_record(record), name=name, complete=complete, background=True)
-
-    def _abort(self) -> None:
-        """Give up a step in which an error was raised."""
-        self._scheduler.close()
-        self._transport.abort()
-        self._forget_step()
-        self._adapter.drop_gradients()  # both this rank's own and the decoded ones
-        self._recorder.deliver()
 
     def _forget_step(self) -> None:
         """Forget what a step has collected, whether it came to its end or not."""
@@ -358,95 +294,7 @@ class Guard:
                 )
         return failure
 
-    # ------------------------------------------------------------------------------------------ between steps
-
-    def self_test(self, batch: Any, loss: Callable[[torch.nn.Module, Any], Tensor] | None = None) -> SelfTest:
-        """Test whether honest ranks compute the same bits, as the repetition code requires.
-
-        Every rank computes the gradient of rank 0's batch twice, with the same random numbers, and all gradients are
-        compared. All ranks must call it, before training or between steps. It changes neither the model nor its
-        gradients.
-
-        Args:
-            batch: a batch as the loader yields it, of the same shapes and dtypes on all ranks.
-            loss: f(module, batch) -> scalar. Default: the mean square of the module's output for the batch, or for its
-                first element if it is a tuple or list.
-
-        Returns:
-            Whether all gradients agree; if not, the first parameter whose gradient differs, on which ranks, and which
-            setting may help. This is also logged as a warning.
-
-        Raises:
-            ValueError: the batch's shapes or dtypes differ between ranks.
-        """
-        result = self_test(self._adapter.model.module, self._adapter.group, batch, loss)
-        if not result.reproducible:
-            self._recorder.log("%s", result)
-        return result
-
-    def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Compare and repair an optimizer's state (its tensors and numbers) together with the parameters.
-
-        All ranks must call it. It costs two or three times as much as comparing the parameters.
-
-        Raises:
-            TypeError: it is not an optimizer, or its state is not replicated on all ranks.
-        """
-        if not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "consolidate_state_dict"):
-            raise TypeError(
-                "optimizer must be a torch.optim.Optimizer with the same state on all ranks, "
-                f"got {type(optimizer).__name__}"
-            )
-        self._state_check.state.watch(optimizer)
-
-    def check_state(self, timeout: float = 60.0) -> tuple[int, ...]:
-        """Compare parameters, buffers and watched optimizers of all ranks now, and repair ranks that differ.
-
-        All ranks must call it, between steps. It costs one read of these values and a small exchange.
-
-        Args:
-            timeout: seconds to wait for the other ranks to call it.
-
-        Returns:
-            The ranks that were wrong.
-
-        Raises:
-            DecodingError: there is no majority.
-            RuntimeError: another rank does not call it.
-        """
-        _checks.check_tolerance("timeout", timeout)
-        present = set(range(self.code.workers)) - self._recorder.missing_in(self.step - 1)
-        with self._adapter.own_collectives():
-            wrong = self._state_check.run(self.step, present, timeout)
-        return tuple(sorted(self._ranks[worker] for worker in wrong))
-
-    def state_dict(self, check: bool = True) -> dict[str, Any]:
-        """Return the guard's state for a checkpoint, with which training continues exactly and known suspects are kept.
-
-        Args:
-            check: whether to call `check_state` first, so that no rank writes a wrong checkpoint. Then all ranks must
-                call it, and before the model's own ``state_dict()``. Otherwise one rank alone may call it.
-
-        Raises:
-            DecodingError: see `check_state`.
-            RuntimeError: another rank does not call it.
-        """
-        if check:
-            self.check_state()
-        return {"step": self.step, **self._recorder.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned; it must be the same on all ranks."""
-        _checks.check_int("state['step']", state["step"], 0)
-        self._step.begin(state["step"])
-        self._recorder.load_state_dict(state)
-        self._state_check.forget()
+    def _restart(self, step: int) -> None:
+        """See `GuardBase`."""
+        self._step.begin(step)
         self._step.seed(LOADER)
-
-    def report(self) -> Report:
-        """Return the suspects, with their steps and numbers of buckets, and the steps that failed.
-
-        The report is the same on all ranks, except for `seconds`, `unwritten` and `undelivered`. It is a snapshot that
-        does not change afterwards.
-        """
-        return self._recorder.report(trust=self._transport.trust, steps=self.step, seconds=self._seconds)

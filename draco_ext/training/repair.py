@@ -46,10 +46,10 @@ class PeerRepair(Repair):
     ranks only answer, and need not agree among themselves.
     """
 
-    def __init__(self, transport: Transport, state: ReplicatedState) -> None:
+    def __init__(self, transport: Transport, state: ReplicatedState, helpers: int) -> None:
         self._communicator = transport.communicator
         self._state = state
-        self._helpers = transport.code.adversaries + 1
+        self._helpers = helpers
         self._most_commands = len(SECTIONS) * (1 + 2 * self._helpers) + 1
 
     def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
@@ -126,11 +126,12 @@ class ServerRepair(Repair):
     The bytes that a worker sends are compared with the majority's digest under a key that the server draws afterwards.
     """
 
-    def __init__(self, transport: ServerTransport, state: ReplicatedState) -> None:
+    def __init__(self, transport: ServerTransport, state: ReplicatedState, helpers: int) -> None:
         self._transport = transport
         self._state = state
         self._own = transport.communicator.worker
         self._server = transport.server
+        self._helpers = helpers
 
     def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
         """See `Repair.run`."""
@@ -144,7 +145,7 @@ class ServerRepair(Repair):
         layouts = {j: tuple(row.tolist()) for j, row in enumerate(rows) if j not in missing}
         helpers = [j for j in right if layouts.get(j) == layouts.get(worker) == layouts[self._server]]
         helpers.sort(key=lambda j: j != self._server)
-        for helper in helpers[: self._transport.code.adversaries + 1]:
+        for helper in helpers[: self._helpers]:
             values = self._bring(section, helper, [j for j in right if j not in missing])
             if values is None:
                 continue
@@ -179,8 +180,8 @@ class ServerRepair(Repair):
         return values if majority(digests) == tuple(rows[self._server].tolist()) else None
 
 
-def make_repair(transport: Transport, state: ReplicatedState) -> Repair:
-    """Return the repair that fits a transport."""
+def make_repair(transport: Transport, state: ReplicatedState, helpers: int) -> Repair:
+    """Return the repair that fits a transport; `helpers` is how many ranks are asked before it is given up."""
     if isinstance(transport, ServerTransport):
-        return ServerRepair(transport, state)
-    return PeerRepair(transport, state)
+        return ServerRepair(transport, state, helpers)
+    return PeerRepair(transport, state, helpers)

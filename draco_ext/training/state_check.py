@@ -28,18 +28,26 @@ class StateCheck:
         recorder: records the findings.
         every: state is compared in steps whose number is a multiple of this; 0: in the first step only.
         seed: the seed of the digests' keys.
+        helpers: how many ranks are asked for the majority's values before a repair is given up.
 
     Attributes:
         state: the state that is compared.
     """
 
     def __init__(
-        self, model: DistributedDataParallel, transport: Transport, recorder: Recorder, *, every: int, seed: int
+        self,
+        model: DistributedDataParallel,
+        transport: Transport,
+        recorder: Recorder,
+        *,
+        every: int,
+        seed: int,
+        helpers: int,
     ) -> None:
         self.state = ReplicatedState(model)
         self._transport = transport
         self._recorder = recorder
-        self._repair = make_repair(transport, self.state)
+        self._repair = make_repair(transport, self.state, helpers)
         self._rendezvous = Rendezvous(model.process_group)
         self._every = every
         self._seed = seed
@@ -52,11 +60,9 @@ class StateCheck:
         """Compare in the next step whatever its number, since a state was loaded."""
         self._unknown = True
 
-    def digests(self, step: int) -> Tensor | None:
-        """Return the digests (3, 2) of this rank's state if state is compared in this step, else None."""
-        if self._unknown or (self._every > 0 and step % self._every == 0):
-            return self._digests(step)
-        return None
+    def is_due(self, step: int) -> bool:
+        """Return whether state is compared in this step."""
+        return self._unknown or (self._every > 0 and step % self._every == 0)
 
     def judge(self, claims: dict[int, tuple[tuple[int, int], ...]]) -> StateVerdict:
         """Return whose state is wrong, according to the digests that ranks have sent."""
@@ -92,7 +98,7 @@ class StateCheck:
                 f"check_state and state_dict must be called on all ranks, but rank {absent[0]} has not called it "
                 f"within {timeout:g} s; state_dict(check=False) may be called on one rank alone"
             )
-        rows, missing = run_alone(self._transport.gather_record(self._digests(step).flatten()))
+        rows, missing = run_alone(self._transport.gather_record(self.digests(step).flatten()))
         verdict = self.judge({j: digests_in(row) for j, row in enumerate(rows) if j not in missing})
         problem = self.repair(verdict, step)
         self._recorder.deliver()
@@ -100,8 +106,8 @@ class StateCheck:
             raise DecodingError(problem)
         return list(verdict.wrong)
 
-    def _digests(self, step: int) -> Tensor:
-        """Return digests of this rank's state under a key that all ranks know.
+    def digests(self, step: int) -> Tensor:
+        """Return the digests (3, 2) of this rank's state under a key that all ranks know.
 
         The key need not be secret. A rank's state was made by that rank alone, or by a repair, which was compared
         under a secret key.

@@ -89,9 +89,12 @@ class Watch:
         model: the guarded model.
         refuse: called before an error is raised.
         collectives: whether to look for collectives.
+        steps_after: what an optimizer must come after, for errors.
     """
 
-    def __init__(self, model: DistributedDataParallel, refuse: Callable[[], None], *, collectives: bool) -> None:
+    def __init__(
+        self, model: DistributedDataParallel, refuse: Callable[[], None], *, collectives: bool, steps_after: str
+    ) -> None:
         both = (model.process_group, dist.distributed_c10d._get_default_group())
         groups = {group.group_name: group for group in both}
         self._collectives = Collectives(groups.values() if collectives else ())
@@ -99,6 +102,7 @@ class Watch:
         # DistributedDataParallel reduces its map of used parameters after the last bucket, before the first, or never.
         self._maps_unused_last = self._maps_unused_first = False
         self._refuse = refuse
+        self._steps_after = steps_after
         self._reduced = reduced_parameters(model)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._checked = False  # whether the parameters were checked in this step
@@ -238,8 +242,8 @@ class Watch:
                     continue
                 self._stop(
                     f"{self._names[parameter]} has a gradient that DistributedDataParallel has not reduced: an "
-                    "optimizer must step after backward(), with one backward pass for each forward pass, outside "
-                    "no_sync(), in which all parameters take part or find_unused_parameters is set"
+                    f"optimizer must step after {self._steps_after}, with one backward pass for each forward pass, "
+                    "outside no_sync(), in which all parameters take part or find_unused_parameters is set"
                 )
 
 

@@ -13,7 +13,7 @@ import draco_ext
 from draco_ext import cli
 from draco_ext.cli import commands, doctor
 from draco_ext.cli.faults import BAD_CHOICES, bad_workers
-from draco_ext.cli.planning import cost
+from draco_ext.cli.planning import cost, make_table
 from draco_ext.cli.training import Config, Outcome, Training, list_trainings
 from draco_ext.cli.verdict import judge
 from draco_ext.codes import CyclicCode, RepetitionCode
@@ -95,6 +95,9 @@ def runs(monkeypatch):
         ("plan --workers 9 --adversaries 1 --parameters 0", "0 is not in the range x>=1"),
         ("plan --workers 9 --adversaries 1", "Missing option '--parameters'"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --dtype int8", "'int8' is not one of"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --audit 1.5", "1.5 is not in the range 0<x<=1"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --audit nan", "--audit: rate must be above 0"),
+        ("plan --workers 9 --adversaries 0 --parameters 9 --audit 1", "--audit: adversaries must be at least 1"),
     ],
 )
 def test_bad_arguments_get_one_line(runs, args, said):
@@ -255,6 +258,48 @@ def test_plan_prints_it():
     result = invoke("plan", "--workers=5", "--adversaries=2", "--parameters=6", "--dtype=float16")
     assert result.exit_code == 0
     assert "float16 messages" in result.output
+
+
+def planned(*arguments):
+    """The cells of `draco plan`'s table, by column and row."""
+    names, *columns = (list(column.cells) for column in make_table(*arguments).columns)
+    return [dict(zip(names, cells, strict=True)) for cells in columns]
+
+
+def test_plan_of_an_audit_stands_beside_the_codes():
+    repetition, cyclic, audit = planned(9, 2, 1000, "float32", 0.01)
+    assert [repetition, cyclic] == planned(9, 2, 1000, "float32")
+    assert audit["compute per worker"].startswith("1.022x ")  # two auditors, and two passes in a thousandth of steps
+    plain = repetition["sent per step, plain data-parallel"]
+    assert plain == "64 kB (64,000 B)" == audit["sent per step, plain data-parallel"]
+    assert audit["sent per step, allreduce"].startswith(f"{plain}, ")
+    assert audit["sent per step, server"] == audit["sent per step, allgather"] == "not offered"
+    # 99 is (1 - p) / p; 0.99^459 is the first power below 0.01.
+    named = audit["wrong updates before a bad worker is named"]
+    assert named.startswith("99 expected, at most 458 with a probability of 99%")
+    assert repetition["wrong updates before a bad worker is named"] == "0"
+    assert "every audited gradient is right" in audit["what holds"]
+    assert audit["cannot survive"].startswith("a fault that occurs once: corrected with a probability of 1% only; ")
+    assert "lie about what they communicate" in audit["cannot survive"]
+
+
+def test_plan_of_an_audit_of_every_step():
+    audit = planned(9, 2, 1000, "float32", 1.0)[2]
+    assert audit["compute per worker"].startswith("3.002x ")
+    assert audit["wrong updates before a bad worker is named"] == "0"
+    assert "every gradient is right" in audit["what holds"]
+    assert audit["cannot survive"].startswith("more than 2 bad workers in a step; ")
+
+
+def test_plan_takes_the_rate_of_an_audit():
+    arguments = ("plan", "--workers=9", "--adversaries=1", "--parameters=1001")
+    assert "audit" not in invoke(*arguments).output
+    result = invoke(*arguments, "--audit=0.008")
+    assert result.exit_code == 0
+    words = " ".join(result.output.replace("│", " ").replace("┃", " ").split())
+    assert "audit, rate 0.008" in words
+    assert "1.01x" in words
+    assert "0.707" in words
 
 
 # --------------------------------------------------------------------------------------- verdict
