@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/cyclic.h"
+#include "core/half.h"
 #include "core/limits.h"
 #include "core/random.h"
 
@@ -168,6 +169,15 @@ void dispatch_real(const char* op, ScalarType type, const F& f) {
   if (type == ScalarType::Float) return f(float{});
   if (type == ScalarType::Double) return f(double{});
   STD_TORCH_CHECK(false, op, ": expected float32 or float64");
+}
+
+template <typename F>
+auto dispatch_floating(const char* op, const char* name, ScalarType type, const F& f) {
+  if (type == ScalarType::Float) return f(float{});
+  if (type == ScalarType::Double) return f(double{});
+  if (type == ScalarType::Half) return f(Half{});
+  if (type == ScalarType::BFloat16) return f(BFloat16{});
+  STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float64, float16 or bfloat16");
 }
 
 // The seed of a decode's projections: from the operating system, after the messages are in. One that is known

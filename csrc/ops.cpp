@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(DRACO_LIBRARY, m) {
 
   // What ranks compare instead of whole messages.
   m.def("digest(Tensor values, int seed) -> Tensor");
+  m.def("digest_and_stats(Tensor values, int seed) -> (Tensor digest, Tensor stats)");
 
   // Cyclic code, from the worker's side to the decoder's.
   m.def("cyclic_encode(Tensor gradients, int workers, int adversaries, int worker) -> Tensor");

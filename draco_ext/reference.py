@@ -102,6 +102,16 @@ def digest(values: Tensor, seed: int) -> Tensor:
     return torch.from_numpy((totals >> high).astype("<u4").view("<i8").copy())
 
 
+def digest_and_stats(values: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """As `ops.digest_and_stats`."""
+    rows = []
+    for tile in values.cpu().split(32768) if len(values) else ():
+        finite = tile[tile.isfinite()].double()
+        largest = finite.abs().max().item() if len(finite) else 0.0
+        rows.append([finite.square().sum().item(), largest, len(tile) - len(finite), int((tile == 0).sum())])
+    return digest(values, seed), torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+
+
 # ------------------------------------------------------------------------------------------------ cyclic code
 
 

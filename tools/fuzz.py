@@ -218,6 +218,11 @@ def digest_arguments(draw):
     return {"values": floats(draw, (length,), draw.choice(ops.DIGEST_DTYPES)), "seed": draw.getrandbits(64) - 2**63}
 
 
+def stats_arguments(draw):
+    length = columns(draw) + draw.randrange(2)
+    return {"values": floats(draw, (length,), draw.choice(ops.VOTE_DTYPES)), "seed": draw.getrandbits(64) - 2**63}
+
+
 def cyclic_sizes(draw):
     s = draw.choice((0, 1, 1, 2, 2, 3))
     return 2 * s + 1 + draw.randrange(6), s
@@ -346,6 +351,7 @@ def leak(number, kept=[]):  # noqa: B006
 TARGETS = {
     "majority_vote": (ops.majority_vote, vote_arguments, ()),
     "digest": (ops.digest, digest_arguments, ()),
+    "digest_and_stats": (ops.digest_and_stats, stats_arguments, ()),
     "cyclic_encode": (ops.cyclic_encode, encode_arguments, ()),
     "cyclic_encode_add_": (ops.cyclic_encode_add_, encode_add_arguments, ()),
     "cyclic_project": (ops.cyclic_project, project_arguments, ()),

@@ -16,6 +16,13 @@
 
 namespace draco {
 
+// By which a kernel is found in its table.
+template <typename T>
+constexpr Dtype kDtype = std::is_same_v<T, float>    ? Dtype::kFloat32
+                         : std::is_same_v<T, double> ? Dtype::kFloat64
+                         : std::is_same_v<T, Half>   ? Dtype::kFloat16
+                                                     : Dtype::kBFloat16;
+
 // The mask's entries, one for each row of `like`; all 0 where there is no mask.
 inline std::vector<uint8_t> read_mask(const char* op, const char* name, const OptionalTensor& mask,
                                       const Tensor& like) {

@@ -7,6 +7,7 @@
 
 #include "core/double_double.h"
 #include "core/random.h"
+#include "core/stats.h"
 
 namespace draco {
 
@@ -93,6 +94,9 @@ struct Kernels {
                        int64_t stride, int64_t columns, double* energy);
   // Adds the four sums of the bytes of one block of a digest (core/digest.h) to `sums`; bytes > 0.
   void (*digest)(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums);
+  // The same of a block of values, and in the same sweep their statistics, which are written to `stats`.
+  void (*digest_and_stats[4])(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums,
+                              Stats* stats);
 
   void weighted_sum(const WeightedSumChunk<float>& chunk) const { weighted_sum_f32(chunk); }
   void weighted_sum(const WeightedSumChunk<double>& chunk) const { weighted_sum_f64(chunk); }

@@ -19,8 +19,9 @@ void fill_nan(Tensor& out) {
 template <typename T>
 std::tuple<Tensor, Tensor> vote(const Tensor& messages, const std::vector<uint8_t>& missing,
                                 const std::vector<int64_t>& group_sizes, int64_t adversaries, double atol, double rtol,
-                                bool mean, Dtype dtype, Tensor& gradient) {
+                                bool mean, Tensor& gradient) {
   using Sum = typename Element<T>::Sum;
+  constexpr auto kIndex = static_cast<int>(kDtype<T>);
   const int64_t n = messages.size(0), d = messages.size(1), groups = group_sizes.size();
   auto* out = static_cast<T*>(gradient.data_ptr());
 
@@ -57,11 +58,11 @@ std::tuple<Tensor, Tensor> vote(const Tensor& messages, const std::vector<uint8_
         chunk.members = static_cast<int>(group_begin[g + 1] - group_begin[g]);
         chunk.first = g == 0;
         chunk.differs = local.data() + group_begin[g];
-        kernel.vote[static_cast<int>(dtype)](chunk);
+        kernel.vote[kIndex](chunk);
       }
       if (groups > 1)
-        kernel.finish[static_cast<int>(dtype)](sum, columns, mean ? static_cast<double>(groups) : 1.0,
-                                               is_large(d * sizeof(T)), out + begin);
+        kernel.finish[kIndex](sum, columns, mean ? static_cast<double>(groups) : 1.0, is_large(d * sizeof(T)),
+                              out + begin);
       for (size_t i = 0; i < member.size(); ++i)
         if (local[i]) __atomic_store_n(&differs[member[i]], uint8_t{1}, __ATOMIC_RELAXED);
     });
@@ -86,18 +87,9 @@ std::tuple<Tensor, Tensor> majority_vote_out(const Tensor& messages, const Optio
   check_out(op, out, messages.size(1), messages);
   check_groups(op, messages, group_sizes, adversaries);
   const std::vector<uint8_t> absent = read_mask(op, "missing", missing, messages);
-  switch (messages.scalar_type()) {
-    case ScalarType::Float:
-      return vote<float>(messages, absent, group_sizes, adversaries, atol, rtol, mean, Dtype::kFloat32, out);
-    case ScalarType::Double:
-      return vote<double>(messages, absent, group_sizes, adversaries, atol, rtol, mean, Dtype::kFloat64, out);
-    case ScalarType::Half:
-      return vote<Half>(messages, absent, group_sizes, adversaries, atol, rtol, mean, Dtype::kFloat16, out);
-    case ScalarType::BFloat16:
-      return vote<BFloat16>(messages, absent, group_sizes, adversaries, atol, rtol, mean, Dtype::kBFloat16, out);
-    default:
-      STD_TORCH_CHECK(false, op, ": messages must be float32, float64, float16 or bfloat16");
-  }
+  return dispatch_floating(op, "messages", messages.scalar_type(), [&](auto zero) {
+    return vote<decltype(zero)>(messages, absent, group_sizes, adversaries, atol, rtol, mean, out);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> majority_vote(const Tensor& messages, const OptionalTensor& missing,

@@ -351,26 +351,10 @@ std::tuple<Tensor, Tensor> majority_vote_out(const Tensor& messages, const Optio
   const Device device(messages);
   Tensor suspects = torch::stable::new_empty(messages, {messages.size(0)}, ScalarType::Bool);
   Tensor failed = torch::stable::new_empty(messages, {}, ScalarType::Bool);
-  const auto run = [&](auto element) {
-    launch_vote<decltype(element)>(device, messages, missing, group_sizes, adversaries, atol, rtol, mean, out, suspects,
-                                   failed);
-  };
-  switch (messages.scalar_type()) {
-    case ScalarType::Float:
-      run(float{});
-      break;
-    case ScalarType::Double:
-      run(double{});
-      break;
-    case ScalarType::Half:
-      run(Half{});
-      break;
-    case ScalarType::BFloat16:
-      run(BFloat16{});
-      break;
-    default:
-      STD_TORCH_CHECK(false, op, ": messages must be float32, float64, float16 or bfloat16");
-  }
+  dispatch_floating(op, "messages", messages.scalar_type(), [&](auto zero) {
+    launch_vote<decltype(zero)>(device, messages, missing, group_sizes, adversaries, atol, rtol, mean, out, suspects,
+                                failed);
+  });
   return {suspects, failed};
 }
 

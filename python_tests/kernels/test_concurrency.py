@@ -33,7 +33,8 @@ def answer(code, messages):
         projected = ops.cyclic_project(messages, 2)
         return *decoded, encoded, *projected
     out = draco_ext.decode(messages, code)
-    return out.gradient, out.suspects, out.failed, ops.digest(messages[0], 3)
+    digest, stats = ops.digest_and_stats(messages[0], 3)
+    return out.gradient, out.suspects, out.failed, ops.digest(messages[0], 3), digest, stats
 
 
 def same(one, other):
@@ -148,6 +149,7 @@ def test_threads_with_small_stacks(dtype):
             yield ops.majority_vote(votes[:, :3], [511, 511], 1, atol=atol)
             yield ops.majority_vote(votes[:9], [4, 5], 1, atol=atol)
         yield ops.digest(votes[0], 1)
+        yield ops.digest_and_stats(votes[0], 1)
         sent = honest_messages(CyclicCode(9, 2), rounds)
         for bad in (0, 1, 2):
             sent[:bad, -5:] = 7
@@ -190,6 +192,7 @@ def test_flush_denormal_changes_nothing(threads, generator):
         for rows in tiny:
             yield draco_ext.decode(rows, repetition).gradient
             yield draco_ext.decode(rows, repetition, atol=1e-30).gradient
+            yield from ops.digest_and_stats(rows[0], 1)
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -206,3 +209,19 @@ def test_flush_denormal_changes_nothing(threads, generator):
     assert half.item() == 0, "the caller's own mode was changed"
     for one, other in zip(got, wanted, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", ops.VOTE_DTYPES, ids=str)
+def test_statistics_do_not_depend_on_threads(dtype):
+    generator = torch.Generator().manual_seed(SEED)
+    values = torch.randn(21 * ops.TILE + 17, generator=generator, dtype=torch.float64).to(dtype)
+    values[3::1000] = torch.inf
+    results, before = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(ops.digest_and_stats(values, 3))
+    finally:
+        torch.set_num_threads(before)
+    assert results[0][1].shape == (22, 4)
+    assert all(same(result, results[0]) for result in results[1:])

@@ -7,6 +7,7 @@ one configuration and names it when it fails; the tests loop over configurations
 
 import contextlib
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -630,6 +631,80 @@ def test_digest_bits_are_uniform():
     assert ((share - 0.5).abs() < 6 * 0.5 / count**0.5).all()
 
 
+# ------------------------------------------------------------------------------------- digest and statistics
+
+SCENES = ["ordinary", "any bits", "special", "all zero", "none finite"]
+
+
+def scene_values(d, dtype, scene, generator):
+    if scene == "any bits":  # NaN of every kind; of float64 numbers whose squares overflow
+        return torch.randint(0, 256, (d * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(dtype)
+    values = random(d, generator=generator).to(dtype)
+    limits = torch.finfo(dtype)
+    special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, limits.tiny, -limits.tiny / 2, limits.smallest_normal]
+    some = {"ordinary": [], "special": special, "all zero": [0.0, -0.0], "none finite": special[2:5]}[scene]
+    if some:
+        chosen = torch.tensor(some, dtype=torch.float64).to(dtype)[torch.randint(len(some), (d,), generator=generator)]
+        rare = torch.rand(d, generator=generator) < (0.01 if scene == "special" else 2)
+        values = torch.where(rare, chosen, values)
+    return values
+
+
+def check_digest_and_stats(d, dtype, offset, scene, seed, device, generator):
+    values = scene_values(d, dtype, scene, generator)
+    buffer = torch.full((d + offset + 64,), torch.nan, dtype=dtype, device=device)
+    row = buffer[offset : offset + d]
+    row.copy_(values)
+    with naming(f"digest_and_stats d={d} {dtype} offset={offset} {scene}"):
+        digest, stats = run(ops.digest_and_stats, row, seed)
+        wanted_digest, wanted = reference.digest_and_stats(values, seed)
+        assert torch.equal(digest, wanted_digest)
+        assert torch.equal(digest, on(device, ops.digest, row, seed))
+        torch.testing.assert_close(stats[:, 0], wanted[:, 0], rtol=1e-13 * max(1, d) ** 0.5, atol=1e-300)
+        assert torch.equal(stats[:, 1:], wanted[:, 1:])
+
+
+@pytest.mark.parametrize("dtype", VOTE_DTYPES, ids=str)
+def test_digest_and_stats(dtype, device, generator):
+    lengths = (*LENGTHS, 3, 7, 8, 2047, 2048, 4095, 4096, 4097, 8193)
+    for (d, offset), scene in zip(itertools.product(lengths, (0, 1)), itertools.cycle(SCENES)):
+        check_digest_and_stats(d, dtype, offset, scene, 7, device, generator)
+
+
+@pytest.mark.parametrize("dtype", VOTE_DTYPES, ids=str)
+def test_digest_and_stats_of_tiles_and_their_edges(dtype, device, simt, generator):
+    scenes = itertools.cycle(SCENES)
+    for d in (ops.TILE, ops.TILE + 1, 2 * ops.TILE + 5) if simt else (ops.TILE - 1, *LONG, ops.TILE, ops.TILE + 1):
+        for offset in (0,) if simt else (0, 1, 3):
+            check_digest_and_stats(d, dtype, offset, next(scenes), -1, device, generator)
+
+
+@pytest.mark.parametrize("dtype", VOTE_DTYPES, ids=str)
+def test_each_place_of_a_tile_counts(dtype, device, simt):
+    """One value in a vector of zeros, at both ends of lines, chunks and blocks: exact sums, and the row of its tile."""
+    d = ops.TILE + 4099
+    edges = {k * size + i for size in (8, 16, 32, 512, 1024, 4096, ops.TILE) for k in (0, 1, 3) for i in (-1, 0, 1)}
+    for place in sorted(edge % d for edge in edges)[:: 7 if simt else 1]:
+        for value, row in ((-3.0, [9, 3, 0]), (torch.nan, [0, 0, 1]), (-torch.inf, [0, 0, 1])):
+            values = torch.zeros(d, dtype=dtype)
+            values[place] = value
+            wanted = torch.tensor([[0.0, 0, 0, ops.TILE], [0, 0, 0, 4099]], dtype=torch.float64)
+            wanted[place // ops.TILE] += torch.tensor([*row, -1.0], dtype=torch.float64)
+            assert torch.equal(on(device, ops.digest_and_stats, values, 1)[1], wanted), f"{value} at {place}"
+
+
+@pytest.mark.parametrize("dtype", VOTE_DTYPES, ids=str)
+def test_stats_at_the_limits_of_a_dtype(dtype, device):
+    """The largest and the smallest numbers: their squares overflow or vanish for float64 alone."""
+    limits = torch.finfo(dtype)
+    tiniest = torch.tensor([1], dtype={2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]).view(dtype)
+    for value in (limits.max, limits.min, limits.tiny, tiniest.item()):
+        values = torch.full((40,), value, dtype=dtype)
+        ((square, *others),) = on(device, ops.digest_and_stats, values, 1)[1].tolist()
+        assert others == [abs(value), 0, 0]
+        assert math.isclose(square, 40 * (value * value), rel_tol=1e-14)
+
+
 # --------------------------------------------------------------------------------------------------- both codes
 
 
@@ -641,6 +716,8 @@ def test_every_kernel_once(device, generator):
             check_vote(sizes, d, dtype, tolerant, fate, layout, True, device, generator)
     for d, offset in ((33, 0), (4097, 1)):
         check_digest(d, torch.float32, offset, 3, device, generator)
+    for dtype, d, scene in zip(VOTE_DTYPES, (33, 4097, 32770, 1025), SCENES[1:], strict=True):
+        check_digest_and_stats(d, dtype, 1, scene, 3, device, generator)
     for dtype, layout, d in zip(CYCLIC_DTYPES, ("off by one", "odd stride"), (1025, 33), strict=True):
         check_encode(8, 3, 1, d, dtype, layout, device, generator)
         check_project(5, d + 1, dtype, {1}, 3, layout, device, generator)
@@ -680,6 +757,7 @@ def test_many_blocks_give_the_same_bits_again(device, simt, generator):
         lambda: ops.cyclic_project(messages, 7),
         lambda: ops.cyclic_decode(messages, 4, seed=7),
         lambda: ops.majority_vote(messages[:1].repeat(n, 1), (3,) * 11, 1),
+        lambda: ops.digest_and_stats(messages.flatten(), 7),
     ):
         first = results(call)
         for _ in range(1 if simt else 5):

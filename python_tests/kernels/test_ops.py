@@ -17,6 +17,7 @@ NAMES = [
     "majority_vote",
     "majority_vote_out",
     "digest",
+    "digest_and_stats",
     "cyclic_encode",
     "cyclic_encode_out",
     "cyclic_encode_add_",
@@ -65,6 +66,20 @@ def test_opcheck_vote(dtype, tolerance, masked, real_device):
 @pytest.mark.parametrize("dtype", ops.DIGEST_DTYPES, ids=str)
 def test_opcheck_digest(dtype, real_device):
     torch.library.opcheck(op("digest"), (torch.randint(0, 99, (50,)).to(real_device, dtype), 3))
+
+
+@pytest.mark.parametrize("dtype", VOTE_DTYPES, ids=str)
+@pytest.mark.parametrize("d", [0, 50, ops.TILE + 1])
+def test_opcheck_digest_and_stats(d, dtype, real_device):
+    torch.library.opcheck(op("digest_and_stats"), (torch.randn(d).to(real_device, dtype), 3))
+
+
+def test_digest_and_stats_compiles_for_any_length(real_device):
+    compiled = torch.compile(lambda x: ops.digest_and_stats(x * 2, 3), fullgraph=True, dynamic=True)
+    for d in (5, ops.TILE, 3 * ops.TILE + 1):
+        values = torch.randn(d).to(real_device)
+        for got, wanted in zip(compiled(values), ops.digest_and_stats(values * 2, 3), strict=True):
+            assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", CYCLIC_DTYPES, ids=str)
@@ -177,9 +192,12 @@ def other_instruction_sets(request, tmp_path_factory):
     All run at the same time: each of them on one core.
     """
     here = os.path.dirname(__file__)
-    depend = "every_bad_set or matches_reference or fused or sum or bit or half or missing or large_param"
+    depend = (
+        "every_bad_set or matches_reference or fused or sum or bit or half or missing or large_param or test_kernels"
+    )
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"({depend}) and not cuda"]
     command += [os.path.join(here, name) for name in ("test_repetition.py", "test_cyclic.py")]
+    command += [f"{here}/test_kernels.py::{name}" for name in DIGEST_TESTS]
     command += ["--long"] * request.config.getoption("--long")
     processes = {
         isa: subprocess.Popen(
@@ -197,6 +215,13 @@ def other_instruction_sets(request, tmp_path_factory):
         process.kill()
 
 
+DIGEST_TESTS = [
+    "test_digest",
+    "test_digest_and_stats",
+    "test_digest_and_stats_of_tiles_and_their_edges",
+    "test_each_place_of_a_tile_counts",
+    "test_stats_at_the_limits_of_a_dtype",
+]
 OTHER_INSTRUCTION_SETS = [
     isa
     for isa in usable_instruction_sets()
@@ -208,6 +233,28 @@ OTHER_INSTRUCTION_SETS = [
 def test_every_instruction_set(isa, other_instruction_sets):
     output, _ = other_instruction_sets[isa].communicate(timeout=900)
     assert other_instruction_sets[isa].returncode == 0, output[-4000:]
+
+
+STATS = """
+import sys, torch
+from draco_ext import ops
+values = torch.randn(100_003, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+values[::1000] = torch.nan
+dtypes = (torch.float32, torch.float16, torch.bfloat16)
+torch.save([ops.digest_and_stats(values.to(dtype), 2)[1] for dtype in dtypes], sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("isa", usable_instruction_sets())
+def test_stats_have_the_same_bits_with_every_instruction_set(isa, tmp_path):
+    """Products are exact and the order of summation is fixed. Of float64 they are not: with and without FMA."""
+    run = {}
+    for name in (isa, draco_ext.build_info()["instruction_set"]):
+        command = [sys.executable, "-c", STATS, str(tmp_path / name)]
+        subprocess.run(command, env={**os.environ, "DRACO_ISA": name}, cwd=tmp_path, check=True)
+        run[name] = torch.load(tmp_path / name)
+    first, *others = run.values()
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 def test_unknown_instruction_set_is_named(tmp_path):
@@ -231,6 +278,7 @@ def every_call(messages, projections, norms):
         "majority_vote": (lambda x: ops.majority_vote(x, (5, 4), 1)[0], messages),
         "majority_vote_out": (lambda x: ops.majority_vote(messages, (5, 4), 1, out=x)[0], torch.zeros(50)),
         "digest": (lambda x: ops.digest(x, 1), messages[0]),
+        "digest_and_stats": (lambda x: ops.digest_and_stats(x, 1)[1], messages[0]),
         "cyclic_encode": (lambda x: ops.cyclic_encode(x, 9, 1, 0), messages[:3]),
         "cyclic_encode_out": (lambda x: ops.cyclic_encode(messages[:3], 9, 1, 0, out=x), torch.zeros(50)),
         "cyclic_encode_add_": (lambda x: ops.cyclic_encode_add_(torch.zeros(50), carry, x, 9, 1, 0, 0), messages[0]),

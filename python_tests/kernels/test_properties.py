@@ -278,6 +278,18 @@ def test_digest_is_the_reference(data, dtype, seed):
     assert torch.equal(ops.digest(values, seed), reference.digest(values, seed))
 
 
+@given(data=st.data(), dtype=st.sampled_from(ops.VOTE_DTYPES), seed=st.integers(-(2**63), 2**63 - 1))
+def test_digest_and_stats_are_the_reference(data, dtype, seed):
+    length = data.draw(st.one_of(st.just(0), our.LENGTHS))
+    generator = torch.Generator().manual_seed(data.draw(our.seeds))
+    values = torch.randint(0, 256, (length * dtype.itemsize,), generator=generator).to(torch.uint8).view(dtype)
+    digest, stats = ops.digest_and_stats(values, seed)
+    wanted_digest, wanted = reference.digest_and_stats(values, seed)
+    assert torch.equal(digest, wanted_digest)
+    torch.testing.assert_close(stats, wanted, rtol=1e-11, atol=1e-300)
+    assert torch.equal(stats[:, 1:], wanted[:, 1:])
+
+
 def test_a_failure_prints_a_reproducer(tmp_path):
     """What whoever breaks something sees: the example, and how to get it again."""
     (tmp_path / "test_broken.py").write_text(

@@ -186,6 +186,7 @@ def test_seeds_have_64_bits():
     x = torch.zeros(3, 8)
     for function in (
         lambda seed: ops.digest(x[0], seed),
+        lambda seed: ops.digest_and_stats(x[0], seed),
         lambda seed: ops.cyclic_project(x, seed),
         lambda seed: ops.cyclic_decode(x, 1, seed=seed),
     ):

@@ -119,20 +119,7 @@ struct Encoded<double> {
   }
 };
 
-// Some of a vector of T as doubles, and back, rounded.
-DRACO_HD Vector<double> widen_real(const float* from) {
-#if defined(__AVX512F__)
-  return (Vector<double>)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(from));
-#elif defined(__AVX2__)
-  return (Vector<double>)_mm256_cvtps_pd(_mm_loadu_ps(from));
-#else
-  typedef float Narrow __attribute__((vector_size(kBytes / 2)));
-  Narrow narrow;
-  memcpy(&narrow, from, sizeof(narrow));
-  return __builtin_convertvector(narrow, Vector<double>);
-#endif
-}
-DRACO_HD Vector<double> widen_real(const double* from) { return load(from); }
+// Doubles as T, rounded.
 DRACO_HD void store_rounded(float* to, Vector<double> value) {
   typedef float Narrow __attribute__((vector_size(kBytes / 2)));
   const Narrow narrow = __builtin_convertvector(value, Narrow);

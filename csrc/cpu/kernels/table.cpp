@@ -22,6 +22,7 @@ const Kernels kTable = {
     project<double>,
     check_energy,
     digest,
+    {digest_and_stats<float>, digest_and_stats<double>, digest_and_stats<Half>, digest_and_stats<BFloat16>},
 };
 
 }  // namespace DRACO_ISA

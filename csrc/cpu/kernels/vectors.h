@@ -83,6 +83,20 @@ DRACO_HD Vector<T> multiply_add(Vector<T> a, Vector<T> b, Vector<T> c) {
   return a * b + c;
 #endif
 }
+// Some numbers as a vector of doubles.
+DRACO_HD Vector<double> widen_real(const float* from) {
+#if defined(__AVX512F__)
+  return (Vector<double>)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(from));
+#elif defined(__AVX2__)
+  return (Vector<double>)_mm256_cvtps_pd(_mm_loadu_ps(from));
+#else
+  typedef float Narrow __attribute__((vector_size(kBytes / 2)));
+  Narrow narrow;
+  memcpy(&narrow, from, sizeof(narrow));
+  return __builtin_convertvector(narrow, Vector<double>);
+#endif
+}
+DRACO_HD Vector<double> widen_real(const double* from) { return load(from); }
 template <typename T>
 DRACO_HD bool any(Vector<T> vector) {
   T all = 0;

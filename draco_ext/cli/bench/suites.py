@@ -172,7 +172,10 @@ def kernel_cases(d: int) -> Iterator[Case]:
     yield Case("encode one part", "message.add_(gradient)", 45, d, lambda: _encode_part(d))
     yield Case("encode, 11 parts", "one read", 45, d, lambda: _encode(d))
     bucket = min(d, 25 * 2**18)  # 25 MiB
-    yield Case("digest of a bucket", "one read", 1, bucket, lambda: _digest(bucket))
+    yield Case("digest of a bucket", "one read", 1, bucket, lambda: _digest(ops.digest, bucket))
+    yield Case(
+        "digest and statistics of a bucket", "one read", 1, bucket, lambda: _digest(ops.digest_and_stats, bucket)
+    )
     yield Case("project", "one read", 45, d, lambda: _project(d))
     for code in (draco_ext.RepetitionCode(15, 1), draco_ext.CyclicCode(15, 1), draco_ext.CyclicCode(15, 2)):
         name = f"call of decode, {type(code).__name__}(15, {code.adversaries})"
@@ -200,9 +203,9 @@ def _encode(d: int) -> Built:
     return functools.partial(ops.cyclic_encode, gradients, 45, 5, 0), gradients.sum, gradients.nbytes
 
 
-def _digest(d: int) -> Built:
+def _digest(digest: Callable[[torch.Tensor, int], object], d: int) -> Built:
     values = part_gradient("cpu", 0, d)
-    return functools.partial(ops.digest, values, 7), values.sum, values.nbytes
+    return functools.partial(digest, values, 7), values.sum, values.nbytes
 
 
 def _project(d: int) -> Built:
