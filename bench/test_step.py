@@ -4,13 +4,16 @@
 
 Six ranks run over gloo on this machine, with a model whose gradient costs almost nothing. Every variant alternates with
 the plain one, round by round. The time is measured on rank 0 from a barrier: a backward pass that communicates, minus
-one that does not (but encodes, if a code has several parts).
+one that does not (but encodes, if a code has several parts). A step of an audit is measured as a whole, minus as many
+backward passes that do not communicate as it has passes.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +24,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import draco_ext
-from draco_ext import CyclicCode, RepetitionCode
+from draco_ext import Audit, CyclicCode, RepetitionCode
 from draco_ext.protocol.transports import TRANSPORTS
 from draco_ext.testing.local import run_local
+from draco_ext.training.audit.guard import AuditGuard
 
 RANKS = 6
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
@@ -42,6 +46,9 @@ VARIANTS["allreduce, repetition s=1, parameters compared in every step"] = (
     CODES["repetition s=1"],
     {"transport": "allreduce", "check_state_every": 1},
 )
+NEVER = 1e-12  # a rate at which the coin falls on none of the steps
+VARIANTS["Audit s=1, not audited"] = (Audit(RANKS, 1, NEVER), {})
+VARIANTS["Audit s=1, audited"] = (Audit(RANKS, 1, 1.0), {})
 
 
 class Scales(nn.Module):
@@ -77,33 +84,63 @@ class Variant:
         if protection is not None:
             code, options = protection
             self.guard = draco_ext.protect(self.model, code, **options)
+            if isinstance(code, Audit):
+                self.steps = self.guard.steps(itertools.repeat(torch.ones(1)))
 
-    def step(self) -> Step:
-        parts = 1 if self.guard is None else len(self.guard.code.assignment(self.guard.worker))
+    def step(self, alone: float = 0.0) -> Step:
+        """Measure a step; `alone`: the seconds of the plain variant's backward pass without communication."""
+        if self.guard is None:
+            with self.model.no_sync():
+                alone, _ = self.backward()
+            return Step(alone, *self.backward(), {})
+        return self.audit_step(alone) if isinstance(self.guard, AuditGuard) else self.code_step()
+
+    def code_step(self) -> Step:
+        parts = len(self.guard.code.assignment(self.guard.worker))
         if parts == 1:
             with self.model.no_sync():
                 alone, _ = self.backward()
-        if self.guard is None:
-            return Step(alone, *self.backward(), {})
         for step in self.guard.steps(range(parts)):
             for part in step:
-                before = vars(self.guard.report().seconds)
+                before = self.guard_seconds()
                 seconds, sent = self.backward()
                 if part < parts - 1:
                     alone = seconds  # encodes, as the last one does
-        after = vars(self.guard.report().seconds)
-        return Step(alone, seconds, sent, {name: after[name] - before[name] for name in after})
+        return Step(alone, seconds, sent, self.split_since(before))
+
+    def audit_step(self, alone: float) -> Step:
+        before = self.guard_seconds()
+        passes, seconds, sent = 0, 0.0, 0
+        mini_batches = next(self.steps)
+        while True:
+            more, spent, sent_between = self.measured(lambda: next(mini_batches, None))
+            seconds, sent = seconds + spent, sent + sent_between
+            if more is None:
+                return Step(passes * alone, seconds, sent, self.split_since(before))
+            spent, sent_backward = self.backward()
+            seconds, sent, passes = seconds + spent, sent + sent_backward, passes + 1
+
+    def guard_seconds(self) -> dict[str, float]:
+        return vars(self.guard.report().seconds)
+
+    def split_since(self, before: dict[str, float]) -> dict[str, float]:
+        return {name: after - before[name] for name, after in self.guard_seconds().items()}
 
     def backward(self) -> tuple[float, int]:
         self.model.zero_grad()
         loss = self.model(torch.ones(1))
+        _, seconds, sent = self.measured(loss.backward)
+        return seconds, sent
+
+    def measured(self, call: Callable[[], object]) -> tuple[object, float, int]:
+        """Return what a call on all ranks returns, its seconds on this one, and the bytes that all have sent in it."""
         dist.barrier(self.aside)
         sent = int(SENT.read_text()) if SENT.exists() else 0
         begin = time.perf_counter()
-        loss.backward()
+        result = call()
         seconds = time.perf_counter() - begin
         dist.barrier(self.aside)
-        return seconds, (int(SENT.read_text()) if SENT.exists() else 0) - sent
+        return result, seconds, (int(SENT.read_text()) if SENT.exists() else 0) - sent
 
 
 def _rank(rank, report, d, name, rounds):
@@ -112,7 +149,8 @@ def _rank(rank, report, d, name, rounds):
     plain = Variant(d, None, aside)
     variant = Variant(d, VARIANTS[name], aside)
     for i in range(2 + rounds):
-        measured = plain.step(), variant.step()
+        beside = plain.step()
+        measured = beside, variant.step(beside.alone)
         if i >= 2:  # DDP makes new buckets after the first
             report(measured)
 

@@ -28,14 +28,26 @@ from draco_ext.cli.bench.timing import keep_memory
 from draco_ext.cli.digits import TRAIN_SAMPLES
 from draco_ext.cli.faults import BAD_CHOICES
 from draco_ext.cli.options import Count
-from draco_ext.cli.training import CODES, LEARNING, Config, Outcome, Training, code_for, list_trainings, run
+from draco_ext.cli.training import (
+    AUDIT,
+    AUDIT_RATE,
+    CODES,
+    LEARNING,
+    PROTECTED,
+    Config,
+    Outcome,
+    Training,
+    code_for,
+    list_trainings,
+    run,
+)
 from draco_ext.cli.verdict import judge
 from draco_ext.ops import build_info
 from draco_ext.protocol.transports import TRANSPORTS
 from draco_ext.testing.attacks import ATTACKS
 from draco_ext.testing.local import under_torchrun
 
-DEFAULT_RULES = ("mean", "geometric-median-gram", "krum", "repetition", "cyclic")
+DEFAULT_RULES = ("mean", "geometric-median-gram", "krum", *PROTECTED)
 # Rules that need 2s+3 workers; the codes need 2s+1.
 KRUM_RULES = ("krum", "multi-krum")
 
@@ -54,8 +66,8 @@ def draco() -> None:
     "rules",
     multiple=True,
     default=DEFAULT_RULES,
-    type=click.Choice([*AGGREGATORS, *CODES]),
-    help="Code or rule to train with; may be repeated.",
+    type=click.Choice([*AGGREGATORS, *PROTECTED]),
+    help="Code, audit or rule to train with; may be repeated.",
 )
 @click.option(
     "--transport",
@@ -71,6 +83,12 @@ def draco() -> None:
     type=click.Choice([*BAD_CHOICES]),
     default="fixed",
     help="Who is bad. " + "; ".join(f"{name}: {what}" for name, what in BAD_CHOICES.items()) + ".",
+)
+@click.option(
+    "--audit-rate",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=AUDIT_RATE,
+    help="Chance that the audit covers a step; with 1 every step is.",
 )
 @click.option("--steps", type=Count(1), default=LEARNING.steps, help="Steps to train.")
 @click.option(
@@ -104,8 +122,9 @@ def train(context: click.Context, /, output: Path, **options: Any) -> None:
 
     A small convolutional net learns scikit-learn's handwritten digits in real processes, with
     DistributedDataParallel and draco_ext.protect. Every code is trained with and without bad
-    workers. The exit status is 1 if a result is not what theory says. On ranks of several hosts:
-    torchrun ... -m draco_ext.cli train.
+    workers, and an audit with and without one whose gradients are all wrong. The exit status
+    is 1 if a result is not what theory says. On ranks of several hosts: torchrun ... -m
+    draco_ext.cli train.
     """
     console = Console(quiet=not _speaks())
     config = _check(Config(**options), context, console)
@@ -182,6 +201,12 @@ def _check(config: Config, context: click.Context, console: Console) -> Config:
             raise click.UsageError(problem)
         console.print(f"Without Krum: {problem}.")
         rules = tuple(rule for rule in rules if rule not in KRUM_RULES)
+    if n < 3 and AUDIT in rules:
+        problem = f"an audit needs n >= 3 --workers, got {n}"
+        if asked("rules"):
+            raise click.UsageError(problem)
+        console.print(f"Without Audit: {problem}.")
+        rules = tuple(rule for rule in rules if rule != AUDIT)
     parts = lcm(*(code_for(rule, n, s).parts for rule in rules))
     batch_size = config.batch_size
     if not asked("batch_size"):

@@ -1,4 +1,4 @@
-"""The bad workers of each step, and the messages that they send."""
+"""The bad workers of each step, and what they send or compute."""
 
 from __future__ import annotations
 
@@ -76,6 +76,34 @@ class Corruption:
         self.change = _relative_change(message, sent) if self.changed else 0.0
         self.seconds = time.perf_counter() - begin
         return sent
+
+
+class Fault:
+    """A persistent fault of one worker, for an `Audit`.
+
+    Every gradient that the worker computes, of whatever part, is `FACTOR` times the right one. The factor ruins plain
+    averaging over few workers, but only after some steps. Statistics compare a worker with the spread of recent steps,
+    so they do not notice a fault that was there from the beginning.
+
+    Args:
+        faulty: whether this worker has the fault.
+
+    Attributes:
+        seconds: the seconds spent on an attack in a step, which are none.
+        change: the norm of the change relative to that of the right gradient.
+        changed: whether this worker's gradients are wrong.
+    """
+
+    FACTOR = -10.0
+
+    def __init__(self, faulty: bool) -> None:
+        self.seconds = 0.0
+        self.change = abs(self.FACTOR - 1) if faulty else 0.0
+        self.changed = faulty
+
+    def __call__(self, step: int, gradient: Tensor, kind: str) -> Tensor:
+        """Return the gradient of a parameter that this worker computes, whatever kind of pass it is for."""
+        return self.FACTOR * gradient if self.changed else gradient
 
 
 def _relative_change(message: Tensor, sent: Tensor) -> float:

@@ -19,7 +19,8 @@ from rich import box
 from rich.table import Table
 
 from draco_ext._version import __version__
-from draco_ext.cli.training import CODES, Config, Outcome, Training
+from draco_ext.cli.faults import Fault
+from draco_ext.cli.training import AUDIT, PROTECTED, Config, Outcome, Training
 from draco_ext.cli.verdict import Check
 from draco_ext.ops import build_info
 
@@ -33,6 +34,8 @@ SPLIT = ("compute", "encode", "communicate", "decode")
 
 def describe(training: Training) -> str:
     """Return a readable name of a training."""
+    if training.rule == AUDIT:
+        return f"{training.label}, {'1 faulty' if training.attacked else 'none faulty'}"
     return f"{training.label}{'' if training.attacked else ', no adversaries'}"
 
 
@@ -44,7 +47,8 @@ def step_seconds(outcome: Outcome) -> np.ndarray:
 
 def make_tables(config: Config, outcomes: list[Outcome]) -> tuple[Table, Table]:
     """Return the tables for the terminal: the result and the times of each training."""
-    results = _table(_title(config), _RESULTS_CAPTION)
+    audits = any(outcome.audit is not None for outcome in outcomes)
+    results = _table(_title(config), _RESULTS_CAPTION + (_audit_caption(config) if audits else ""))
     for name in ("test accuracy", "named (in steps)", "distance from clean run"):
         results.add_column(name, justify="right")
     times = _table("Milliseconds per step", _TIMES_CAPTION.format(config.workers, os.cpu_count()))
@@ -52,12 +56,12 @@ def make_tables(config: Config, outcomes: list[Outcome]) -> tuple[Table, Table]:
         times.add_column(name, justify="right")
     for outcome in outcomes:
         training = outcome.training
-        label = training.label, str(config.adversaries if training.attacked else 0)
+        label = training.label, str(max(map(len, outcome.bad), default=0))
         results.add_row(*label, f"{outcome.accuracy:.1%}", _named(outcome), format_distance(outcome.distance))
         milliseconds = [1e3 * outcome.mean_seconds(kind) for kind in SPLIT]
         times.add_row(
             *label,
-            f"{outcome.compute_factor:.3g}x",
+            _work(outcome),
             *(f"{value:.2f}" for value in milliseconds),
             f"{sum(milliseconds):.1f}",
         )
@@ -69,9 +73,23 @@ _RESULTS_CAPTION = (
     "for all others that of plain averaging."
 )
 _TIMES_CAPTION = (
-    "Work: samples per worker, in multiples of plain averaging's. Times are wall time of the worker "
+    "Work: samples per worker, in multiples of plain averaging's; of an audit before and after it has found a fault. "
+    "Times are wall time of the worker "
     "that waited least for the others; {} workers, {} cores on this machine."
 )
+
+
+def _audit_caption(config: Config) -> str:
+    return (
+        f" Audit has one bad worker, whose gradients are all {Fault.FACTOR:g} times the right ones from the first step "
+        f"on; steps are audited with a chance of {config.audit_rate:g}."
+    )
+
+
+def _work(outcome: Outcome) -> str:
+    """Return the work of a training, with an audit before and after a fault was found."""
+    around = None if outcome.audit is None else outcome.audit.passes_around
+    return ", ".join(f"{work:.3g}x" for work in around or (outcome.compute_factor,))
 
 
 def _table(title: str, caption: str) -> Table:
@@ -105,6 +123,8 @@ def _named(outcome: Outcome) -> str:
         return "cannot"
     if not outcome.named:
         return "nobody"
+    if outcome.audit is not None and outcome.audit.found is not None:
+        return f"{', '.join(map(str, outcome.named))} (after {outcome.audit.found})"
     counts = set(outcome.named.values())
     if len(counts) == 1:
         return f"{', '.join(map(str, outcome.named))} ({counts.pop()})"
@@ -155,6 +175,7 @@ def _as_dict(outcome: Outcome) -> dict[str, Any]:
         | {"total": float(step_seconds(outcome).mean())},
         "named": outcome.named,
         "failed_steps": outcome.failed,
+        "audit": outcome.audit and asdict(outcome.audit),
         "steps": {
             "loss": outcome.losses,
             "seconds": outcome.seconds,
@@ -211,6 +232,7 @@ _LOOKS: dict[str, _Look] = {
     "krum": ("#CC79A7", "-"),
     "repetition": ("#0072B2", "-"),
     "cyclic": ("#56B4E9", (0, (4, 2))),
+    AUDIT: ("#000000", (0, (1, 1))),
 }
 _OTHER_LOOK: _Look = ("#009E73", "-.")
 _CLEAN_LOOK: _Look = ("#BBBBBB", "-")
@@ -219,7 +241,7 @@ _CLEAN_LOOK: _Look = ("#BBBBBB", "-")
 def draw(path: Path, config: Config, outcomes: list[Outcome]) -> None:
     """Draw the accuracy over steps and over time, one line per training.
 
-    The clean run of a code is left out, since the line of the attacked run would cover it.
+    The clean run of a code or an audit is left out, since the line of the attacked run would cover it.
     """
     attacked = {o.training.rule for o in outcomes if o.training.attacked}
     shown = [
@@ -262,7 +284,7 @@ def _legend(panel: Axes, shown: list[Outcome]) -> None:
     handles = [Line2D([], [], **_look(outcome.training)) for outcome in ranked]
     names = [
         f"{describe(o.training)}\n{o.accuracy:.1%}"
-        + (f", distance from clean run: {format_distance(o.distance)}" if o.training.rule in CODES else "")
+        + (f", distance from clean run: {format_distance(o.distance)}" if o.training.rule in PROTECTED else "")
         for o in ranked
     ]
     panel.legend(

@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -21,17 +21,20 @@ from torch.utils.data import DataLoader
 
 from draco_ext.cli.averages import Averaging
 from draco_ext.cli.digits import TRAIN_SAMPLES, Digits, make_net
-from draco_ext.cli.faults import Corruption, bad_workers
-from draco_ext.codes import Code, CyclicCode, RepetitionCode
+from draco_ext.cli.faults import Corruption, Fault, bad_workers
+from draco_ext.codes import Audit, Code, CyclicCode, RepetitionCode
 from draco_ext.protocol.groups import gather
 from draco_ext.reporting.ledger import Finding
-from draco_ext.reporting.report import Seconds
+from draco_ext.reporting.report import AuditReport, Seconds
 from draco_ext.testing.local import all_ranks, own_device, run_ranks
 from draco_ext.training.api import protect
+from draco_ext.training.audit.guard import AuditGuard, AuditStep
 from draco_ext.training.guard import Guard
 from draco_ext.training.sampler import RedundantBatchSampler
 
 CODES = {"repetition": RepetitionCode, "cyclic": CyclicCode}
+AUDIT = "audit"
+PROTECTED = (*CODES, AUDIT)  # the rules of `protect`
 LABELS = {
     "mean": "plain averaging",
     "coordinate-median": "coordinate median",
@@ -42,7 +45,12 @@ LABELS = {
     "geometric-median-gram": "geometric median (Gram)",
     "repetition": "repetition code",
     "cyclic": "cyclic code",
+    AUDIT: "Audit",
 }
+AUDIT_RATE = 0.1
+# The coins of an audit are drawn with the seed plus this. With it, a fault of the run with the default seed and rate is
+# found after 8 wrong updates, where 9 are to be expected.
+COIN = 3
 # The number of points of the accuracy curve.
 EVALUATIONS = 60
 
@@ -74,6 +82,20 @@ class Config:
     learning_rate: float
     momentum: float
     seed: int
+    audit_rate: float = AUDIT_RATE
+
+    @property
+    def audit(self) -> Audit:
+        """The audit, which corrects one worker."""
+        return Audit(self.workers, 1, self.audit_rate)
+
+    def bad_workers(self, training: Training, step: int) -> tuple[int, ...]:
+        """Return the bad workers of a training's step; an audit has one, the same in every step."""
+        if not training.attacked:
+            return ()
+        if training.rule == AUDIT:
+            return bad_workers("fixed", self.workers, 1, 0, self.seed)
+        return bad_workers(self.bad, self.workers, self.adversaries, step, self.seed)
 
 
 @dataclass(frozen=True)
@@ -89,6 +111,36 @@ class Training:
         return LABELS.get(self.rule, self.rule)
 
 
+@dataclass(frozen=True)
+class Audited:
+    """The findings and the cost of an audit in one training.
+
+    Attributes:
+        rate: the chance that a step is audited.
+        first: the first step on which the coin fell; None if it fell on none.
+        passes: the passes of every step, where plain averaging has one.
+        report: the findings.
+    """
+
+    rate: float
+    first: int | None
+    passes: list[float]
+    report: AuditReport
+
+    @property
+    def found(self) -> int | None:
+        """The first step in which a fault was found; None if none was."""
+        return min((dispute.step for dispute in self.report.disputes), default=None)
+
+    @property
+    def passes_around(self) -> tuple[float, float] | None:
+        """The mean passes of a step before and after a fault was found; None if there are no steps before or after."""
+        if self.found is None:
+            return None
+        before, after = self.passes[: self.found], self.passes[self.found + 1 :]
+        return (float(np.mean(before)), float(np.mean(after))) if before and after else None
+
+
 @dataclass
 class Outcome:
     """The outcome of one training. Times are in seconds, curves are over the steps.
@@ -96,7 +148,8 @@ class Outcome:
     Attributes:
         training: the training.
         parts: the number of parts of a batch.
-        compute_factor: the number of samples that a worker computes, in multiples of plain averaging's.
+        compute_factor: the number of samples that a worker computes, in multiples of plain averaging's; with an audit
+            on average over the steps.
         message_bytes: the bytes that a worker sends per step.
         parameters: the final parameters.
         losses: the mean training loss over the good workers.
@@ -110,6 +163,7 @@ class Outcome:
         distance: the distance of the final parameters from those of ``distance_from``, relative to their norm.
         distance_from: the training without adversaries with which this one is compared: that of the same code if this
             one is attacked, else plain averaging.
+        audit: what an audit did; None with other rules.
     """
 
     training: Training
@@ -126,6 +180,7 @@ class Outcome:
     evaluations: list[tuple[int, float, float]]
     distance: float | None = None
     distance_from: Training | None = field(default=None)
+    audit: Audited | None = None
 
     @property
     def accuracy(self) -> float:
@@ -151,12 +206,12 @@ class Outcome:
 def list_trainings(config: Config) -> list[Training]:
     """Return the trainings of the comparison, in order.
 
-    The first is plain averaging without adversaries, with which the others are compared. Then follow every code without
-    and with adversaries, and every other rule with adversaries, if there are any.
+    The first is plain averaging without adversaries, with which the others are compared. Then follow every code and the
+    audit without and with adversaries, and every other rule with adversaries, if there are any.
     """
     trainings = [Training("mean", attacked=False)]
     for rule in config.rules:
-        if rule in CODES or not config.adversaries:
+        if rule in PROTECTED or not config.adversaries:
             trainings.append(Training(rule, attacked=False))
         if config.adversaries:
             trainings.append(Training(rule, attacked=True))
@@ -164,7 +219,7 @@ def list_trainings(config: Config) -> list[Training]:
 
 
 def code_for(rule: str, workers: int, adversaries: int) -> Code:
-    """Return the code of this name; for an average, a code in which each worker computes a part of its own."""
+    """Return the code of this name; for others, a code in which each worker computes a part of its own."""
     return CODES[rule](workers, adversaries) if rule in CODES else RepetitionCode(workers, 0)
 
 
@@ -252,6 +307,7 @@ class Learner:
 
     def __init__(self, config: Config, training: Training, data: Digits) -> None:
         n, s, rank = config.workers, config.adversaries, dist.get_rank()
+        audited = training.rule == AUDIT
         self._config, self._training, self._data = config, training, data
         self._code = code_for(training.rule, n, s)
         self._net = make_net(config.seed).to(data.train.tensors[0].device)
@@ -260,27 +316,36 @@ class Learner:
         batches = RedundantBatchSampler(
             TRAIN_SAMPLES, self._code, batch_size=config.batch_size, rank=rank, seed=config.seed
         )
-        self._workers = list(batches.workers)
+        self._workers = list(range(n)) if audited else list(batches.workers)
         loader = DataLoader(data.train, batch_sampler=batches)
         bad = s if training.attacked else 0
-        self._corruption = Corruption(config.attack, config.bad, bad, config.seed, self._workers)
+        self._corruption: Corruption | Fault = (
+            Fault(rank in config.bad_workers(training, 0))
+            if audited
+            else Corruption(config.attack, config.bad, bad, config.seed, self._workers)
+        )
         self._findings: list[Finding] = []
-        self._guard: Guard | None = None
-        if training.rule in CODES:
-            self._guard = protect(
+        self._guard: Guard | AuditGuard | None = None
+        self._steps: Iterator[Iterator[Any]]
+        if training.rule in PROTECTED:
+            guard = protect(
                 self._model,
-                self._code,
-                transport=config.transport,
+                config.audit if audited else self._code,
+                transport="allreduce" if audited else config.transport,
                 on_failure="skip",
                 callback=self._findings.append,
                 adversary=self._corruption if bad else None,
+                seed=config.seed + COIN if audited else 0,
             )
-            self._steps = (step for _ in itertools.count() for step in self._guard.steps(loader))
+            self._guard = guard
+            self._steps = (step for _ in itertools.count() for step in guard.steps(loader))
         else:
+            assert isinstance(self._corruption, Corruption)
             self._average = Averaging(training.rule, s, self._corruption)
             self._model.register_comm_hook(None, self._average.hook)
             self._steps = (iter([batch]) for _ in itertools.count() for batch in loader)
         self._work: list[Work] = []
+        self._passes = [0.0]  # of an audit, before the first step and after each
         self._every = max(1, config.steps // EVALUATIONS)
         self._evaluations: list[tuple[int, float, float]] = []
         self._evaluate()
@@ -291,10 +356,12 @@ class Learner:
         begin = time.perf_counter()
         losses = []
         self._optimizer.zero_grad()
-        for images, labels in next(self._steps):
+        step = next(self._steps)
+        for images, labels in step:
             loss = cross_entropy(self._model(images), labels)
             loss.backward()
-            losses.append(loss.detach())
+            if not isinstance(step, AuditStep) or step.own:
+                losses.append(loss.detach())
         self._optimizer.step()
         total = time.perf_counter() - begin
         after = self._seconds()
@@ -310,6 +377,10 @@ class Learner:
                 changed=self._corruption.changed,
             )
         )
+        if isinstance(self._guard, AuditGuard):
+            audit = self._guard.report().audit
+            assert audit is not None
+            self._passes.append(audit.passes)
         if len(self._work) % self._every == 0 or len(self._work) == self._config.steps:
             self._evaluate()
 
@@ -328,10 +399,7 @@ class Learner:
         if dist.get_rank() > 0:
             return None
         work = rows[[self._workers.index(j) for j in range(code.workers)]].numpy()
-        bad = [
-            bad_workers(config.bad, config.workers, config.adversaries, step, config.seed) if training.attacked else ()
-            for step in range(config.steps)
-        ]
+        bad = [config.bad_workers(training, step) for step in range(config.steps)]
         suspects: list[tuple[int, ...] | None] = [None] * config.steps
         failed = []
         if self._guard is not None:
@@ -340,10 +408,11 @@ class Learner:
                 {f.worker for f in self._findings if f.step == step and not f.missing} for step in range(config.steps)
             ]
             suspects = [tuple(sorted(workers)) for workers in found]
+        audit = self._audited()
         return Outcome(
             training=training,
             parts=code.parts,
-            compute_factor=_compute_factor(code),
+            compute_factor=_compute_factor(code) if audit is None else float(np.mean(audit.passes)),
             message_bytes=code.message_length(parameters.numel()) * parameters.element_size(),
             parameters=parameters.cpu().numpy(),
             losses=_losses(work, bad),
@@ -353,7 +422,17 @@ class Learner:
             bad=bad,
             changes=_changes(work),
             evaluations=self._evaluations,
+            audit=audit,
         )
+
+    def _audited(self) -> Audited | None:
+        """Return what an audit did so far; None with another rule."""
+        report = None if self._guard is None else self._guard.report().audit
+        if report is None:
+            return None
+        config = self._config
+        audited = (t for t in range(config.steps) if config.audit.is_audited(config.seed + COIN, t))
+        return Audited(config.audit_rate, next(audited, None), np.diff(self._passes).tolist(), report)
 
 
 def _compute_factor(code: Code) -> float:

@@ -8,7 +8,7 @@ from math import inf
 
 import numpy as np
 
-from draco_ext.cli.training import CODES, Config, Outcome
+from draco_ext.cli.training import CODES, PROTECTED, Audited, Config, Outcome
 
 # The cyclic code may not notice a change that is smaller than this, relative to the message.
 VISIBLE = 1e-4
@@ -18,6 +18,12 @@ ROUNDING = 1e-4
 ROUNDING_FACTOR = 10
 # The accuracy that the net reaches on the digits with the default settings, for every seed (97% for most).
 GOOD_ACCURACY = 0.93
+# The chance of a false alarm about the number of wrong updates that an audit lets pass.
+UNLIKELY = 1e-6
+# With the default settings a training has time to learn after so many wrong updates at its beginning, in which one
+# gradient of so many workers' or more is wrong.
+FEW = 10
+LEAST_WORKERS = 9
 # A model that loses this much accuracy counts as ruined.
 RUIN = 0.3
 # Attacks that ruin plain averaging, with the weight of a bad worker's message relative to a good one's.
@@ -54,7 +60,9 @@ def _checks(config: Config, outcomes: list[Outcome], learns: bool) -> Iterator[C
             yield Check(f"{label} without adversaries does not diverge", finite, found)
         if rule in CODES and np.isfinite(clean[rule].parameters).all():
             yield from _code_checks(outcome, clean[rule])
-        if learns and not attacked and rule in ("mean", *CODES):
+        if outcome.audit is not None and np.isfinite(clean[rule].parameters).all():
+            yield from _audit_checks(config, outcome, outcome.audit, learns)
+        if learns and not attacked and rule in ("mean", *PROTECTED):
             yield Check(
                 f"{label} without adversaries learns: accuracy of at least {GOOD_ACCURACY:.0%}",
                 outcome.accuracy >= GOOD_ACCURACY,
@@ -96,6 +104,44 @@ def _code_checks(outcome: Outcome, clean: Outcome) -> Iterator[Check]:
             f"{name}: distance from its clean run {'is 0' if exact else f'is at most {bound:.2g}'}",
             distance <= bound,
             f"{distance:.3g}",
+        )
+
+
+def _audit_checks(config: Config, outcome: Outcome, audit: Audited, learns: bool) -> Iterator[Check]:
+    """Yield the checks of an audit: who is convicted and when, and what the wrong updates before do."""
+    attacked, steps = outcome.training.attacked, len(outcome.suspects)
+    name = f"{outcome.training.label} {'with a faulty worker' if attacked else 'without faults'}"
+    yield Check(
+        f"{name}: no step fails",
+        not outcome.failed,
+        f"{len(outcome.failed)} of {steps} steps failed{_first(outcome.failed)}",
+    )
+    if not attacked:
+        yield Check(f"{name}: names nobody", not outcome.named, f"named are {sorted(outcome.named)}")
+        return
+    wrong = steps if audit.found is None else audit.found
+    most = config.audit.wrong_updates_quantile(1 - UNLIKELY)
+    yield Check(
+        f"{name}: at most {most} wrong updates, except with a probability of {UNLIKELY:g}", wrong <= most, f"{wrong}"
+    )
+    drawn = steps if audit.first is None else audit.first
+    if min(wrong, drawn) < steps:
+        bad = set(outcome.bad[0])
+        yield Check(
+            f"{name}: convicts worker {', '.join(map(str, bad))} and no other, in the first audited step at the latest",
+            outcome.named.keys() == audit.report.convicted.keys() == bad and wrong <= drawn,
+            f"convicted are {sorted(audit.report.convicted)}, after {wrong} steps; a step was drawn after {drawn}",
+        )
+    if wrong == 0:
+        distance = inf if outcome.distance is None else outcome.distance
+        yield Check(
+            f"{name}: no update is wrong, so its distance from its clean run is 0", distance == 0, f"{distance:.3g}"
+        )
+    if learns and wrong <= FEW and config.workers >= LEAST_WORKERS:
+        yield Check(
+            f"{name}: learns after {wrong} wrong updates: accuracy of at least {GOOD_ACCURACY:.0%}",
+            outcome.accuracy >= GOOD_ACCURACY,
+            f"{outcome.accuracy:.1%}",
         )
 
 

@@ -30,7 +30,7 @@ def test_the_command_with_every_rule_side_by_side(tmp_path):
     assert figures["versions"]["torch"] == torch.__version__
     assert all(check["holds"] for check in figures["checks"])
     lines = {(t["rule"], t["attacked"]): t for t in figures["trainings"]}
-    assert len(lines) == len(figures["trainings"]) == 8
+    assert len(lines) == len(figures["trainings"]) == 10
     for line in lines.values():
         assert len(line["steps"]["loss"]) == len(line["steps"]["suspects"]) == 8
         assert [e["step"] for e in line["evaluations"]] == list(range(9))
@@ -44,12 +44,23 @@ def test_the_command_with_every_rule_side_by_side(tmp_path):
         assert (split["encode"] > 0) == (line["rule"] in ("repetition", "cyclic"))
 
     # All rules see the same batches: without adversaries they differ by rounding only.
-    losses = [lines[rule, False]["steps"]["loss"] for rule in ("mean", "repetition", "cyclic")]
+    losses = [lines[rule, False]["steps"]["loss"] for rule in ("mean", "repetition", "cyclic", "audit")]
     for loss in losses:
         assert loss == pytest.approx(losses[0], rel=1e-3)
     work = {rule: lines[rule, True]["work_per_worker"] for rule in ("repetition", "cyclic", "krum")}
     assert work == {"repetition": 5, "cyclic": 3, "krum": 1}
     assert lines["mean", True]["steps"]["suspects"] == [None] * 8
+
+    # With this seed the first coin of the audit falls on the sixth step.
+    audit, (bad,) = lines["audit", True]["audit"], lines["audit", True]["steps"]["bad"][0]
+    assert lines["audit", True]["steps"]["bad"] == [[bad]] * 8
+    assert audit["first"] == 5
+    assert audit["report"]["convicted"] == {str(bad): 5}
+    assert audit["passes"] == [1, 1, 1, 1, 1, 5, 2, 2]
+    assert lines["audit", False]["audit"]["passes"] == [1, 1, 1, 1, 1, 2, 1, 1]
+    assert lines["audit", False]["named"] == {}
+    assert lines["audit", True]["named"] == {str(bad): 1}
+    assert lines["audit", True]["distance"] > 0.01  # five wrong updates
 
     bad = lines["cyclic", True]["steps"]["bad"]
     assert len({tuple(step) for step in bad}) > 1
@@ -101,6 +112,34 @@ def test_codes_under_attack(transport, attack, bad, workers, adversaries):
     assert max(o.distance for o in (clean_repetition, clean_cyclic, cyclic)) < 1e-5
     assert mean.distance is None
     assert all(check.holds for check in judge(config, outcomes, learns=False))
+
+
+def test_an_audit_of_every_step_trains_the_parameters_of_the_run_without_faults():
+    config = Config(
+        rules=("audit",),
+        transport="allreduce",
+        workers=5,
+        adversaries=1,
+        attack="reversed",
+        bad="fixed",
+        steps=4,
+        batch_size=20,
+        learning_rate=0.05,
+        momentum=0.9,
+        seed=2,
+        audit_rate=1.0,
+    )
+    outcomes = run(config, lambda training: None)
+    _, clean, faulty = outcomes
+    assert clean.audit.passes[1:] == [2] * 3
+    assert faulty.audit.found == 0
+    assert faulty.audit.report.convicted.keys() == set(faulty.bad[0])
+    assert faulty.parameters.tobytes() == clean.parameters.tobytes()
+    checks = judge(config, outcomes, learns=False)
+    assert all(check.holds for check in checks)
+    assert "Audit with a faulty worker: no update is wrong, so its distance from its clean run is 0" in [
+        check.statement for check in checks
+    ]
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.long)])

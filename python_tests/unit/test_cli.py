@@ -14,9 +14,10 @@ from draco_ext import cli
 from draco_ext.cli import commands, doctor
 from draco_ext.cli.faults import BAD_CHOICES, bad_workers
 from draco_ext.cli.planning import cost, make_table
-from draco_ext.cli.training import Config, Outcome, Training, list_trainings
+from draco_ext.cli.training import Audited, Config, Outcome, Training, list_trainings
 from draco_ext.cli.verdict import judge
 from draco_ext.codes import CyclicCode, RepetitionCode
+from draco_ext.reporting.report import AuditReport, Dispute
 
 CONFIG = Config(
     rules=commands.DEFAULT_RULES,
@@ -88,6 +89,9 @@ def runs(monkeypatch):
         ("train --workers nine", "'nine' is not a valid integer"),
         ("train --rule krum --workers 4 --adversaries 1", "Krum needs n >= 2s+3: 5 --workers"),
         ("train --rule multi-krum --workers 4 --adversaries 1", "Krum needs n >= 2s+3"),
+        ("train --rule audit --workers 2 --adversaries 0", "an audit needs n >= 3 --workers, got 2"),
+        ("train --audit-rate 0", "0.0 is not in the range 0<x<=1"),
+        ("train --audit-rate 1.5", "1.5 is not in the range 0<x<=1"),
         ("train --output /dev/null/folder", "--output /dev/null/folder: "),
         ("plan --workers 4 --adversaries 2 --parameters 10", "n >= 2s+1 workers are needed"),
         ("plan --workers 9 --adversaries -1 --parameters 10", "must be at least 0, got -1"),
@@ -148,6 +152,13 @@ def test_default_leaves_krum_out_where_it_cannot_be_and_says_so(runs, tmp_path):
     result = invoke(*f"train --workers 7 --adversaries 3 --output {tmp_path}".split())
     assert result.exit_code == 0
     assert "Without Krum: Krum needs n >= 2s+3" in result.output
+    assert runs[0].rules == ("mean", "geometric-median-gram", "repetition", "cyclic", "audit")
+
+
+def test_default_leaves_the_audit_out_where_it_cannot_be_and_says_so(runs, tmp_path):
+    result = invoke(*f"train --workers 2 --adversaries 0 --output {tmp_path}".split())
+    assert result.exit_code == 0
+    assert "Without Audit: an audit needs n >= 3 --workers, got 2" in result.output
     assert runs[0].rules == ("mean", "geometric-median-gram", "repetition", "cyclic")
 
 
@@ -188,6 +199,8 @@ def test_lines_of_the_comparison():
         ("repetition", True),
         ("cyclic", False),
         ("cyclic", True),
+        ("audit", False),
+        ("audit", True),
     ]
     clean = dataclasses.replace(CONFIG, adversaries=0)
     assert [t.rule for t in list_trainings(clean)] == list(CONFIG.rules)
@@ -327,7 +340,24 @@ def outcome(rule, attacked, **changes):
     return dataclasses.replace(perfect, **changes)
 
 
+def audited(found=1, *, first=1, worker=3, steps=4):
+    """What an audit has done that found a fault, or None, in a step, where the first coin fell on another."""
+    disputes = [] if found is None else [Dispute(found, worker, worker, "owner", persistent=True)]
+    report = AuditReport(disputes=disputes, convicted={d.rank: d.step for d in disputes})
+    passes = [1.0 if found is None or step < found else 5.0 if step == found else 2.0 for step in range(steps)]
+    return Audited(rate=CONFIG.audit_rate, first=first, passes=passes, report=report)
+
+
+def audit_outcome(attacked, **changes):
+    """The outcome of a perfect audit, or of another."""
+    suspects = [(), (3,), (), ()] if attacked else [()] * 4
+    perfect = {"audit": audited() if attacked else audited(None), "suspects": suspects, "distance": 0.4}
+    evaluations = [(0, 0.1, 2.3), (4, 0.97, 0.2)]
+    return outcome("audit", attacked, **{**perfect, "evaluations": evaluations, **changes})
+
+
 PERFECT = [outcome(rule, attacked) for rule in ("mean", "repetition", "cyclic") for attacked in (0, 1)]
+PERFECT += [audit_outcome(attacked) for attacked in (0, 1)]
 
 
 def wrong(*changed, learns=True):
@@ -342,6 +372,9 @@ def test_perfect_outcomes_are_what_theory_says():
     statements = [check.statement for check in judge(CONFIG, PERFECT, learns=True)]
     assert "plain averaging is ruined by the attack" in statements
     assert "repetition code under attack: distance from its clean run is 0" in statements
+    convicted = "Audit with a faulty worker: convicts worker 3 and no other, in the first audited step at the latest"
+    assert convicted in statements
+    assert "Audit with a faulty worker: learns after 1 wrong updates: accuracy of at least 93%" in statements
 
 
 @pytest.mark.parametrize(
@@ -363,6 +396,51 @@ def test_perfect_outcomes_are_what_theory_says():
 def test_what_theory_does_not_say_is_noticed(rule, attacked, changes, said):
     (statement,) = wrong(outcome(rule, attacked, **changes))
     assert said in statement
+
+
+@pytest.mark.parametrize(
+    ("attacked", "changes", "said"),
+    [
+        (False, {"failed": [2]}, "no step fails"),
+        (True, {"failed": [2]}, "no step fails"),
+        (False, {"suspects": [(), (1,), (), ()]}, "names nobody"),
+        (False, {"evaluations": [(4, 0.5, 1.0)]}, "accuracy of at least"),
+        (True, {"evaluations": [(4, 0.5, 1.0)]}, "learns after 1 wrong updates"),
+        (True, {"audit": audited(2)}, "in the first audited step at the latest"),
+        (True, {"audit": audited(None)}, "in the first audited step at the latest"),
+        (True, {"audit": audited(worker=4)}, "convicts worker 3 and no other"),
+        (True, {"suspects": [(), (3, 4), (), ()]}, "convicts worker 3 and no other"),
+        (True, {"audit": audited(0, first=0)}, "no update is wrong, so its distance from its clean run is 0"),
+    ],
+)
+def test_what_an_audit_does_not_promise_is_noticed(attacked, changes, said):
+    (statement,) = wrong(audit_outcome(attacked, **changes))
+    assert said in statement
+
+
+def test_an_audit_that_lets_more_pass_than_chance_explains_is_noticed():
+    often = dataclasses.replace(CONFIG, audit_rate=0.99)  # more than 3 wrong updates have a chance of 1e-8
+    lines = {o.training: o for o in (*PERFECT, audit_outcome(True, audit=audited(None, first=None)))}
+    checks = judge(often, list(lines.values()), learns=False)
+    assert ["at most 2 wrong updates" in check.statement for check in checks if not check.holds] == [True]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"audit": audited(1, first=3)},  # a trigger may find it before
+        {"audit": audited(None, first=None), "suspects": [()] * 4},  # no coin fell
+        {"audit": audited(0, first=0), "distance": 0.0},
+    ],
+)
+def test_an_audit_may_find_a_fault_sooner_or_not_at_all(changes):
+    assert not wrong(audit_outcome(True, **changes))
+
+
+def test_the_table_shows_the_work_of_an_audit_before_and_after_a_fault(runs, tmp_path):
+    runs.outcomes = PERFECT
+    rows = [line.split() for line in invoke("train", "--output", str(tmp_path)).output.splitlines()]
+    assert [row[2:4] for row in rows if row[:2] == ["Audit", "1"]] == [["97.0%", "3"], ["1x,", "2x"]]
 
 
 def test_cyclic_code_need_not_name_what_rounding_hides():
