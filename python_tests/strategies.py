@@ -1,6 +1,7 @@
 """What hypothesis draws: codes, gradients of every scale and layout, and what bad and missing workers do."""
 
 import dataclasses
+import math
 
 import torch
 from conftest import ATTACKS, attacked, honest_messages
@@ -24,6 +25,8 @@ LENGTHS = st.one_of(
     st.sampled_from([255, 257, 1025, ops.TILE - 1, ops.TILE + 1, ops.TILE + 2]),
 )
 seeds = st.integers(0, 2**32 - 1)
+FAINT = "faint"  # an attack beside conftest's: see faint()
+KINDS = (*ATTACKS, FAINT)
 
 
 @st.composite
@@ -51,11 +54,17 @@ def gradients(draw, code, dtype=None):
     return drawn.to(dtype)
 
 
+def faint(message, generator):
+    """The message too large by one part in 2^4, or by as little as its last bits: some of it near the cyclic noise."""
+    last = round(-math.log2(torch.finfo(message.dtype).eps))
+    return message * (1 + 2.0 ** -int(torch.randint(4, last + 1, (), generator=generator)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Adversary:
     """Who is bad in which way, and who is missing."""
 
-    attacks: dict[int, str]  # worker -> name in ATTACKS
+    attacks: dict[int, str]  # worker -> name in KINDS
     missing: tuple[int, ...]
     seed: int
 
@@ -77,13 +86,16 @@ class Adversary:
         for kind in sorted(set(self.attacks.values())):
             who = [j for j, own in self.attacks.items() if own == kind]
             colluders = torch.Generator().manual_seed(self.seed)  # across kinds too they agree on one message
-            sent[who] = attacked(messages, who, kind, colluders)[who]
+            if kind == FAINT:
+                sent[who] = torch.stack([faint(message, colluders) for message in messages[who]])
+            else:
+                sent[who] = attacked(messages, who, kind, colluders)[who]
         sent[list(self.missing)] = torch.nan
         return sent
 
 
 @st.composite
-def adversaries(draw, code, within=True, kinds=tuple(ATTACKS)):
+def adversaries(draw, code, within=True, kinds=KINDS):
     """An adversary that the code corrects, 2 * bad + missing <= 2s; otherwise one with more than s bad workers."""
     n, s = code.workers, code.adversaries
     count = draw(st.integers(0, s) if within else st.integers(s + 1, n))
@@ -111,10 +123,12 @@ class Round:
     def mask(self):
         return self.adversary.mask(self.code.workers)
 
-    def columns(self, start, stop):
-        """The same step of these columns alone, as one of several buckets carries it."""
-        cut = {name: getattr(self, name)[:, start:stop] for name in ("gradients", "honest", "sent")}
-        return dataclasses.replace(self, **cut)
+    def columns(self, which):
+        """The same step of some columns of its messages alone, as a bucket carries it, or of all in another order."""
+        padded = torch.nn.functional.pad(self.gradients, (0, self.sent.size(1) - self.d))
+        return dataclasses.replace(
+            self, gradients=padded[:, which], honest=self.honest[:, which], sent=self.sent[:, which]
+        )
 
     def __repr__(self):
         layers = f"{tuple(self.gradients.shape)} {self.gradients.dtype}"
@@ -122,7 +136,7 @@ class Round:
 
 
 @st.composite
-def rounds(draw, kinds=(RepetitionCode, CyclicCode), within=True, least_adversaries=0, attacks=tuple(ATTACKS)):
+def rounds(draw, kinds=(RepetitionCode, CyclicCode), within=True, least_adversaries=0, attacks=KINDS):
     """One step of training, with an adversary that the code corrects or one that is too many."""
     code = draw(codes(kinds, least_adversaries))
     own = draw(gradients(code))

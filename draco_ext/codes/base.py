@@ -263,11 +263,13 @@ class Code(abc.ABC):
 
         In a decode that did not fail, with at most s bad workers and nobody missing::
 
-            norm(decoded mean - honest mean) <= error_bound * sqrt(sum_k norm(g_k)^2) / parts
+            norm(decoded mean - honest mean) <= error_bound * sqrt(sum_k norm(g_k)^2 + parts * d * t^2) / parts
 
-        where g_k is the honest gradient of part k. The norm on the right is that of the mean if the parts' gradients
-        are orthogonal, and less if they agree. Derived in docs/guarantee.md from the worst that any messages can do,
-        not fitted: what attacks reach is far below. Above 1 it says nothing.
+        where g_k is the honest gradient of part k, and d the length of a message. Gradients whose elements have a root
+        mean square below t (1.7e-36 in float32, 1.5e-45 in float64) count as if they were of that size. In larger ones
+        t can be neglected, and the right side is the norm of the mean if the parts' gradients are orthogonal, and less
+        if they agree. Derived in docs/guarantee.md from the worst that any messages can do, not fitted: what attacks
+        reach is far below. Above 1 it says nothing.
 
         Args:
             dtype: of the messages.

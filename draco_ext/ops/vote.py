@@ -31,7 +31,8 @@ def majority_vote(
     vector whenever `m - adversaries` of a group's m present members are bit-identical; NaN compares by bits, -0 and
     +0 differ.
     Tolerant: the winner is the coordinate-wise lower median in the total order of floats, and a member agrees where it
-    is within `atol + rtol * abs(winner)`. One sweep: n x d elements read, d written. Deterministic.
+    is within `atol + rtol * abs(winner)`, up to rounding: this is compared in float32 (float64 for float64). One
+    sweep: n x d elements read, d written. Deterministic.
 
     Source: DRACO, arXiv 1803.09877, section 4.1 (repetition code, majority vote decoder).
 

@@ -28,10 +28,15 @@ def random_gradients(code, d, dtype, generator):
     return torch.randn(code.parts, d, generator=generator, dtype=torch.float64).to(dtype)
 
 
+TINY = {torch.float32: 1.7e-36, torch.float64: 1.5e-45}  # docs/guarantee.md: t
+
+
 def error_in_bounds(out, gradients):
     """The error of a decoded mean in the unit of Code.error_bound."""
     mean = gradients.double().mean(0)
-    return ((out.gradient.double() - mean).norm() / (gradients.double().norm() / len(gradients))).item()
+    least = TINY[gradients.dtype] * math.sqrt(gradients.numel())
+    size = math.hypot(gradients.double().norm().item(), least)
+    return (out.gradient.double() - mean).norm().item() / (size / len(gradients))
 
 
 # ---------------------------------------------------------------------------------------------------- the bound
@@ -89,6 +94,41 @@ def test_bound_is_that_of_the_table(n, s, float32, float64):
     """Of docs/guarantee.md, with more digits: a factor that slips is still a bound, but not the one derived there."""
     assert CyclicCode(n, s).error_bound(torch.float32, length=100) == pytest.approx(float32, rel=1e-4)
     assert CyclicCode(n, s).error_bound(torch.float64, length=100) == pytest.approx(float64, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "floor", "sizes"),
+    [
+        (torch.float32, 2e-43, (1e-44, 3.1e-43, 1e-42, 1e-40, 1e-36, 1e-35)),
+        (torch.float64, 1e-60, (1e-70, 1e-60, 1e-58, 1e-50, 1e-45, 1e-44)),
+    ],
+    ids=["float32", "float64"],
+)
+def test_bound_of_tiny_gradients(dtype, floor, sizes):
+    """The smallest case: three workers, one pair of elements, one of them wrong in it by a bit or a sign or more.
+
+    No weight of a projection is below 3/7 of its root mean square, so what passes is certain: 6 times the noise in a
+    check, from sqrt(3) times that in the message, of which the mean has a third. Above, the worker is left out.
+    """
+    code = CyclicCode(3, 1)
+    hidden, largest = 6 * 7 / 3 * floor * math.sqrt(2) / math.sqrt(3), 0.0
+    for size in sizes:
+        gradients = torch.full((3, 2), size, dtype=torch.float64).to(dtype)
+        relative = {torch.float32: 2.0**-23, torch.float64: 2.0**-53 * math.sqrt(39)}[dtype]
+        passes = math.hypot(hidden, 24 / math.sqrt(3) * relative * gradients[0].double().norm().item())
+        sent = honest_messages(code, gradients)
+        honest = sent[0].clone()
+        for error in [-2 * size, *(floor * 2.0**k for k in range(-3, 12))]:
+            sent[0] = (honest.double() + error).to(dtype)
+            for seed in range(10):
+                out = draco_ext.Decoded(*ops.cyclic_decode(sent, 1, seed=seed), code)
+                assert not out.failed
+                assert error_in_bounds(out, gradients) <= code.error_bound(dtype, length=2), f"{size} {error}"
+                wrong = (out.gradient.double() - gradients[0].double()).norm().item()
+                assert wrong <= passes, f"{size} {error}"
+                if size < 100 * floor:
+                    largest = max(largest, wrong)
+    assert largest > hidden / 5, "the floor has become lower: docs/guarantee.md says more than is needed"
 
 
 @pytest.mark.parametrize("code", [CyclicCode(7, 2), RepetitionCode(6, 1)], ids=str)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import strategies as our
 import torch
@@ -37,27 +38,55 @@ def decode(step, messages=None, **options):
     return draco_ext.decode(messages, code, missing=step.mask, **options)
 
 
+def exact(t):
+    """The numbers in numpy's next wider type, in which squares do not overflow and sums are as good as not rounded."""
+    return t.double().numpy().astype({torch.float32: np.float64, torch.float64: np.longdouble}[t.dtype])
+
+
 def tile_norms(vectors):
-    """(n, tiles) float64, the norm of each tile of ops.TILE columns: these have noise floors of their own."""
-    return torch.stack([tile.double().norm(dim=1) for tile in vectors.split(ops.TILE, dim=1)], dim=1)
+    """(n, tiles), the norm of each tile of ops.TILE columns: these have noise floors of their own."""
+    cuts = range(ops.TILE, vectors.shape[1], ops.TILE)
+    return np.stack([np.linalg.norm(tile, axis=1) for tile in np.split(vectors, cuts, axis=1)], axis=1)
 
 
-def scale(step):
-    """For each tile what the code's errors are relative to: an honest message's norm, or what counts as zero."""
-    least = {torch.float32: 1e-38, torch.float64: 1e-56}[step.honest.dtype]  # csrc/core/noise.h, and room
-    least *= math.sqrt(min(step.honest.size(1), ops.TILE))
-    return tile_norms(step.honest).amax(0).clamp(min=least)
+def noise(step):
+    """(tiles,), the cyclic decoder's noise model (csrc/core/noise.h) for the largest honest message.
+
+    A message's rounding, relative to its norm; but at least that of numbers whose products with a projection's weights
+    are denormal. What is decoded and who is named is right in units of this, and of nothing smaller.
+    """
+    n, length = step.honest.shape
+    relative, least = {
+        torch.float32: (2.0**-23, 2e-43),
+        torch.float64: (2.0**-53 * math.sqrt(36 + n), 1e-60),
+    }[step.honest.dtype]
+    elements = np.diff([*range(0, length, ops.TILE), length]) if length else np.zeros(1)
+    return np.hypot(relative * tile_norms(exact(step.honest)).max(0), least * np.sqrt(elements))
+
+
+# Times the noise. An error stays in the gradient if every check lets it pass: if the root mean square of the checks is
+# at most 6 in all four projections. A projection's weights are between 3/7 and 12/7 of their own root mean square, and
+# so is the norm that the noise is taken from. So one wrong pair of elements of one worker adds at most
+# 6 * 7/3 * 12/7 / sqrt(n) = 24 / sqrt(n) to the mean. Errors of many elements or workers cancel in some projections and
+# may add more, but hardly in all four: of 400000 decodes of errors of 1 to 1e5 times the noise none was off by more
+# than 12, and one in 10000 by more than 5. What is promised is larger, as it is for errors that are made to pass:
+# Code.error_bound, and test_guarantee.py.
+MOST_LEFT = 24
+# From here on an error is not only left out but its sender is named, as is promised from 1e-3 of a float32 message on,
+# four times as much (docs/guarantee.md, for workers that are not neighbours or do not collude). Largest not named in
+# those decodes: 520.
+NAMED_FROM = 2100
 
 
 def is_right(step, gradient):
-    """To the last bit with the repetition code, to rounding with the cyclic code."""
+    """To the last bit with the repetition code, to the noise with the cyclic code."""
     if isinstance(step.code, RepetitionCode):
         groups = torch.tensor(step.code.group_sizes)
         clean = draco_ext.decode(step.gradients.repeat_interleave(groups, 0), step.code)
         return torch.equal(bits(gradient), bits(clean.gradient))
-    error = gradient[None, : step.d].double() - step.gradients.double().mean(0)
-    bound = {torch.float32: 4e-6, torch.float64: 4e-13}[step.honest.dtype]
-    return bool((tile_norms(error)[0] <= bound * scale(step)).all())
+    # A mean in float64 would be further off than the decoded one where gradients cancel.
+    error = exact(gradient[: step.d]) - exact(step.gradients).mean(0)
+    return bool((tile_norms(error[None])[0] <= MOST_LEFT * noise(step)).all())
 
 
 def changed(step):
@@ -68,9 +97,9 @@ def changed(step):
     differ = {j for j in step.adversary.bad if not torch.equal(bits(step.sent[j]), bits(step.honest[j]))}
     if isinstance(step.code, RepetitionCode):
         return differ, differ
-    error = tile_norms(step.sent.double() - step.honest.double())
-    visible = (~(error <= 1e-3 * scale(step))).any(1)  # NaN is visible
-    return differ, differ & named(visible)
+    error = tile_norms(exact(step.sent) - exact(step.honest))
+    visible = (~(error <= NAMED_FROM * noise(step))).any(1)  # NaN is visible
+    return differ, differ & set(np.flatnonzero(visible).tolist())
 
 
 @BOTH
@@ -149,15 +178,14 @@ def test_order_of_columns_does_not_matter(kind, data):
     generator = torch.Generator().manual_seed(data.draw(our.seeds))
     order = torch.randperm(length // together, generator=generator).repeat_interleave(together) * together
     order += torch.arange(length) % together
-    plain, permuted = decode(step), decode(step, step.sent[:, order])
-    back = torch.empty_like(permuted.gradient)
-    back[order] = permuted.gradient
-    differ, visible = changed(step)
+    permuted = step.columns(order)
+    out = decode(permuted)
+    assert not out.failed
+    assert is_right(permuted, out.gradient)
+    differ, visible = changed(permuted)  # tiles have floors of their own: others than before
+    assert visible <= named(out.suspects) <= differ
     if kind is RepetitionCode:
-        assert torch.equal(bits(back), bits(plain.gradient))
-    assert visible <= named(permuted.suspects) <= differ or length > ops.TILE  # tiles have floors of their own
-    assert not permuted.failed
-    assert is_right(step, back) or length > ops.TILE
+        assert torch.equal(bits(out.gradient), bits(decode(step).gradient[order]))
 
 
 @BOTH
@@ -167,7 +195,7 @@ def test_columns_can_be_decoded_apart(kind, data):
     step = data.draw(our.rounds((kind,)))
     length = step.sent.size(1)
     cut = data.draw(st.integers(0, length // 2)) * 2
-    whole, steps = decode(step), [step.columns(0, cut), step.columns(cut, length)]
+    whole, steps = decode(step), [step.columns(slice(cut)), step.columns(slice(cut, None))]
     pieces = [decode(piece) for piece in steps]
     assert not any(piece.failed for piece in pieces)
     if kind is RepetitionCode:
@@ -175,18 +203,33 @@ def test_columns_can_be_decoded_apart(kind, data):
         assert torch.equal(bits(joined), bits(whole.gradient))
         assert torch.equal(pieces[0].suspects | pieces[1].suspects, whole.suspects)
     else:  # the pieces have other tiles than the whole, and each tile a noise floor of its own
-        assert all(is_right(part, out.gradient) for part, out in zip(steps, pieces, strict=True))
-        assert named(pieces[0].suspects | pieces[1].suspects) <= step.adversary.bad
+        for part, out in zip(steps, pieces, strict=True):
+            differ, visible = changed(part)
+            assert visible <= named(out.suspects) <= differ
+            assert is_right(part, out.gradient)
 
 
 @given(step=our.rounds((RepetitionCode,)), sum_of=st.booleans(), rtol=st.sampled_from([0.0, 1e-2]))
 def test_vote_is_the_reference(step, sum_of, rtol):
+    """Within the tolerance is as the reference says, but for the one rounding that differs.
+
+    float64: none does. Others are compared in float32, with rtol rounded to it: the gap is exact where it is near the
+    tolerance, and rtol * winner is rounded to nearest, by up to 2^-24 of it or, where it is denormal, 2^-150. What is
+    within before is so afterwards, as rounding keeps the order; a gap that is so much larger may be.
+    """
     sizes, s = step.code.group_sizes, step.code.adversaries
-    options = {"missing": step.mask, "mean": not sum_of, "rtol": rtol}
-    gradient, suspects, failed = ops.majority_vote(step.sent, sizes, s, **options)
-    expected, expected_suspects, expected_failed = reference.majority_vote(step.sent, sizes, s, **options)
-    assert torch.equal(suspects, expected_suspects)
-    assert torch.equal(failed, expected_failed)
+    options = {"missing": step.mask, "mean": not sum_of}
+    gradient, suspects, failed = ops.majority_vote(step.sent, sizes, s, rtol=rtol, **options)
+    least = most = {"rtol": rtol}
+    if rtol > 0 and step.sent.dtype != torch.float64:
+        least = {"rtol": torch.tensor(rtol, dtype=torch.float32).item()}
+        most = {"rtol": least["rtol"] * (1 + 2.0**-24), "atol": 2.0**-150}
+    expected, least_suspects, least_failed = reference.majority_vote(step.sent, sizes, s, **most, **options)
+    strict, most_suspects, most_failed = reference.majority_vote(step.sent, sizes, s, **least, **options)
+    assert named(least_suspects) <= named(suspects) <= named(most_suspects)
+    assert least_failed <= failed <= most_failed
+    if failed:  # of the same medians
+        expected = strict
     info = torch.finfo(step.sent.dtype)
     terms = step.gradients.double().abs().sum(0)
     bound = 4 * info.eps * terms + info.smallest_normal * info.eps

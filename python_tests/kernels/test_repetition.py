@@ -125,6 +125,30 @@ def test_infinite_winner_is_not_a_licence(device):
     assert out.gradient.item() == torch.inf
 
 
+@pytest.mark.parametrize("scale", [2.0**-149, 1.0], ids=["denormal", "normal"])
+def test_tolerance_is_rounded_once(scale, device):
+    """The last gap within and the first that is not: rtol times the winner is rounded to nearest, and nothing else.
+
+    By half of the last bit, so that a gap may be within that is not in exact arithmetic, never the reverse.
+    """
+    rtol = torch.tensor(0.01).item()  # in float32, as the op takes it
+    generous = 0
+    for winner in range(1, 40000, 317):
+        winner = torch.tensor(winner * scale)
+        tolerated = winner.double() * rtol
+        bit = torch.nextafter(winner, winner.new_tensor(torch.inf)).double() - winner.double()
+        for bits_off in range(-1, 3):
+            other = (winner.double() + ((tolerated / bit).floor() + bits_off) * bit).float()
+            gap = other.double() - winner.double()
+            messages = torch.stack([other, winner, winner])[:, None]
+            out = on(device, draco_ext.decode, messages, RepetitionCode(3, 1), rtol=rtol)
+            within = bool(gap.abs() <= tolerated.float().double())
+            assert named(out.suspects) == (set() if within else {0}), f"{winner} {other}"
+            assert within or bool(gap.abs() > tolerated)
+            generous += within and bool(gap > tolerated)
+    assert generous > 0
+
+
 @pytest.mark.parametrize(("n", "s"), SMALL)
 def test_missing_are_erasures(n, s, device, simt, generator):
     if simt and n > 4:

@@ -12,7 +12,7 @@ Statistics = Sequence[tuple[float, ...]]  # of one rank, by bucket; see `opinion
 WINDOW = 20  # steps whose spread the current one is compared with
 FACTOR = 4.0  # times the largest deviation in the window
 LEAST_LOG = 0.7  # deviations of norms below a factor of two are never conspicuous
-LEAST_ZEROS = 0.05  # nor are so many more or fewer zeros, as a part of the bucket
+LEAST_ZEROS = 0.2  # nor are so many more or fewer zeros, as a part of the bucket
 
 
 class Triggers:
