@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
+from typing import Any
+
+import numpy as np
 
 Statistics = Sequence[tuple[float, ...]]  # of one rank, by bucket; see `opinions.Row`
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 WINDOW = 20  # steps whose spread the current one is compared with
 FACTOR = 4.0  # times the largest deviation in the window
 LEAST_LOG = 0.7  # deviations of norms below a factor of two are never conspicuous
 LEAST_ZEROS = 0.2  # nor are so many more or fewer zeros, as a part of the bucket
+_NAMES = ("the norm", "the largest value", "the number of zeros")
+_LEAST = (LEAST_LOG, LEAST_LOG, LEAST_ZEROS)
 
 
 class Triggers:
@@ -26,7 +30,7 @@ class Triggers:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._window: deque[list[float]] = deque(maxlen=WINDOW)  # by step: the largest deviation of each kind
+        self._window: deque[Array] = deque(maxlen=WINDOW)  # by step: the largest deviation of each kind
 
     def judge(self, rows: Sequence[Statistics], lengths: Sequence[int]) -> dict[int, str]:
         """Return what is conspicuous, by worker; nothing before the window is full, except values that are not finite.
@@ -35,17 +39,16 @@ class Triggers:
             rows: by worker.
             lengths: the number of elements of each bucket.
         """
-        found: dict[int, str] = {}
         deviations = self._deviations(rows, lengths)
-        for kind, by_worker in enumerate(deviations):
-            for worker, deviation in enumerate(by_worker):
-                if deviation == math.inf:
-                    found.setdefault(worker, "values that are not finite")
-                elif self._is_full(len(deviations)):
-                    least = LEAST_ZEROS if kind % 3 == 2 else LEAST_LOG
-                    bound = max(least, FACTOR * max(step[kind] for step in self._window))
-                    if deviation > bound:
-                        found.setdefault(worker, f"{_NAMES[kind % 3]} of bucket {kind // 3}")
+        bounds = np.full(len(deviations), np.inf)
+        if len(self._window) == WINDOW and len(self._window[0]) == len(deviations):
+            bounds = np.maximum(np.tile(_LEAST, len(lengths)), FACTOR * np.max(self._window, axis=0))
+        conspicuous = (deviations > bounds[:, None]) | (deviations == np.inf)
+        found = {}
+        for worker in np.flatnonzero(conspicuous.any(axis=0)).tolist():
+            kind = int(conspicuous[:, worker].argmax())  # the first one
+            finite = deviations[kind, worker] < np.inf
+            found[worker] = f"{_NAMES[kind % 3]} of bucket {kind // 3}" if finite else "values that are not finite"
         return found
 
     def observe(self, rows: Sequence[Statistics], lengths: Sequence[int]) -> None:
@@ -53,40 +56,26 @@ class Triggers:
         deviations = self._deviations(rows, lengths)
         if self._window and len(self._window[0]) != len(deviations):
             self._window.clear()
-        self._window.append([max((d for d in kind if d < math.inf), default=0.0) for kind in deviations])
+        self._window.append(np.where(deviations < np.inf, deviations, 0.0).max(axis=1))
 
-    def _is_full(self, kinds: int) -> bool:
-        return len(self._window) == WINDOW and len(self._window[0]) == kinds
-
-    def _deviations(self, rows: Sequence[Statistics], lengths: Sequence[int]) -> list[list[float]]:
-        """Return how far each worker is from the median, for each bucket's norm, largest value and zeros.
+    def _deviations(self, rows: Sequence[Statistics], lengths: Sequence[int]) -> Array:
+        """Return how far each worker is from the median: a row for each bucket's norm, largest value and zeros.
 
         Inf stands for values that are not finite on at most half of the ranks: overflow of a loss scale, which hits
         all, is no fault of one.
         """
-        deviations = []
-        for bucket, length in enumerate(lengths):
-            of_ranks = [row[bucket] for row in rows]
-            nonfinite = [values[2] > 0 for values in of_ranks]
-            few = sum(nonfinite) > 0 and 2 * sum(nonfinite) <= len(rows)
-            for kind in range(3):
-                values = [
-                    zeros / length if kind == 2 else _log(largest) if kind == 1 else _log(squares) / 2
-                    for squares, largest, _, zeros in of_ranks
-                ]
-                middle = median(values)
-                deviations.append(
-                    [
-                        math.inf if few and bad else 0.0 if bad else abs(value - middle)
-                        for value, bad in zip(values, nonfinite, strict=True)
-                    ]
-                )
-        return deviations
+        statistics = np.array(rows, dtype=np.float64).reshape(self._workers, len(lengths), 4)
+        squares, largest, nonfinite, zeros = np.moveaxis(statistics, 2, 0)
+        values = np.stack([_log(squares) / 2, _log(largest), zeros / np.array(lengths, dtype=np.float64)], axis=2)
+        bad = nonfinite > 0
+        few = bad & (2 * bad.sum(axis=0) <= self._workers)
+        deviations = np.where(bad[:, :, None], 0.0, np.abs(values - np.median(values, axis=0)))
+        deviations[few] = np.inf
+        return deviations.reshape(self._workers, -1).T
 
 
-_NAMES = ("the norm", "the largest value", "the number of zeros")
-
-
-def _log(value: float) -> float:
-    """Return the logarithm; of 0 that of the smallest number, so that a gradient of zeros is far from others."""
-    return math.log(max(value, 5e-324)) if value < math.inf else 710.0
+def _log(values: Array) -> Array:
+    """Return logarithms; of 0 that of the smallest number, so that a gradient of zeros is far from others."""
+    finite = values < np.inf
+    logarithms: Array = np.where(finite, np.log(np.where(finite, np.maximum(values, 5e-324), 1.0)), 710.0)
+    return logarithms
