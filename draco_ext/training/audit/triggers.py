@@ -69,9 +69,10 @@ class Triggers:
         values = np.stack([_log(squares) / 2, _log(largest), zeros / np.array(lengths, dtype=np.float64)], axis=2)
         bad = nonfinite > 0
         few = bad & (2 * bad.sum(axis=0) <= self._workers)
-        deviations = np.where(bad[:, :, None], 0.0, np.abs(values - np.median(values, axis=0)))
+        deviations: Array = np.where(bad[:, :, None], 0.0, np.abs(values - np.median(values, axis=0)))
         deviations[few] = np.inf
-        return deviations.reshape(self._workers, -1).T
+        deviations = deviations.reshape(self._workers, -1).T
+        return deviations
 
 
 def _log(values: Array) -> Array:
