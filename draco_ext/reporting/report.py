@@ -110,6 +110,8 @@ class AuditReport:
             there is none. Checkpoints up to this step contain no fault of this rank that is still there.
         passes: the number of forward and backward passes of each rank, in units of a step's own pass. Divided by the
             number of steps it is the cost in compute.
+        sees: the size of errors that an audit sees with a probability of at least 99%, relative to the gradient, if
+            `protect` has got a tolerance; None if it sees all errors, since bits are compared.
     """
 
     audited: int = 0
@@ -119,6 +121,7 @@ class AuditReport:
     acquitted: dict[int, list[int]] = field(default_factory=dict)
     last_clean_audit: dict[int, int | None] = field(default_factory=dict)
     passes: float = 0.0
+    sees: float | None = None
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> AuditReport:

@@ -69,7 +69,6 @@ def test_bad_fields(arguments, error, said):
         (lambda a: a.is_audited(0.0, 0), TypeError, "seed must be an int, got float"),
         (lambda a: a.is_audited(0, -1), ValueError, "step must be at least 0, got -1"),
         (lambda a: a.is_audited(0, 0, 0), ValueError, "passes must be at least 1, got 0"),
-        (lambda a: a.is_audited(0, 0, 0), ValueError, "passes must be at least 1, got 0"),
         (lambda a: a.shifts(-1, 0), ValueError, "seed must be at least 0, got -1"),
         (lambda a: a.shifts(0, 0, "abc"), TypeError, "hosts must be a sequence of str, got str"),
         (lambda a: a.shifts(0, 0, [0, 1, 2]), TypeError, "hosts must be a sequence of str, got an entry of type int"),

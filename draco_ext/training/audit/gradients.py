@@ -1,4 +1,4 @@
-"""Gradients between parameters' ``.grad`` and the vectors of DDP's buckets: digests, hand-overs."""
+"""Gradients between parameters' ``.grad`` and the vectors of DDP's buckets: measures, hand-overs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from draco_ext import ops
 from draco_ext.protocol.communicator import Communicator
-from draco_ext.protocol.messages import GradientBuffer
+from draco_ext.training.audit.measures import Bits, Measure
 from draco_ext.training.ddp import Bucket, as_parameter
 
 CHUNK = 2**24  # bytes; a hand-over sends so many at once, or one parameter
@@ -33,11 +33,6 @@ def flatten_one(gradient: Tensor, parameter: Tensor) -> Tensor:
     values = torch.empty(parameter.numel(), dtype=gradient.dtype, device=gradient.device)
     as_parameter(values, parameter).copy_(gradient)
     return values
-
-
-def join_digests(digests: Sequence[Tensor], key: int) -> Tensor:
-    """Return one digest (2,) of several."""
-    return ops.digest(torch.cat(list(digests)).view(torch.uint8), key)
 
 
 def hand_over(parameters: Sequence[Tensor], communicator: Communicator, worker: int) -> None:
@@ -72,24 +67,25 @@ def _chunks(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield chunk
 
 
-class GradientDigest:
-    """Digests of the gradients that this rank computes in the passes of a step.
+class GradientMeasure:
+    """The measures of the gradients that this rank computes in the passes of a step.
 
     In a rank's own pass they are taken from DDP's buckets, and in other passes from ``.grad``. DDP makes other buckets
-    after the first pass, so a step digests either bucket by bucket or parameter by parameter.
+    after the first pass, so a step measures either bucket by bucket or parameter by parameter.
 
     Args:
         parameters: the parameters in the same order on all ranks.
         device: the device of the results.
+        measure: measures a piece.
 
     Attributes:
         is_complete: whether all buckets of the own pass were seen.
-        lengths: the lengths of the buckets if their statistics are taken.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], device: torch.device) -> None:
+    def __init__(self, parameters: Sequence[Tensor], device: torch.device, measure: Measure) -> None:
         self._parameters = parameters
         self._device = device
+        self._measure = measure
         self._numbers = {parameter: i for i, parameter in enumerate(parameters)}
         self._layout: dict[int, Sequence[Tensor]] = {}  # the parameters of each bucket
         self.begin_step(0, 0, by_parameter=True)
@@ -97,108 +93,123 @@ class GradientDigest:
             parameter.register_hook(self._hook(self._numbers[parameter], weakref.ref(parameter)))
 
     def begin_step(self, seed: int, step: int, *, by_parameter: bool) -> None:
-        """Begin a step; its number and the seed make the key of digests."""
+        """Begin a step; its number and the seed make the key of measures."""
         words = torch.tensor([step], dtype=torch.int64).view(torch.uint8)
         self._key = int(ops.digest(words, seed)[0])
         self._by_parameter = by_parameter
-        self.begin_own_pass()
+        self.begin_own_pass(measured=False)
 
-    def begin_own_pass(self) -> None:
-        """Forget the own pass before."""
+    def begin_own_pass(self, *, measured: bool) -> None:
+        """Forget the own pass before; `measured`: whether others' opinions are compared with this one."""
         self.is_complete = False
+        self._measured = measured or self._measure.always
         self._computed: dict[int, Tensor] = {}
         self._contributed: dict[int, Tensor] = {}
         self._statistics: dict[int, Tensor] = {}
         self._of_mini_batch: dict[int, Tensor] = {}
-        self._watching = False
+        self._watching = self._has_watched = False
 
     def add(self, bucket: Bucket) -> None:
         """Add a bucket of the own pass, as it was computed."""
         buffer = bucket.buffer
         self.is_complete |= bucket.is_last
         self._layout[bucket.index] = buffer.keys  # type: ignore[assignment]
-        if self._by_parameter:
-            self._add_parameters(buffer, self._computed)
-        else:
+        if not self._by_parameter:
             digest, self._statistics[bucket.index] = digest_and_statistics(buffer.values, self._key)
-            self._computed[bucket.index] = digest
+            if isinstance(self._measure, Bits):
+                self._computed[bucket.index] = digest
+                return
+        if self._measured:
+            self._add(bucket, self._computed)
+
+    def add_contributed(self, bucket: Bucket) -> None:
+        """Add a bucket with the gradients that this rank contributes instead of its own."""
+        if self._measured:
+            self._add(bucket, self._contributed)
 
     def add_gradients(self, contributed: Mapping[Tensor, Tensor]) -> None:
         """Add the gradients in ``.grad``, and those that this rank will contribute instead, of all parameters or none.
 
-        Only for a step that digests parameter by parameter.
+        Only for a step that measures parameter by parameter.
         """
         self.is_complete = any(parameter.grad is not None for parameter in self._parameters)
         for number, parameter in enumerate(self._parameters):
-            self._computed[number] = ops.digest(flatten([parameter]), self._key)
+            self._computed[number] = self._of(flatten([parameter]))
             if contributed:
-                self._contributed[number] = ops.digest(contributed[parameter].contiguous(), self._key)
-
-    def add_contributed(self, bucket: Bucket) -> None:
-        """Add a bucket with the gradients that this rank contributes instead of its own."""
-        if self._by_parameter:
-            self._add_parameters(bucket.buffer, self._contributed)
-        else:
-            self._contributed[bucket.index] = ops.digest(bucket.buffer.values, self._key)
+                self._contributed[number] = self._of(contributed[parameter].contiguous())
 
     def watch_mini_batch(self, on: bool) -> None:
-        """Say whether the gradients of the current mini-batch alone are digested, before they are added up."""
+        """Say whether the gradients of the current mini-batch alone are measured, before they are added up."""
         self._watching = on
+        self._has_watched |= on
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the digests of what was computed, contributed, and of the watched mini-batch, and statistics.
+    def of_own_pass(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the measures of what was computed, contributed, and of the watched mini-batch, on the device.
 
-        Returns:
-            Three of shape (2,), int64; (buckets, 4) float64, see `opinions.Row`, without rows if they are not taken.
+        The last is empty if no mini-batch was watched, and all are if the pass is not measured.
         """
         computed = self._join(self._computed)
         contributed = self._join(self._contributed) if self._contributed else computed
+        of_mini_batch = self._join_all(self._of_mini_batch) if self._has_watched else self._nothing()
+        return computed, contributed, of_mini_batch
+
+    def statistics(self) -> Tensor:
+        """Return statistics of the own pass, (buckets, 4) float64, see `opinions.Row`; no rows if none are taken."""
         rows = [self._statistics[i] for i in sorted(self._statistics)]
-        statistics = torch.stack(rows) if rows else torch.zeros(0, 4, dtype=torch.float64, device=self._device)
-        return computed, contributed, self._join_all(self._of_mini_batch), statistics.to(self._device)
+        return torch.stack(rows) if rows else torch.zeros(0, 4, dtype=torch.float64, device=self._device)
 
     @property
     def lengths(self) -> list[int]:
         """Return the lengths of the buckets if their statistics are taken."""
-        return [sum(p.numel() for p in self._layout[i]) for i in sorted(self._statistics)]
+        return [_length(self._layout[i]) for i in sorted(self._statistics)]
 
     def of_gradients(self) -> Tensor:
-        """Return the digest (2,) of the gradients in ``.grad``, the same as an own pass has."""
+        """Return the measure of the gradients in ``.grad``, the same as an own pass has."""
         pieces = dict(enumerate([p] for p in self._parameters)) if self._by_parameter else self._layout
-        return self._join({i: ops.digest(flatten(parameters), self._key) for i, parameters in pieces.items()})
+        return self._join({i: self._of(flatten(parameters)) for i, parameters in pieces.items()})
 
     def of_gradients_by_parameter(self) -> Tensor:
-        """Return the digest (2,) of the gradients in ``.grad``, the same as that of a watched mini-batch with them."""
-        return self._join_all(
-            {
-                number: ops.digest(flatten([parameter]), self._key)
-                for number, parameter in enumerate(self._parameters)
-                if parameter.grad is not None
-            }
-        )
+        """Return the measure of the gradients in ``.grad``, the same as that of a watched mini-batch with them."""
+        return self._join_all({i: self._of(flatten([p])) for i, p in enumerate(self._parameters) if p.grad is not None})
 
-    def _add_parameters(self, buffer: GradientBuffer, digests: dict[int, Tensor]) -> None:
-        for parameter, piece in zip(buffer.keys, buffer.values.split(list(buffer.lengths)), strict=True):
-            digests[self._numbers[parameter]] = ops.digest(piece, self._key)  # type: ignore[index]
+    def _of(self, values: Tensor) -> Tensor:
+        return self._measure.of(values, self._key)
 
-    def _join(self, digests: Mapping[int, Tensor]) -> Tensor:
-        return join_digests([digests[i].to(self._device) for i in sorted(digests)], self._key)
+    def _add(self, bucket: Bucket, pieces: dict[int, Tensor]) -> None:
+        buffer = bucket.buffer
+        if not self._by_parameter:
+            pieces[bucket.index] = self._of(buffer.values)
+            return
+        for parameter, values in zip(buffer.keys, buffer.values.split(list(buffer.lengths)), strict=True):
+            pieces[self._numbers[parameter]] = self._of(values)  # type: ignore[index]
 
-    def _join_all(self, digests: Mapping[int, Tensor]) -> Tensor:
-        """Join digests of parameters, where those without a gradient count, too."""
-        none = torch.zeros(2, dtype=torch.int64, device=self._device)
-        return self._join({i: digests.get(i, none) for i in range(len(self._parameters))})
+    def _join(self, pieces: Mapping[int, Tensor]) -> Tensor:
+        if not pieces:
+            return self._nothing()
+        return self._measure.join([pieces[i].to(self._device) for i in sorted(pieces)], self._key)
+
+    def _join_all(self, pieces: Mapping[int, Tensor]) -> Tensor:
+        """Join the measures of parameters, where those without a gradient count, too."""
+        lengths = [parameter.numel() for parameter in self._parameters]
+        return self._join({i: pieces.get(i, self._measure.of_nothing(length)) for i, length in enumerate(lengths)})
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(0, dtype=torch.int64, device=self._device)
 
     def _hook(self, number: int, parameter: weakref.ref[Tensor]) -> Callable[[Tensor], None]:
-        """Return a hook that digests a parameter's gradient in a watched mini-batch."""
+        """Return a hook that measures a parameter's gradient in a watched mini-batch."""
         this = weakref.ref(self)
 
-        def digest(gradient: Tensor) -> None:
+        def measure(gradient: Tensor) -> None:
             self, place = this(), parameter()
             if self is not None and self._watching and place is not None:
-                self._of_mini_batch[number] = ops.digest(flatten_one(gradient, place), self._key)
+                self._of_mini_batch[number] = self._of(flatten_one(gradient, place))
 
-        return digest
+        return measure
+
+
+def _length(parameters: Sequence[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def digest_and_statistics(values: Tensor, key: int) -> tuple[Tensor, Tensor]:

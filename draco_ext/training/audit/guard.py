@@ -20,7 +20,8 @@ from draco_ext.protocol.messages import ExchangeOutcome, Message
 from draco_ext.reporting.report import AuditReport, Dispute, Report, Trigger
 from draco_ext.training.audit import gradients, opinions, shipping
 from draco_ext.training.audit.convictions import Convictions
-from draco_ext.training.audit.gradients import GradientDigest
+from draco_ext.training.audit.gradients import GradientMeasure
+from draco_ext.training.audit.measures import Bits, Measured, Projections
 from draco_ext.training.audit.opinions import Row
 from draco_ext.training.audit.triggers import Triggers
 from draco_ext.training.base import GuardBase
@@ -108,8 +109,11 @@ class AuditGuard(GuardBase):
         self._found = AuditReport(last_clean_audit=dict.fromkeys(range(n)))
         self._attach(steps_after="the loop over a step of guard.steps()")
         self._parameters = self._adapter.reduced()
-        self._make_bad(adversary)  # before its gradients are digested
-        self._digest = GradientDigest(self._parameters, self._adapter.device)
+        self._make_bad(adversary)  # before its gradients are measured
+        tolerant = settings["atol"] > 0 or settings["rtol"] > 0
+        self._measure = Projections(settings["atol"], settings["rtol"]) if tolerant else Bits()
+        self._agree = self._measure.agree
+        self._gradients = GradientMeasure(self._parameters, self._adapter.device, self._measure)
         self._received: dict[Tensor, Tensor] = {}  # the right gradients of this rank's part, if it cannot compute them
         self._conviction: str | None = None  # why the step ends with an error although its gradient is right
 
@@ -176,7 +180,7 @@ class AuditGuard(GuardBase):
         self._generators = shipping.generator_states(self._adapter.device)
         self._buffers = self._adapter.buffers()
         self._is_first_pass = True
-        self._digest.begin_step(self._seed, self._number, by_parameter=self._own_passes < 2)
+        self._gradients.begin_step(self._seed, self._number, by_parameter=self._own_passes < 2)
         try:
             claims, failure = yield from self._make_passes()
         except BaseException:
@@ -202,7 +206,7 @@ class AuditGuard(GuardBase):
             # DDP makes other buckets after its first synchronised pass, in which sums over ranks round differently. So
             # what an audit finds before is put right before, too.
             rehearse = bool(shifts) and self._own_passes == 0
-            yield from self._own_pass(rehearse=rehearse)
+            yield from self._own_pass(measured=bool(shifts), rehearse=rehearse)
             rows, claims = self._gather(len(shifts), with_state)
             disputed = self._disputed(rows, shifts)
             if disputed and not claims.state:
@@ -215,7 +219,7 @@ class AuditGuard(GuardBase):
                     earlier, with_state = (), True
                     continue
             if not shifts and self._can_audit and self._is_doubtful(rows):
-                audited, with_state, earlier = True, True, rows
+                audited, with_state, earlier = True, True, rows if self._measure.always else ()
                 continue
             break
         else:
@@ -223,6 +227,8 @@ class AuditGuard(GuardBase):
         if not shifts:
             self._observe(rows)
             return claims, None
+        if not disputed:
+            self._measure.learn(self._pairs(rows, shifts))
         self._found.audited += 1
         return (yield from self._put_right(rows, shifts, disputed, claims, earlier, rehearsed=rehearse))
 
@@ -242,7 +248,9 @@ class AuditGuard(GuardBase):
         accepted = {k: rows[k].contributed for k in self._in_sum if k not in disputed}
         # Who was wrong, about which part and as what; and who was wrong again.
         wrong: dict[int, tuple[int, str]] = {
-            k: (k, "owner") for k, row in enumerate(earlier) if k in accepted and row.contributed != accepted[k]
+            k: (k, "owner")
+            for k, row in enumerate(earlier)
+            if k in accepted and not self._agree(row.contributed, accepted[k])
         }
         again: set[int] = set()
         for _ in range(ATTEMPTS):
@@ -251,29 +259,30 @@ class AuditGuard(GuardBase):
             rehearsed = False
             for part in disputed:
                 said = yield from self._opinion_pass(part)
-                right = opinions.settle(said, convicted=convicted, least=self.audit.adversaries + 1)
-                if right is None or accepted.setdefault(part, right) != right:
+                right = opinions.settle(said, self._agree, convicted=convicted, least=self.audit.adversaries + 1)
+                if right is None or not self._agree(accepted.setdefault(part, right), right):
                     return claims, self._explain(f"{self.audit.adversaries + 1} ranks do not agree on part {part}")
                 for j, role in self._wrong_about(part, right, first, shifts):
                     wrong.setdefault(j, (part, role))
-                for j, digest in said.items():
-                    if digest != right and j not in convicted:
+                right_again = {j for j, measure in said.items() if self._agree(measure, right)}
+                for j in said:
+                    if j not in right_again and j not in convicted:
                         if j in wrong:
                             again.add(j)
                         else:
                             wrong[j] = (part, "auditor")
-                if rows[part].contributed != right or part in convicted:
-                    helpers = [j for j, digest in said.items() if digest == right and j not in {*convicted, *wrong}]
+                if not self._agree(rows[part].contributed, right) or part in convicted:
+                    helpers = sorted(right_again - convicted - wrong.keys())
                     if not helpers:
                         return claims, self._explain(f"no rank without a fault has the gradient of part {part}")
                     self._hand_over(helpers[0], part)
-            yield from self._own_pass()
+            yield from self._own_pass(measured=True)
             rows, claims = self._gather(0, with_state=False)
             disputed = []
-            for part, digest in accepted.items():
-                if rows[part].contributed != digest:
+            for part, right in accepted.items():
+                if not self._agree(rows[part].contributed, right):
                     disputed.append(part)
-                if rows[part].computed != digest and part not in convicted:
+                if part not in convicted and not self._agree(rows[part].computed, right):
                     if part in wrong:
                         again.add(part)
                     else:
@@ -284,7 +293,7 @@ class AuditGuard(GuardBase):
 
     def _judge(
         self,
-        accepted: dict[int, Digest],
+        accepted: dict[int, Measured],
         rows: Sequence[Row],
         shifts: Sequence[int],
         wrong: dict[int, tuple[int, str]],
@@ -307,7 +316,7 @@ class AuditGuard(GuardBase):
                 others = opinions.opinions_of_others(rows, shifts, k)
                 own = rows[k].computed if k in accepted else rows[k].audited
                 right = accepted[k] if k in accepted else next(d for j, d in others.items() if j not in before)
-                if self._convictions.compare(k, right=own == right):
+                if self._convictions.compare(k, right=self._agree(own, right)):
                     del self._found.convicted[self._ranks[k]]
                     self._found.acquitted.setdefault(self._ranks[k], []).append(step)
                     self._recorder.log("%s is acquitted in step %d", self._recorder.name(self._ranks[k]), step)
@@ -319,18 +328,18 @@ class AuditGuard(GuardBase):
         return None
 
     def _wrong_about(
-        self, part: int, right: Digest, rows: Sequence[Row], shifts: Sequence[int]
+        self, part: int, right: Measured, rows: Sequence[Row], shifts: Sequence[int]
     ) -> Iterator[tuple[int, str]]:
         """Yield who was wrong about a part before the dispute, and as what."""
         convicted = self._convictions.convicted
-        owner_is_right = rows[part].contributed == right
+        owner_is_right = self._agree(rows[part].contributed, right)
         if not owner_is_right and part not in convicted:
             yield part, "owner"
         # An audit of one mini-batch of several can only be compared with that of a right owner.
         if self._whole or owner_is_right:
             expected = right if self._whole else rows[part].audited
-            for j, digest in opinions.opinions_of_others(rows, shifts, part).items():
-                if digest != expected and j not in convicted:
+            for j, measure in opinions.opinions_of_others(rows, shifts, part).items():
+                if j not in convicted and not self._agree(measure, expected):
                     yield j, "auditor"
 
     # ------------------------------------------------------------------------------------------------ passes
@@ -355,15 +364,15 @@ class AuditGuard(GuardBase):
                     waiting.discard(k)
 
     def _opinion_pass(self, part: int) -> Passes:
-        """Compute one part on all ranks; return its digests by worker."""
+        """Compute one part on all ranks; return its measures by worker."""
         device = self._adapter.device
         data = shipping.pack(self._inputs(self._mini_batches)) if part == self.worker else None
         with self._adapter.own_collectives():
             data = shipping.broadcast(data, part, self._communicator, device)
-        digest = yield from self._pass_of(part, data, OPINION, whole=True)
+        measure = yield from self._pass_of(part, data, OPINION, whole=True)
         with self._adapter.own_collectives():
-            rows, _ = run_alone(self._transport.gather_record(digest))
-        return {j: (first, second) for j, (first, second) in enumerate(rows.tolist())}
+            rows, _ = run_alone(self._transport.gather_record(measure))
+        return {j: self._measure.read(row) for j, row in enumerate(rows)}
 
     def _inputs(self, mini_batches: Sequence[Any]) -> list[Any]:
         """Return what other ranks need to compute this rank's part."""
@@ -371,7 +380,7 @@ class AuditGuard(GuardBase):
         return [None if self._batch_of else list(mini_batches), self._generators, buffers]
 
     def _pass_of(self, part: int, data: Tensor, kind: str, *, whole: bool) -> Passes:
-        """Pass a part of another rank forward and backward without communication; return the gradient's digest."""
+        """Pass a part of another rank forward and backward without communication; return the gradient's measure."""
         own = [None if self._batch_of else self._mini_batches, self._generators, self._buffers]
         mini_batches, generators, buffers = shipping.unpack(data, own, self._adapter.device)
         if self._batch_of is not None:
@@ -384,24 +393,24 @@ class AuditGuard(GuardBase):
             yield mini_batch, kind
         self._check_passed(any(parameter.grad is not None for parameter in self._parameters))
         self._found.passes += len(mini_batches) / len(self._mini_batches)
-        return self._digest.of_gradients() if whole else self._digest.of_gradients_by_parameter()
+        return self._gradients.of_gradients() if whole else self._gradients.of_gradients_by_parameter()
 
-    def _own_pass(self, *, rehearse: bool = False) -> Passes:
+    def _own_pass(self, *, measured: bool, rehearse: bool = False) -> Passes:
         """Pass this rank's own part forward and backward; unless it rehearses, add up the gradients of all ranks."""
         self._begin_pass(OWN, self._generators, {})
         self._record.begin()
         if self._unused is not None:
             self._unused.forget()
-        self._digest.begin_own_pass()
+        self._gradients.begin_own_pass(measured=measured)
         last = len(self._mini_batches) - 1
         for i, mini_batch in enumerate(self._mini_batches):
             self._adapter.synchronise(i == last and not rehearse)
-            self._digest.watch_mini_batch(i == 0 and not self._whole)
+            self._gradients.watch_mini_batch(i == 0 and not self._whole)
             yield mini_batch, OWN
-            self._digest.watch_mini_batch(False)
+            self._gradients.watch_mini_batch(False)
         if rehearse:
-            self._digest.add_gradients(self._received)
-        self._check_passed(self._digest.is_complete)
+            self._gradients.add_gradients(self._received)
+        self._check_passed(self._gradients.is_complete)
         self._own_passes += not rehearse
         self._found.passes += 1
 
@@ -448,7 +457,7 @@ class AuditGuard(GuardBase):
             )
 
     def _take(self, bucket: Bucket) -> None:
-        """Digest a bucket of the own pass, and add up those of all ranks."""
+        """Measure a bucket of the own pass, and add up those of all ranks."""
         self._check_in_step()
         if self._kind != OWN:
             raise RuntimeError("model.require_backward_grad_sync must be left to the guard, got a change in an audit")
@@ -458,12 +467,12 @@ class AuditGuard(GuardBase):
             if bucket.is_last:
                 self._record.end_part()
         with self._seconds.decoding():
-            self._digest.add(bucket)
+            self._gradients.add(bucket)
             if self._received:
                 pieces = buffer.values.split(list(buffer.lengths))
                 for piece, parameter in zip(pieces, buffer.keys, strict=True):
                     piece.copy_(self._received[parameter])  # type: ignore[index]
-                self._digest.add_contributed(bucket)
+                self._gradients.add_contributed(bucket)
             if self.worker in self._dropped:
                 buffer.values.fill_(-0.0)  # x + -0.0 == x, to the last bit
 
@@ -511,23 +520,35 @@ class AuditGuard(GuardBase):
         return not (self._adapter.is_static_graph and self._own_passes == 0)
 
     def _disputed(self, rows: Sequence[Row], shifts: Sequence[int]) -> list[int]:
-        return opinions.disputed_parts(rows, shifts, convicted=self._convictions.convicted, dropped=self._dropped)
+        return opinions.disputed_parts(
+            rows, shifts, self._agree, convicted=self._convictions.convicted, dropped=self._dropped
+        )
+
+    def _pairs(self, rows: Sequence[Row], shifts: Sequence[int]) -> list[tuple[Measured, Measured]]:
+        """Return each part's measure by its owner and by each auditor, without convicted ranks."""
+        return [
+            (rows[part].audited, measure)
+            for part in self._in_sum
+            for j, measure in opinions.opinions_of_others(rows, shifts, part).items()
+            if not {part, j} & self._convictions.convicted
+        ]
 
     def _gather(self, shifts: int, with_state: bool) -> tuple[list[Row], Claims]:
         """Gather what all ranks say after an own pass, in one exchange."""
+        device = self._adapter.device
         with self._seconds.decoding():
-            computed, contributed, first, statistics = self._digest.result()
-            audited = computed if self._whole else first
-            numbers = [computed, contributed, audited, *(self._audits if shifts else [])]
-            numbers.append(torch.tensor([len(self._doubts) > 0], dtype=torch.int64, device=computed.device))
-            numbers.append(statistics.view(-1).view(torch.int64))
+            computed, contributed, first = self._gradients.of_own_pass()
+            measures = [computed, contributed, computed if self._whole else first, *(self._audits if shifts else [])]
+            doubts = torch.tensor([len(self._doubts) > 0], dtype=torch.int64, device=device)
+            statistics = self._gradients.statistics().to(device)
             state = self._state_check.digests(self._number) if with_state else None
-            record = self._record.vector(self._number, state, self._adapter.device)
+            record = self._record.vector(self._number, state, device)
+            numbers = torch.cat([*measures, doubts, statistics.view(-1).view(torch.int64), record])
         with self._adapter.own_collectives():
-            gathered, _ = run_alone(self._transport.gather_record(torch.cat([*numbers, record])))
-        length = opinions.length_of(shifts, len(statistics))
-        rows = [opinions.read_row(row[:length], shifts) for row in gathered]
-        return rows, self._record.read(gathered[:, length:], ())
+            gathered, _ = run_alone(self._transport.gather_record(numbers))
+        lengths = [measure.numel() for measure in measures]
+        read = [opinions.read_row(row, lengths, len(statistics), self._measure.read) for row in gathered]
+        return [row for row, _ in read], self._record.read(torch.stack([rest for _, rest in read]), ())
 
     def _gather_state(self) -> dict[int, tuple[Digest, ...]]:
         """Compare parameters now."""
@@ -545,7 +566,7 @@ class AuditGuard(GuardBase):
 
     def _is_doubtful(self, rows: Sequence[Row]) -> bool:
         """Return whether there is reason to audit a step on which the coin did not fall, and record it."""
-        found = self._triggers.judge([row.statistics for row in rows], self._digest.lengths)
+        found = self._triggers.judge([row.statistics for row in rows], self._gradients.lengths)
         if any(row.doubts for row in rows):
             with self._adapter.own_collectives():
                 reasons = gather_json(self._doubts, self._adapter.group, self._adapter.device)
@@ -558,7 +579,7 @@ class AuditGuard(GuardBase):
 
     def _observe(self, rows: Sequence[Row]) -> None:
         """Add the statistics of an accepted step to those with which the next ones are compared."""
-        self._triggers.observe([row.statistics for row in rows], self._digest.lengths)
+        self._triggers.observe([row.statistics for row in rows], self._gradients.lengths)
 
     def _explain(self, why: str, workers: Iterable[int] = ()) -> str:
         """Return why a step has failed."""
@@ -584,16 +605,17 @@ class AuditGuard(GuardBase):
         self._doubts = []
         self.failed = failure is not None
         self._adapter.finish_step()
+        if failure is not None or self._conviction is not None:
+            self._adapter.drop_gradients()
+            self._adapter.set_buffers(self._buffers)  # as if the step had not been
         if failure is not None:
             self._recorder.add_failure(step)
-            self._adapter.drop_gradients()
         elif self._unused is not None:
             self._unused.settle(claims.used_parameters())
         self._forget_step()
         self._recorder.deliver()
         if self._conviction is not None:
             conviction, self._conviction = self._conviction, None
-            self._adapter.drop_gradients()
             raise DecodingError(conviction)
         self._policy.apply(failure)
 
@@ -628,7 +650,8 @@ class AuditGuard(GuardBase):
 
     def report(self) -> Report:
         """Return what was found so far, with `Report.audit`; see `Guard.report`."""
-        return replace(super().report(), trust=TRUST, audit=deepcopy(self._found))
+        found = replace(deepcopy(self._found), sees=self._measure.sees)
+        return replace(super().report(), trust=TRUST, audit=found)
 
 
 TRUST = (

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from draco_ext.training.record import Digest, digests_in
+from draco_ext.training.audit.measures import Measured
+
+Agree = Callable[[Measured, Measured], bool]
+STATISTICS = 4
 
 
 @dataclass(frozen=True)
@@ -17,44 +19,50 @@ class Row:
     """The opinions of one rank after its own pass.
 
     Attributes:
-        computed: the digest of the gradient of its part.
-        contributed: the digest of what it has put into the sum: the same, or a gradient that another rank sent it.
-        audited: the digest of what was audited of its part: of the first micro-batch if the step has several.
-        audits: the digest that it has computed of another's part, for each shift.
-        doubts: whether somebody has called `Guard.doubt` on it.
+        computed: the measure of the gradient of its part.
+        contributed: the measure of what it has put into the sum: the same, or a gradient that another rank sent it.
+        audited: the measure of what others audit of its part: all, or the gradient of the first mini-batch.
+        audits: the measures of what it has computed of others' parts, for each shift.
+        doubts: whether somebody has called `AuditGuard.doubt` on it.
         statistics: for each bucket the sum of squares, the largest absolute value, and the numbers of values that are
             not finite and that are zero.
     """
 
-    computed: Digest
-    contributed: Digest
-    audited: Digest
-    audits: tuple[Digest, ...]
+    computed: Measured
+    contributed: Measured
+    audited: Measured
+    audits: tuple[Measured, ...]
     doubts: bool
-    statistics: tuple[tuple[float, float, float, float], ...]
+    statistics: tuple[tuple[float, ...], ...]
 
 
-def length_of(shifts: int, buckets: int) -> int:
-    """Return the length of a row as numbers."""
-    return 2 * (3 + shifts) + 1 + 4 * buckets
+def read_row(
+    numbers: Tensor, lengths: Sequence[int], buckets: int, read: Callable[[Tensor], Measured]
+) -> tuple[Row, Tensor]:
+    """Return a gathered row, and the numbers behind it.
+
+    Args:
+        numbers: int64; statistics are the bits of float64.
+        lengths: the lengths of the measures: computed, contributed, audited, and of each audit.
+        buckets: how many buckets there are statistics of.
+        read: reads a measure.
+    """
+    *measures, doubts, statistics, rest = numbers.split(
+        [*lengths, 1, STATISTICS * buckets, len(numbers) - sum(lengths) - 1 - STATISTICS * buckets]
+    )
+    computed, contributed, audited, *audits = map(read, measures)
+    values = statistics.contiguous().view(torch.float64).view(-1, STATISTICS).tolist()
+    return Row(computed, contributed, audited, tuple(audits), bool(doubts), tuple(map(tuple, values))), rest
 
 
-def read_row(numbers: Tensor, shifts: int) -> Row:
-    """Return what a gathered row (len,) int64 says; its statistics are the bits of float64."""
-    computed, contributed, audited, *audits = digests_in(numbers[: 2 * (3 + shifts)])
-    rest = numbers[2 * (3 + shifts) :]
-    statistics = rest[1:].contiguous().view(-1).view(torch.float64).view(-1, 4).tolist()
-    return Row(computed, contributed, audited, tuple(audits), bool(rest[0]), tuple(map(tuple, statistics)))
-
-
-def opinions_of_others(rows: Sequence[Row], shifts: Sequence[int], part: int) -> dict[int, Digest]:
-    """Return by auditor the digests that auditors have computed of a part."""
+def opinions_of_others(rows: Sequence[Row], shifts: Sequence[int], part: int) -> dict[int, Measured]:
+    """Return by auditor the measures that auditors have computed of a part."""
     n = len(rows)
     return {(part - shift) % n: rows[(part - shift) % n].audits[i] for i, shift in enumerate(shifts)}
 
 
 def disputed_parts(
-    rows: Sequence[Row], shifts: Sequence[int], *, convicted: Collection[int], dropped: Collection[int]
+    rows: Sequence[Row], shifts: Sequence[int], agree: Agree, *, convicted: Collection[int], dropped: Collection[int]
 ) -> list[int]:
     """Return the parts about which ranks that are not convicted disagree.
 
@@ -63,6 +71,7 @@ def disputed_parts(
     Args:
         rows: by worker.
         shifts: who has audited whom; worker j part j + shift.
+        agree: compares two measures.
         convicted: workers whose audits do not count.
         dropped: workers whose parts are not in the sum.
     """
@@ -72,19 +81,25 @@ def disputed_parts(
             continue
         others = opinions_of_others(rows, shifts, part)
         right = row.contributed if part in convicted else row.audited
-        if any(digest != right for j, digest in others.items() if j not in convicted):
+        if not all(agree(measure, right) for j, measure in others.items() if j not in convicted):
             disputed.append(part)
     return disputed
 
 
-def settle(opinions: Mapping[int, Digest], *, convicted: Collection[int], least: int) -> Digest | None:
-    """Return the digest that `least` ranks or more agree on, without convicted ones; None if none or two are such.
+def settle(
+    opinions: Mapping[int, Measured], agree: Agree, *, convicted: Collection[int], least: int
+) -> Measured | None:
+    """Return a measure with which `least` workers agree, itself included; None if none or two different ones are such.
 
     Args:
         opinions: by worker.
+        agree: compares two measures.
         convicted: workers that do not count.
         least: s + 1.
     """
-    votes = Counter(digest for j, digest in opinions.items() if j not in convicted)
-    winners = [digest for digest, count in votes.items() if count >= least]
-    return winners[0] if len(winners) == 1 else None
+    counted = [measure for j, measure in opinions.items() if j not in convicted]
+    votes = [sum(agree(measure, other) for other in counted) for measure in counted]
+    winners = [measure for measure, count in zip(counted, votes, strict=True) if count >= least]
+    if not winners or not all(agree(winner, winners[0]) for winner in winners):
+        return None
+    return counted[votes.index(max(votes))]

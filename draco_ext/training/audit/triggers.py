@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from statistics import median
 
-Statistics = Sequence[tuple[float, float, float, float]]  # of one rank, by bucket; see `opinions.Row`
+Statistics = Sequence[tuple[float, ...]]  # of one rank, by bucket; see `opinions.Row`
 
 WINDOW = 20  # steps whose spread the current one is compared with
 FACTOR = 4.0  # times the largest deviation in the window
