@@ -51,7 +51,7 @@ def hand_over(
     communicator: Communicator,
     worker: int,
 ) -> None:
-    """Send the result of a pass to one worker: the gradients that stand in ``.grad``, and what `PartResult` has else."""
+    """Send the result of a pass to one worker: the gradients in ``.grad``, and what else `PartResult` has."""
     for chunk in _chunks(parameters):
         communicator.send(flatten(chunk), worker)
     rest = shipping.pack([torch.tensor(list(used), dtype=torch.uint8), dict(buffers)])

@@ -193,6 +193,7 @@ class AuditGuard(GuardBase):
             claims, failure = yield from self._make_passes()
         except BaseException:
             self._kind = None
+            self._adapter.synchronise(True)
             self._abort()
             raise
         self._kind = None
@@ -238,6 +239,7 @@ class AuditGuard(GuardBase):
         if not disputed:
             self._measure.learn(self._pairs(rows, shifts))
         self._found.audited += 1
+        self._doubts = []
         return (yield from self._put_right(rows, shifts, disputed, claims, earlier, rehearsed=rehearse))
 
     def _put_right(
@@ -297,6 +299,7 @@ class AuditGuard(GuardBase):
                         wrong[part] = (part, "owner")
         else:
             return claims, self._explain("gradients are wrong again and again")
+        self._observe(rows)
         return claims, self._judge(accepted, first, shifts, wrong, again)
 
     def _judge(
@@ -321,10 +324,11 @@ class AuditGuard(GuardBase):
                 self._recorder.log("%s is convicted in step %d", self._recorder.name(self._ranks[j]), step)
         for k in range(self.audit.workers):
             if k in before:
+                # A part that is left out has no right measure but those of its auditors.
                 others = opinions.opinions_of_others(rows, shifts, k)
+                known = [accepted[k]] if k in accepted else [m for j, m in others.items() if j not in before]
                 own = rows[k].computed if k in accepted else rows[k].audited
-                right = accepted[k] if k in accepted else next(d for j, d in others.items() if j not in before)
-                if self._convictions.compare(k, right=self._agree(own, right)):
+                if known and self._convictions.compare(k, right=self._agree(own, known[0])):
                     del self._found.convicted[self._ranks[k]]
                     self._found.acquitted.setdefault(self._ranks[k], []).append(step)
                     self._recorder.log("%s is acquitted in step %d", self._recorder.name(self._ranks[k]), step)
@@ -635,7 +639,6 @@ class AuditGuard(GuardBase):
         step = self._number
         self._number += 1
         self._finished = True
-        self._doubts = []
         self.failed = failure is not None
         self._adapter.finish_step()
         if failure is not None or self._conviction is not None:
