@@ -54,6 +54,7 @@ class DDPAdapter:
         self.device = next(model.parameters()).device
         # DDP's own map of unused parameters covers only the last pass of a step, and trusts every rank.
         self.parameters_may_be_unused = model.find_unused_parameters or model.static_graph
+        self._static_graph = model.static_graph
 
     @property
     def model(self) -> DistributedDataParallel:
@@ -122,21 +123,43 @@ class DDPAdapter:
 
     def synchronise(self, on: bool) -> None:
         """Say whether the next backward pass ends in buckets; if not, it only adds up gradients, as in ``no_sync``."""
-        self.model.require_backward_grad_sync = on
+        model = self.model
+        model.require_backward_grad_sync = on
+        # DDP would take a pass without synchronisation for the first one, in which it learns what is used.
+        model.static_graph = self._static_graph and (on or model._static_graph_delay_allreduce_enqueued)
 
     def begin_pass(self, *, broadcast_buffers: bool) -> None:
         """Begin a pass over a part from no gradients.
 
         Args:
-            broadcast_buffers: whether the first forward pass begins with rank 0's buffers, as the first one after a
-                synchronised backward pass does.
+            broadcast_buffers: see `broadcasts_buffers`.
         """
         self.begin_part()
         self.model.require_forward_param_sync = broadcast_buffers
 
+    @property
+    def broadcasts_buffers(self) -> bool:
+        """Return whether the next forward pass begins with rank 0's buffers.
+
+        It does after a synchronised backward pass, but not after another forward pass, such as an evaluation.
+        """
+        return bool(self.model.require_forward_param_sync)
+
+    @property
+    def buckets_are_final(self) -> bool:
+        """Return whether DistributedDataParallel will make no other buckets; it does so once, with a static graph."""
+        model = self.model
+        return model._has_rebuilt_buckets or (model.find_unused_parameters and not self._static_graph)
+
     def buffers(self) -> dict[str, Tensor]:
         """Return copies of the model's buffers, by name."""
         return {name: buffer.detach().clone() for name, buffer in self.model.module.named_buffers()}
+
+    def buffers_of_this_rank(self) -> set[str]:
+        """Return the names of the buffers that the next forward pass does not replace by rank 0's."""
+        model = self.model
+        common = {id(buffer) for buffer in model.modules_buffers} if model.will_sync_module_buffers() else set()
+        return {name for name, buffer in model.module.named_buffers() if id(buffer) not in common}
 
     @torch.no_grad()
     def set_buffers(self, values: Mapping[str, Tensor]) -> None:
@@ -144,16 +167,6 @@ class DDPAdapter:
         for name, buffer in self.model.module.named_buffers():
             if name in values and values[name].shape == buffer.shape:
                 buffer.copy_(values[name])
-
-    @property
-    def broadcasts_buffers(self) -> bool:
-        """Return whether DistributedDataParallel gives rank 0's buffers to all ranks in every step."""
-        return bool(self.model.broadcast_buffers)
-
-    @property
-    def is_static_graph(self) -> bool:
-        """Return whether DistributedDataParallel learns in the first backward pass which parameters are used."""
-        return bool(self.model.static_graph)
 
     def finish_step(self) -> None:
         """Note that all gradients are decoded or were dropped."""

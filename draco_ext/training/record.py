@@ -112,10 +112,18 @@ class StepRecord:
         self._inputs[part] = []
         self._reached[:] = bytes(self._parameters)
 
-    def end_part(self) -> None:
-        """End a part after all of its gradients are computed."""
-        self._used.append(bytes(self._reached))
+    def end_part(self, used: bytes | None = None) -> None:
+        """End a part after all of its gradients are computed.
+
+        Args:
+            used: for each parameter 1 if it is used, else 0; default: if autograd has reached it.
+        """
+        self._used.append(self.reached() if used is None else used)
         self._reached[:] = bytes(self._parameters)
+
+    def reached(self) -> bytes:
+        """Return for each parameter 1 if autograd has reached it in the current part, else 0; empty if not recorded."""
+        return bytes(self._reached)
 
     def is_reached(self, parameter: int) -> bool:
         """Return whether autograd has reached a parameter in the current part."""

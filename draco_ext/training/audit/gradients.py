@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from draco_ext import ops
 from draco_ext.protocol.communicator import Communicator
+from draco_ext.training.audit import shipping
 from draco_ext.training.audit.measures import Bits, Measure
 from draco_ext.training.ddp import Bucket, as_parameter
 
@@ -28,28 +29,46 @@ def flatten(parameters: Sequence[Tensor]) -> Tensor:
     return values
 
 
-def flatten_one(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Return a parameter's gradient as a vector, as DDP would put it into a bucket."""
-    values = torch.empty(parameter.numel(), dtype=gradient.dtype, device=gradient.device)
-    as_parameter(values, parameter).copy_(gradient)
-    return values
+@dataclass(frozen=True)
+class PartResult:
+    """The result of a pass over a part.
+
+    Attributes:
+        gradients: by parameter, as vectors.
+        used: see `StepRecord.reached`.
+        buffers: the model's buffers after the pass, by name.
+    """
+
+    gradients: Mapping[Tensor, Tensor]
+    used: bytes
+    buffers: Mapping[str, Tensor]
 
 
-def hand_over(parameters: Sequence[Tensor], communicator: Communicator, worker: int) -> None:
-    """Send the gradients that stand in ``.grad`` to one worker."""
+def hand_over(
+    parameters: Sequence[Tensor],
+    used: bytes,
+    buffers: Mapping[str, Tensor],
+    communicator: Communicator,
+    worker: int,
+) -> None:
+    """Send the result of a pass to one worker: the gradients in ``.grad``, and what else `PartResult` has."""
     for chunk in _chunks(parameters):
         communicator.send(flatten(chunk), worker)
+    rest = shipping.pack([torch.tensor(list(used), dtype=torch.uint8), dict(buffers)])
+    shipping.send(rest, communicator, worker, parameters[0].device)
 
 
-def take_over(parameters: Sequence[Tensor], communicator: Communicator, worker: int) -> dict[Tensor, Tensor]:
-    """Receive gradients from one worker; return them by parameter, as vectors."""
+def take_over(parameters: Sequence[Tensor], communicator: Communicator, worker: int) -> PartResult:
+    """Receive the result of a pass from one worker."""
     received: dict[Tensor, Tensor] = {}
     for chunk in _chunks(parameters):
         lengths = [p.numel() for p in chunk]
         values = torch.empty(sum(lengths), dtype=chunk[0].dtype, device=chunk[0].device)
         communicator.receive(values, worker)
         received.update(zip(chunk, values.split(lengths), strict=True))
-    return received
+    device = parameters[0].device
+    used, buffers = shipping.unpack(shipping.receive(communicator, worker, device), None, device)
+    return PartResult(received, bytes(used.tolist()), buffers)
 
 
 def _chunks(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -71,7 +90,8 @@ class GradientMeasure:
     """The measures of the gradients that this rank computes in the passes of a step.
 
     In a rank's own pass they are taken from DDP's buckets, and in other passes from ``.grad``. DDP makes other buckets
-    after the first pass, so a step measures either bucket by bucket or parameter by parameter.
+    after the first pass, so a step measures either bucket by bucket or parameter by parameter. Where bits are compared,
+    a measure also covers what else a pass has left, the `rest`: which parameters are used, and the buffers.
 
     Args:
         parameters: the parameters in the same order on all ranks.
@@ -89,8 +109,6 @@ class GradientMeasure:
         self._numbers = {parameter: i for i, parameter in enumerate(parameters)}
         self._layout: dict[int, Sequence[Tensor]] = {}  # the parameters of each bucket
         self.begin_step(0, 0, by_parameter=True)
-        for parameter in parameters:
-            parameter.register_hook(self._hook(self._numbers[parameter], weakref.ref(parameter)))
 
     def begin_step(self, seed: int, step: int, *, by_parameter: bool) -> None:
         """Begin a step; its number and the seed make the key of measures."""
@@ -106,13 +124,15 @@ class GradientMeasure:
         self._computed: dict[int, Tensor] = {}
         self._contributed: dict[int, Tensor] = {}
         self._statistics: dict[int, Tensor] = {}
-        self._of_mini_batch: dict[int, Tensor] = {}
-        self._watching = self._has_watched = False
+        self._of_mini_batch = self._nothing()
+        self._rests: tuple[Tensor, Tensor] | None = None
 
     def add(self, bucket: Bucket) -> None:
         """Add a bucket of the own pass, as it was computed."""
         buffer = bucket.buffer
         self.is_complete |= bucket.is_last
+        if bucket.index == 0:
+            self._layout = {}
         self._layout[bucket.index] = buffer.keys  # type: ignore[assignment]
         if not self._by_parameter:
             digest, self._statistics[bucket.index] = digest_and_statistics(buffer.values, self._key)
@@ -138,20 +158,26 @@ class GradientMeasure:
             if contributed:
                 self._contributed[number] = self._of(contributed[parameter].contiguous())
 
-    def watch_mini_batch(self, on: bool) -> None:
-        """Say whether the gradients of the current mini-batch alone are measured, before they are added up."""
-        self._watching = on
-        self._has_watched |= on
+    def add_first_mini_batch(self, rest: Tensor) -> None:
+        """Measure the first mini-batch of several in the own pass, while ``.grad`` has its gradients alone."""
+        self._of_mini_batch = self.of_gradients_by_parameter(rest)
+
+    def end_own_pass(self, computed: Tensor, contributed: Tensor) -> None:
+        """Add digests of the rest: of what was computed, and of what this rank contributes instead."""
+        self._rests = computed, contributed
 
     def of_own_pass(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the measures of what was computed, contributed, and of the watched mini-batch, on the device.
+        """Return the measures of what was computed, contributed, and of the first mini-batch alone, on the device.
 
-        The last is empty if no mini-batch was watched, and all are if the pass is not measured.
+        The last is empty if it was not measured alone, and all are if the pass is not measured.
         """
-        computed = self._join(self._computed)
-        contributed = self._join(self._contributed) if self._contributed else computed
-        of_mini_batch = self._join_all(self._of_mini_batch) if self._has_watched else self._nothing()
-        return computed, contributed, of_mini_batch
+        assert self._rests is not None
+        computed, contributed = self._rests
+        return (
+            self._join(self._computed, computed),
+            self._join(self._contributed or self._computed, contributed),
+            self._of_mini_batch,
+        )
 
     def statistics(self) -> Tensor:
         """Return statistics of the own pass, (buckets, 4) float64, see `opinions.Row`; no rows if none are taken."""
@@ -163,14 +189,18 @@ class GradientMeasure:
         """Return the lengths of the buckets if their statistics are taken."""
         return [_length(self._layout[i]) for i in sorted(self._statistics)]
 
-    def of_gradients(self) -> Tensor:
-        """Return the measure of the gradients in ``.grad``, the same as an own pass has."""
+    def of_gradients(self, rest: Tensor) -> Tensor:
+        """Return the measure of the gradients in ``.grad``, the same as an own pass has; `rest`: its digest."""
         pieces = dict(enumerate([p] for p in self._parameters)) if self._by_parameter else self._layout
-        return self._join({i: self._of(flatten(parameters)) for i, parameters in pieces.items()})
+        return self._join({i: self._of(flatten(parameters)) for i, parameters in pieces.items()}, rest)
 
-    def of_gradients_by_parameter(self) -> Tensor:
-        """Return the measure of the gradients in ``.grad``, the same as that of a watched mini-batch with them."""
-        return self._join_all({i: self._of(flatten([p])) for i, p in enumerate(self._parameters) if p.grad is not None})
+    def of_gradients_by_parameter(self, rest: Tensor) -> Tensor:
+        """Return the measure of the gradients in ``.grad`` parameter by parameter, with the digest of the rest."""
+        pieces = {
+            i: self._measure.of_nothing(p.numel()) if p.grad is None else self._of(flatten([p]))
+            for i, p in enumerate(self._parameters)
+        }
+        return self._join(pieces, rest)
 
     def _of(self, values: Tensor) -> Tensor:
         return self._measure.of(values, self._key)
@@ -183,29 +213,16 @@ class GradientMeasure:
         for parameter, values in zip(buffer.keys, buffer.values.split(list(buffer.lengths)), strict=True):
             pieces[self._numbers[parameter]] = self._of(values)  # type: ignore[index]
 
-    def _join(self, pieces: Mapping[int, Tensor]) -> Tensor:
+    def _join(self, pieces: Mapping[int, Tensor], rest: Tensor) -> Tensor:
         if not pieces:
             return self._nothing()
-        return self._measure.join([pieces[i].to(self._device) for i in sorted(pieces)], self._key)
-
-    def _join_all(self, pieces: Mapping[int, Tensor]) -> Tensor:
-        """Join the measures of parameters, where those without a gradient count, too."""
-        lengths = [parameter.numel() for parameter in self._parameters]
-        return self._join({i: pieces.get(i, self._measure.of_nothing(length)) for i, length in enumerate(lengths)})
+        joined = [pieces[i].to(self._device) for i in sorted(pieces)]
+        if isinstance(self._measure, Bits):
+            joined.append(rest)
+        return self._measure.join(joined, self._key)
 
     def _nothing(self) -> Tensor:
         return torch.zeros(0, dtype=torch.int64, device=self._device)
-
-    def _hook(self, number: int, parameter: weakref.ref[Tensor]) -> Callable[[Tensor], None]:
-        """Return a hook that measures a parameter's gradient in a watched mini-batch."""
-        this = weakref.ref(self)
-
-        def measure(gradient: Tensor) -> None:
-            self, place = this(), parameter()
-            if self is not None and self._watching and place is not None:
-                self._of_mini_batch[number] = self._of(flatten_one(gradient, place))
-
-        return measure
 
 
 def _length(parameters: Sequence[Tensor]) -> int:

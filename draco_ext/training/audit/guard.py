@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from draco_ext import _checks
+from draco_ext import _checks, ops
 from draco_ext.codes import Audit, DecodingError, RepetitionCode
 from draco_ext.protocol.exchange import run_alone
 from draco_ext.protocol.groups import gather_json
@@ -20,7 +20,7 @@ from draco_ext.protocol.messages import ExchangeOutcome, Message
 from draco_ext.reporting.report import AuditReport, Dispute, Report, Trigger
 from draco_ext.training.audit import gradients, opinions, shipping
 from draco_ext.training.audit.convictions import Convictions
-from draco_ext.training.audit.gradients import GradientMeasure
+from draco_ext.training.audit.gradients import GradientMeasure, PartResult
 from draco_ext.training.audit.measures import Bits, Measured, Projections
 from draco_ext.training.audit.opinions import Row
 from draco_ext.training.audit.triggers import Triggers
@@ -102,6 +102,7 @@ class AuditGuard(GuardBase):
         self._kind: str | None = None  # what the current pass is for
         self._mini_batches: list[Any] = []  # this rank's, in the current step
         self._buffers: dict[str, Tensor] = {}  # the buffers with which the step began
+        self._used = b""  # see `StepRecord.reached`: in the last pass
         self._finished = True  # whether the last step has come to its end
         self._doubts: list[str] = []  # why this rank doubts
         self._convictions = Convictions()
@@ -114,7 +115,7 @@ class AuditGuard(GuardBase):
         self._measure = Projections(settings["atol"], settings["rtol"]) if tolerant else Bits()
         self._agree = self._measure.agree
         self._gradients = GradientMeasure(self._parameters, self._adapter.device, self._measure)
-        self._received: dict[Tensor, Tensor] = {}  # the right gradients of this rank's part, if it cannot compute them
+        self._received: PartResult | None = None  # the right result of this rank's part, if it cannot compute it
         self._conviction: str | None = None  # why the step ends with an error although its gradient is right
 
     @property
@@ -152,10 +153,12 @@ class AuditGuard(GuardBase):
         iterator = iter(loader)
         while mini_batches := list(itertools.islice(iterator, accumulate)):
             if self._batch_of is None and self._own_passes == 0:
-                shipping.pack(mini_batches)  # it raises now, and not in the first audit, if they cannot be sent
+                self._check_inputs(mini_batches)
             self._finished = False
-            yield AuditStep(self._run(mini_batches))
+            passes = self._run(mini_batches)
+            yield AuditStep(passes)
             if not self._finished:
+                passes.close()
                 raise self._incomplete()
 
     def doubt(self, reason: str) -> None:
@@ -173,18 +176,24 @@ class AuditGuard(GuardBase):
             raise TypeError(f"reason must be a str, got {type(reason).__name__}")
         self._doubts.append(reason[:1000])
 
-    def _run(self, mini_batches: list[Any]) -> Iterator[tuple[Any, str]]:
+    def _run(self, mini_batches: list[Any]) -> Passes:
         """Make the passes of one step, and end it."""
         self._forget_step()
-        self._mini_batches = mini_batches
+        # The loop may change what it gets, so later passes get copies.
+        self._mini_batches = mini_batches if self._batch_of else shipping.copy(mini_batches)
+        self._originals = mini_batches
         self._generators = shipping.generator_states(self._adapter.device)
         self._buffers = self._adapter.buffers()
-        self._is_first_pass = True
-        self._gradients.begin_step(self._seed, self._number, by_parameter=self._own_passes < 2)
+        self._buffers_of_this_rank = self._adapter.buffers_of_this_rank()
+        self._broadcasts_buffers = self._adapter.broadcasts_buffers
+        self._is_first_pass = self._is_first_own_pass = True
+        known = self._own_passes > 0 and self._adapter.buckets_are_final
+        self._gradients.begin_step(self._seed, self._number, by_parameter=not known)
         try:
             claims, failure = yield from self._make_passes()
         except BaseException:
             self._kind = None
+            self._adapter.synchronise(True)
             self._abort()
             raise
         self._kind = None
@@ -200,7 +209,7 @@ class AuditGuard(GuardBase):
         whole = substituting or len(self._mini_batches) == 1 or self.audit.rate == 1
         shifts: tuple[int, ...] = ()
         for _ in range(ATTEMPTS):
-            if audited and self._can_audit:
+            if audited:
                 shifts = self.audit.shifts(self._seed, step, self._hosts, self._convictions.convicted)
             yield from self._audit_passes(shifts, whole=whole)
             # DDP makes other buckets after its first synchronised pass, in which sums over ranks round differently. So
@@ -218,7 +227,7 @@ class AuditGuard(GuardBase):
                 if differing:  # their gradients are wrong, too
                     earlier, with_state = (), True
                     continue
-            if not shifts and self._can_audit and self._is_doubtful(rows):
+            if not shifts and self._is_doubtful(rows):
                 audited, with_state, earlier = True, True, rows if self._measure.always else ()
                 continue
             break
@@ -230,6 +239,7 @@ class AuditGuard(GuardBase):
         if not disputed:
             self._measure.learn(self._pairs(rows, shifts))
         self._found.audited += 1
+        self._doubts = []
         return (yield from self._put_right(rows, shifts, disputed, claims, earlier, rehearsed=rehearse))
 
     def _put_right(
@@ -289,6 +299,7 @@ class AuditGuard(GuardBase):
                         wrong[part] = (part, "owner")
         else:
             return claims, self._explain("gradients are wrong again and again")
+        self._observe(rows)
         return claims, self._judge(accepted, first, shifts, wrong, again)
 
     def _judge(
@@ -313,10 +324,11 @@ class AuditGuard(GuardBase):
                 self._recorder.log("%s is convicted in step %d", self._recorder.name(self._ranks[j]), step)
         for k in range(self.audit.workers):
             if k in before:
+                # A part that is left out has no right measure but those of its auditors.
                 others = opinions.opinions_of_others(rows, shifts, k)
+                known = [accepted[k]] if k in accepted else [m for j, m in others.items() if j not in before]
                 own = rows[k].computed if k in accepted else rows[k].audited
-                right = accepted[k] if k in accepted else next(d for j, d in others.items() if j not in before)
-                if self._convictions.compare(k, right=self._agree(own, right)):
+                if known and self._convictions.compare(k, right=self._agree(own, known[0])):
                     del self._found.convicted[self._ranks[k]]
                     self._found.acquitted.setdefault(self._ranks[k], []).append(step)
                     self._recorder.log("%s is acquitted in step %d", self._recorder.name(self._ranks[k]), step)
@@ -349,11 +361,10 @@ class AuditGuard(GuardBase):
         n, own = self.audit.workers, self.worker
         self._whole = whole or not shifts
         self._audits: list[Tensor] = []
-        self._received = {}
+        self._received = None
         waiting = set(self._substituted)
         for shift in shifts:
-            mini_batches = self._mini_batches if whole else self._mini_batches[:1]
-            data = shipping.pack(self._inputs(mini_batches))
+            data = shipping.pack(self._inputs(whole=whole))
             with self._adapter.own_collectives():
                 data = shipping.shift(data, shift, self._communicator, self._adapter.device)
             self._audits.append((yield from self._pass_of((own + shift) % n, data, AUDIT, whole=whole)))
@@ -366,7 +377,7 @@ class AuditGuard(GuardBase):
     def _opinion_pass(self, part: int) -> Passes:
         """Compute one part on all ranks; return its measures by worker."""
         device = self._adapter.device
-        data = shipping.pack(self._inputs(self._mini_batches)) if part == self.worker else None
+        data = shipping.pack(self._inputs(whole=True)) if part == self.worker else None
         with self._adapter.own_collectives():
             data = shipping.broadcast(data, part, self._communicator, device)
         measure = yield from self._pass_of(part, data, OPINION, whole=True)
@@ -374,50 +385,80 @@ class AuditGuard(GuardBase):
             rows, _ = run_alone(self._transport.gather_record(measure))
         return {j: self._measure.read(row) for j, row in enumerate(rows)}
 
-    def _inputs(self, mini_batches: Sequence[Any]) -> list[Any]:
+    def _inputs(self, *, whole: bool) -> list[Any]:
         """Return what other ranks need to compute this rank's part."""
-        buffers = {} if self._adapter.broadcasts_buffers else self._buffers
-        return [None if self._batch_of else list(mini_batches), self._generators, buffers]
+        mini_batches = self._mini_batches if whole else self._mini_batches[:1]
+        buffers = {name: value for name, value in self._buffers.items() if name in self._buffers_of_this_rank}
+        return [None if self._batch_of else mini_batches, self._generators, buffers]
+
+    def _from_batch_of(self, part: int) -> list[Any]:
+        """Return a part's mini-batches as the user's function gives them."""
+        assert self._batch_of is not None
+        given = self._batch_of(self._number, part)
+        return [given] if len(self._mini_batches) == 1 else list(given)
 
     def _pass_of(self, part: int, data: Tensor, kind: str, *, whole: bool) -> Passes:
         """Pass a part of another rank forward and backward without communication; return the gradient's measure."""
-        own = [None if self._batch_of else self._mini_batches, self._generators, self._buffers]
-        mini_batches, generators, buffers = shipping.unpack(data, own, self._adapter.device)
+        like = self._inputs(whole=whole)
+        mini_batches, generators, buffers = shipping.unpack(data, like, self._adapter.device)
         if self._batch_of is not None:
-            given = self._batch_of(self._number, part)
-            mini_batches = [given] if len(self._mini_batches) == 1 else list(given)
-            mini_batches = mini_batches if whole else mini_batches[:1]
+            mini_batches = self._from_batch_of(part)[: None if whole else 1]
         self._begin_pass(kind, generators, buffers)
         self._adapter.synchronise(False)
         for mini_batch in mini_batches:
             yield mini_batch, kind
         self._check_passed(any(parameter.grad is not None for parameter in self._parameters))
         self._found.passes += len(mini_batches) / len(self._mini_batches)
-        return self._gradients.of_gradients() if whole else self._gradients.of_gradients_by_parameter()
+        self._used = self._record.reached()
+        rest = self._digest_of_rest(self._used)
+        return self._gradients.of_gradients(rest) if whole else self._gradients.of_gradients_by_parameter(rest)
 
     def _own_pass(self, *, measured: bool, rehearse: bool = False) -> Passes:
         """Pass this rank's own part forward and backward; unless it rehearses, add up the gradients of all ranks."""
+        if self._is_first_own_pass:
+            mini_batches = self._originals
+        else:
+            mini_batches = self._from_batch_of(self.worker) if self._batch_of else shipping.copy(self._mini_batches)
+        self._is_first_own_pass = False
         self._begin_pass(OWN, self._generators, {})
-        self._record.begin()
         if self._unused is not None:
             self._unused.forget()
         self._gradients.begin_own_pass(measured=measured)
-        last = len(self._mini_batches) - 1
-        for i, mini_batch in enumerate(self._mini_batches):
+        last = len(mini_batches) - 1
+        for i, mini_batch in enumerate(mini_batches):
             self._adapter.synchronise(i == last and not rehearse)
-            self._gradients.watch_mini_batch(i == 0 and not self._whole)
             yield mini_batch, OWN
-            self._gradients.watch_mini_batch(False)
+            if i == 0 and not self._whole:
+                self._gradients.add_first_mini_batch(self._digest_of_rest(self._record.reached()))
         if rehearse:
-            self._gradients.add_gradients(self._received)
+            self._gradients.add_gradients({} if self._received is None else self._received.gradients)
+            self._end_record()
         self._check_passed(self._gradients.is_complete)
+        rest = self._digest_of_rest(self._used)
+        contributed = rest
+        if self._received is not None:
+            self._adapter.set_buffers(self._received.buffers)
+            contributed = self._digest_of_rest(self._received.used)
+        self._gradients.end_own_pass(rest, contributed)
         self._own_passes += not rehearse
         self._found.passes += 1
+
+    def _end_record(self) -> None:
+        """Record which parameters are used at the end of an own pass."""
+        self._used = self._record.reached()
+        self._record.end_part(None if self._received is None else self._received.used)
+
+    def _digest_of_rest(self, used: bytes) -> Tensor:
+        """Return the digest (2,) of what a pass has left besides gradients: buffers, and which parameters are used."""
+        buffers = self._state_check.state.digest("buffers", self._number)
+        words = torch.frombuffer(bytearray(used + b"\0"), dtype=torch.uint8).to(buffers.device)
+        return ops.digest(torch.cat([buffers.view(torch.uint8), words]), self._number)
 
     def _begin_pass(self, kind: str, generators: Any, buffers: Any) -> None:
         """Begin a pass from the state in which the step began."""
         self._kind = kind
-        self._adapter.begin_pass(broadcast_buffers=True)
+        self._adapter.begin_pass(broadcast_buffers=self._broadcasts_buffers)
+        self._record.begin()
         if not (self._is_first_pass and kind == OWN):  # else this is the state
             self._adapter.set_buffers(self._buffers)
             self._adapter.set_buffers(buffers)
@@ -435,10 +476,11 @@ class AuditGuard(GuardBase):
         )
 
     def _hand_over(self, helper: int, worker: int) -> None:
-        """Send the gradients that one worker has just computed to another, which will contribute them."""
+        """Send the result of one worker's last pass to another, which will contribute it."""
         with self._adapter.own_collectives():
             if self.worker == helper:
-                gradients.hand_over(self._parameters, self._communicator, worker)
+                buffers = self._adapter.buffers()
+                gradients.hand_over(self._parameters, self._used, buffers, self._communicator, worker)
             elif self.worker == worker:
                 self._received = gradients.take_over(self._parameters, self._communicator, helper)
 
@@ -465,13 +507,13 @@ class AuditGuard(GuardBase):
         if self._unused is not None:
             self._unused.see(buffer)
             if bucket.is_last:
-                self._record.end_part()
+                self._end_record()
         with self._seconds.decoding():
             self._gradients.add(bucket)
-            if self._received:
+            if self._received is not None:
                 pieces = buffer.values.split(list(buffer.lengths))
                 for piece, parameter in zip(pieces, buffer.keys, strict=True):
-                    piece.copy_(self._received[parameter])  # type: ignore[index]
+                    piece.copy_(self._received.gradients[parameter])  # type: ignore[index]
                 self._gradients.add_contributed(bucket)
             if self.worker in self._dropped:
                 buffer.values.fill_(-0.0)  # x + -0.0 == x, to the last bit
@@ -513,11 +555,6 @@ class AuditGuard(GuardBase):
     @property
     def _in_sum(self) -> list[int]:
         return [k for k in range(self.audit.workers) if k not in self._dropped]
-
-    @property
-    def _can_audit(self) -> bool:
-        """Return whether a backward pass without synchronisation is possible."""
-        return not (self._adapter.is_static_graph and self._own_passes == 0)
 
     def _disputed(self, rows: Sequence[Row], shifts: Sequence[int]) -> list[int]:
         return opinions.disputed_parts(
@@ -590,9 +627,9 @@ class AuditGuard(GuardBase):
 
     def _forget_step(self) -> None:
         """See `GuardBase`."""
-        self._mini_batches = []
+        self._mini_batches = self._originals = []
         self._buffers = {}
-        self._received = {}
+        self._received = None
         self._record.begin()
         if self._unused is not None:
             self._unused.forget()
@@ -602,7 +639,6 @@ class AuditGuard(GuardBase):
         step = self._number
         self._number += 1
         self._finished = True
-        self._doubts = []
         self.failed = failure is not None
         self._adapter.finish_step()
         if failure is not None or self._conviction is not None:
@@ -620,6 +656,19 @@ class AuditGuard(GuardBase):
         self._policy.apply(failure)
 
     # ------------------------------------------------------------------------------------------------ between steps
+
+    def _check_inputs(self, mini_batches: list[Any]) -> None:
+        """Refuse mini-batches that cannot be sent in the first step, and not in the first audit; on all ranks."""
+        problem = ""
+        try:
+            shipping.pack(mini_batches)
+        except TypeError as error:
+            problem = str(error)
+        with self._adapter.own_collectives():
+            problems = gather_json(problem, self._adapter.group, self._adapter.device)
+        for text in [problem, *problems]:
+            if text:
+                raise TypeError(text)
 
     def _agree_on_step(self) -> None:
         """Refuse ranks at other steps, which would not make the same passes."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy as copying
 import json
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def pack(value: Any, name: str = "loader") -> Tensor:
         entry, tensor = _describe(leaf, name)
         described.append(entry)
         if tensor is not None:
-            piece = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            piece = tensor.view(-1).view(torch.uint8)
             padding = -piece.numel() % ALIGNMENT
             pieces += [piece, torch.zeros(padding, dtype=torch.uint8)]
             length += piece.numel() + padding
@@ -93,24 +94,92 @@ def unpack(data: Tensor, like: Any, device: torch.device, name: str = "loader") 
             continue
         dtype, shape = getattr(torch, entry["dtype"]), entry["shape"]
         size = dtype.itemsize * torch.Size(shape).numel()
-        tensor = data[place : place + size].clone().view(dtype).view(shape)
+        tensor = data[place : place + size].clone().view(dtype)
         place += size + -size % ALIGNMENT
         if entry["kind"] == "array":
-            leaves.append(tensor.numpy())
+            leaves.append(tensor.view(shape).numpy())
         else:
+            tensor = _as_strided(tensor, shape, entry["strides"])
             tensor = tensor.to(device if entry["device"] != "cpu" else "cpu")
             leaves.append(tensor.requires_grad_(entry["requires_grad"]))
     own = pytree.tree_flatten(_with_plain_mappings(like))[1]
     if _name(own) == structure_name:
-        return pytree.tree_unflatten(leaves, own)
+        return _with_mappings_of(like, pytree.tree_unflatten(leaves, own))
     if serialised is None:
         raise TypeError(_unknown(name, structure_name))
     return pytree.tree_unflatten(leaves, pytree.treespec_loads(serialised))
 
 
+def copy(value: Any) -> Any:
+    """Return a copy of nested data that `pack` takes, so that neither changes with the other."""
+    return _map(_copy_of_leaf, value)
+
+
+def _copy_of_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return _as_strided(_dense(leaf), leaf.shape, leaf.stride()).requires_grad_(leaf.requires_grad)
+    return leaf if type(leaf) in _PLAIN else leaf.copy()
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to all leaves, also of mappings that pytree does not know, as tokenizers return them."""
+
+    def on_leaf(leaf: Any) -> Any:
+        if not isinstance(leaf, Mapping):
+            return function(leaf)
+        return _mapping_like(leaf, {key: _map(function, inner) for key, inner in leaf.items()})
+
+    return pytree.tree_map(on_leaf, value)
+
+
 def _with_plain_mappings(value: Any) -> Any:
-    """Return a value in which mappings that pytree does not know, as tokenizers return them, are dicts."""
+    """Return a value in which mappings that pytree does not know are dicts."""
     return pytree.tree_map(lambda leaf: _with_plain_mappings(dict(leaf)) if isinstance(leaf, Mapping) else leaf, value)
+
+
+def _with_mappings_of(like: Any, value: Any) -> Any:
+    """Return a value, in which mappings are dicts, with the types of mappings of another one of the same structure."""
+
+    def on_leaf(own: Any, leaf: Any) -> Any:
+        if not isinstance(own, Mapping):
+            return leaf
+        return _mapping_like(own, {key: _with_mappings_of(own[key], inner) for key, inner in leaf.items()})
+
+    return pytree.tree_map(on_leaf, like, value)
+
+
+def _mapping_like(like: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """Return a mapping of the same type with other values; a dict if it cannot be changed."""
+    if not isinstance(like, MutableMapping):
+        return items
+    made = copying.copy(like)
+    made.update(items)
+    return made
+
+
+def _dense(values: Tensor) -> Tensor:
+    """Return a copy of a tensor's elements without gaps: in the order of memory if it has none, else row by row."""
+    values = values.detach().resolve_conj().resolve_neg()
+    if _has_no_gaps(values):
+        return values.as_strided((values.numel(),), (1,), values.storage_offset()).clone()
+    return values.flatten().clone()
+
+
+def _as_strided(dense: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """Return the tensor whose elements `_dense` has returned.
+
+    It has the same strides: an operation may round differently with others.
+    """
+    if _has_no_gaps(torch.empty_strided(shape, strides, device="meta")):
+        return dense.as_strided(shape, strides)
+    made = torch.empty_strided(shape, strides, dtype=dense.dtype, device=dense.device)
+    once = tuple(slice(1) if stride == 0 else slice(None) for stride in strides)  # the rest is the same memory
+    made[once] = dense.view(shape)[once]
+    return made
+
+
+def _has_no_gaps(values: Tensor) -> bool:
+    return torch.empty_like(values, device="meta").stride() == values.stride()
 
 
 def _describe(leaf: Any, name: str) -> tuple[dict[str, Any], Tensor | None]:
@@ -118,18 +187,22 @@ def _describe(leaf: Any, name: str) -> tuple[dict[str, Any], Tensor | None]:
     if type(leaf) in _PLAIN:
         return {"value": leaf}, None
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(leaf, numpy.ndarray | numpy.generic) and leaf.dtype.kind in "biufc":
-        tensor = torch.from_numpy(numpy.array(leaf))
+    if numpy is not None and isinstance(leaf, numpy.ndarray | numpy.generic):
+        try:
+            tensor = torch.from_numpy(numpy.array(leaf, order="C"))
+        except TypeError:
+            raise TypeError(_unknown(name, f"an array of {leaf.dtype}")) from None
         return {"kind": "array", "dtype": _dtype(tensor), "shape": list(tensor.shape)}, tensor
     if type(leaf) is Tensor and leaf.layout == torch.strided and not leaf.is_quantized:
         entry = {
             "kind": "tensor",
             "dtype": _dtype(leaf),
             "shape": list(leaf.shape),
+            "strides": list(leaf.stride()),
             "device": leaf.device.type,
             "requires_grad": leaf.requires_grad,
         }
-        return entry, leaf
+        return entry, _dense(leaf).cpu()
     raise TypeError(_unknown(name, type(leaf).__name__))
 
 
@@ -165,6 +238,21 @@ def shift(data: Tensor, distance: int, communicator: Communicator, device: torch
     source, to = (own + distance) % n, (own - distance) % n
     received = torch.empty(lengths[source], dtype=torch.uint8, device=device)
     return communicator.send_receive(data.to(device), to, received, source).wait()
+
+
+def send(data: Tensor, communicator: Communicator, worker: int, device: torch.device) -> None:
+    """Send bytes to one worker, which calls `receive`."""
+    communicator.send(torch.tensor([data.numel()], device=device), worker)
+    communicator.send(data.to(device), worker)
+
+
+def receive(communicator: Communicator, worker: int, device: torch.device) -> Tensor:
+    """Receive bytes from one worker."""
+    length = torch.zeros(1, dtype=torch.int64, device=device)
+    communicator.receive(length, worker)
+    values = torch.empty(int(length), dtype=torch.uint8, device=device)
+    communicator.receive(values, worker)
+    return values
 
 
 def broadcast(data: Tensor | None, source: int, communicator: Communicator, device: torch.device) -> Tensor:
