@@ -492,6 +492,17 @@ class AuditGuard(GuardBase):
             elif self.worker == worker:
                 self._received = gradients.take_over(self._parameters, self._communicator, helper)
 
+    def _replace_buffers_of_dropped(self) -> None:
+        """Give dropped ranks the buffers of another: theirs may be wrong, and DDP may give rank 0's to all."""
+        device, helper = self._adapter.device, self._in_sum[0]
+        with self._adapter.own_collectives():
+            for worker in sorted(self._dropped) if self._buffers else ():
+                if self.worker == helper:
+                    shipping.send(shipping.pack(self._adapter.buffers()), self._communicator, worker, device)
+                elif self.worker == worker:
+                    data = shipping.receive(self._communicator, helper, device)
+                    self._adapter.set_buffers(shipping.unpack(data, None, device))
+
     # ------------------------------------------------------------------------------------------------ hooks
 
     def _before_forward(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> None:
@@ -596,7 +607,9 @@ class AuditGuard(GuardBase):
             gathered, _ = run_alone(self._transport.gather_record(numbers))
         lengths = [measure.numel() for measure in measures]
         read = [opinions.read_row(row, lengths, len(statistics), self._measure.read) for row in gathered]
-        return [row for row, _ in read], self._record.read(torch.stack([rest for _, rest in read]), ())
+        claims = self._record.read(torch.stack([rest for _, rest in read]), ())
+        used = {j: of_rank for j, of_rank in claims.used.items() if j not in self._dropped}
+        return [row for row, _ in read], replace(claims, used=used)
 
     def _gather_state(self) -> dict[int, tuple[Digest, ...]]:
         """Compare parameters now."""
@@ -657,8 +670,10 @@ class AuditGuard(GuardBase):
             self._adapter.set_buffers(self._buffers)  # as if the step had not been
         if failure is not None:
             self._recorder.add_failure(step)
-        elif self._unused is not None:
-            self._unused.settle(claims.used_parameters())
+        else:
+            if self._unused is not None:
+                self._unused.settle(claims.used_parameters())
+            self._replace_buffers_of_dropped()
         self._forget_step()
         self._recorder.deliver()
         if self._conviction is not None:
