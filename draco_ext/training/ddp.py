@@ -68,6 +68,11 @@ class DDPAdapter:
             raise RuntimeError("the guarded model is gone")
         return model
 
+    @property
+    def has_model(self) -> bool:
+        """Whether the model still exists."""
+        return self._model() is not None
+
     def setup(self) -> dict[str, Any]:
         """Return the settings that must be the same on all ranks; see `exchange_setup`."""
         model = self.model

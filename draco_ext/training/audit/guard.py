@@ -30,6 +30,11 @@ from draco_ext.training.record import Claims, Digest
 
 ON_CONVICTION = ("substitute", "drop", "raise")
 ATTEMPTS = 4  # how often the passes of a step are made again before it fails
+# What to look at if a step cannot be put right although no rank has a fault.
+HINT = (
+    " (without a fault: the loop over a step must compute with the mini-batch that it yields and leave gradients as "
+    "they are, and all ranks must compute the same bits, which guard.self_test() tests)"
+)
 OWN, AUDIT, OPINION = "own", "audit", "opinion"  # what a pass is for
 
 # Makes a rank bad, for tests: f(step, gradient of a parameter, "own", "audit" or "opinion") -> gradient.
@@ -142,8 +147,9 @@ class AuditGuard(GuardBase):
             The steps.
 
         Raises:
-            DecodingError: more ranks are wrong than the audit can correct; or, with ``on_conviction="raise"``, a rank
-                is convicted.
+            DecodingError: more ranks are wrong than the audit can correct. The cause may also be a loop over a step
+                that computes with something else than the mini-batch it gets, or that changes gradients. Or, with
+                ``on_conviction="raise"``, a rank is convicted.
             RuntimeError: a step ended before all its mini-batches were taken and passed backward.
             TypeError: the loader yields something that cannot be sent to other ranks.
             ValueError: ranks are at different steps.
@@ -193,8 +199,9 @@ class AuditGuard(GuardBase):
             claims, failure = yield from self._make_passes()
         except BaseException:
             self._kind = None
-            self._adapter.synchronise(True)
-            self._abort()
+            if self._adapter.has_model:  # not so when Python exits after an error in the loop
+                self._adapter.synchronise(True)
+                self._abort()
             raise
         self._kind = None
         self._end_step(claims, failure)
@@ -271,7 +278,8 @@ class AuditGuard(GuardBase):
                 said = yield from self._opinion_pass(part)
                 right = opinions.settle(said, self._agree, convicted=convicted, least=self.audit.adversaries + 1)
                 if right is None or not self._agree(accepted.setdefault(part, right), right):
-                    return claims, self._explain(f"{self.audit.adversaries + 1} ranks do not agree on part {part}")
+                    why = f"{self.audit.adversaries + 1} ranks do not agree on part {part}"
+                    return claims, self._explain(why) + HINT
                 for j, role in self._wrong_about(part, right, first, shifts):
                     wrong.setdefault(j, (part, role))
                 right_again = {j for j, measure in said.items() if self._agree(measure, right)}
@@ -284,7 +292,7 @@ class AuditGuard(GuardBase):
                 if not self._agree(rows[part].contributed, right) or part in convicted:
                     helpers = sorted(right_again - convicted - wrong.keys())
                     if not helpers:
-                        return claims, self._explain(f"no rank without a fault has the gradient of part {part}")
+                        return claims, self._explain(f"no rank without a fault has the gradient of part {part}") + HINT
                     self._hand_over(helpers[0], part)
             yield from self._own_pass(measured=True)
             rows, claims = self._gather(0, with_state=False)
@@ -472,7 +480,7 @@ class AuditGuard(GuardBase):
     def _incomplete(self) -> RuntimeError:
         return RuntimeError(
             f"step {self._number} is not complete: each mini-batch that it yields needs one forward and one backward "
-            "pass, until it yields no more"
+            "pass, until it yields no more, without no_sync() or another change of model.require_backward_grad_sync"
         )
 
     def _hand_over(self, helper: int, worker: int) -> None:
@@ -502,7 +510,10 @@ class AuditGuard(GuardBase):
         """Measure a bucket of the own pass, and add up those of all ranks."""
         self._check_in_step()
         if self._kind != OWN:
-            raise RuntimeError("model.require_backward_grad_sync must be left to the guard, got a change in an audit")
+            raise RuntimeError(
+                "model.require_backward_grad_sync must be left to the guard, got a change in an audit: remove it and "
+                "no_sync() from the loop, and accumulate with guard.steps(loader, accumulate=...)"
+            )
         buffer = bucket.buffer
         if self._unused is not None:
             self._unused.see(buffer)
