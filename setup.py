@@ -64,9 +64,12 @@ class CMakeBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
+        # They name programs of an earlier build's environment, which may be gone. --fresh would remove objects, too.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for found in build.glob("CMakeFiles/[0-9]*"):
+            shutil.rmtree(found)
         configure = [
-            # --fresh: the cache of an earlier build names programs of a build environment that is gone
-            "cmake", "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja",
+            "cmake", "-S", ROOT, "-B", build, "-G", "Ninja",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

@@ -6,6 +6,7 @@ definition of Lagrange weights, and suspects are found by trying every set of wo
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -115,8 +116,12 @@ def digest_and_stats(values: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------ cyclic code
 
 
+@functools.lru_cache(maxsize=16)
 def cyclic_tables(workers: int, adversaries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nodes (n,), supports (n, 2s+1) and weights (n, n) from their definitions, in long double: hundreds of factors."""
+    """Nodes (n,), supports (n, 2s+1) and weights (n, n) from their definitions, in long double: hundreds of factors.
+
+    The arrays are read-only, since calls share them.
+    """
     r = 2 * adversaries + 1
     nodes = np.exp(2j * np.arccos(np.longdouble(-1)) * np.arange(workers) / workers)
     offsets = np.array([round(t * workers / r) for t in range(r)])
@@ -126,7 +131,10 @@ def cyclic_tables(workers: int, adversaries: int) -> tuple[np.ndarray, np.ndarra
         for worker in support:
             others = nodes[[i for i in support if i != worker]]
             weights[worker, part] = np.prod(others / (others - nodes[worker]))
-    return nodes.astype(np.complex128), supports, weights
+    tables = nodes.astype(np.complex128), supports, weights
+    for table in tables:
+        table.flags.writeable = False
+    return tables
 
 
 def _pairs(vectors: Tensor) -> Tensor:

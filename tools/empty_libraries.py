@@ -1,6 +1,7 @@
 """Put empty libraries where torch looks for those of CUDA, so that a build for CUDA runs on CPUs without them.
 
-Used by oldest_torch.sh, in whose environment it writes beside torch's own libraries.
+The packages with those libraries are struck from what torch requires, so that pip does not ask for them either. Used by
+oldest_torch.sh, in whose environment it writes beside torch's own libraries.
 """
 
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 FOLDER = Path(sysconfig.get_path("purelib")) / "torch" / "lib"
 OF_CUDA = re.compile(r"lib(cu|nv|nccl)\w*\.so[.\d]*")
+PACKAGES_FOR_CUDA = re.compile(r"^Requires-Dist: (cuda|nvidia|triton).*\n", re.MULTILINE)
 BODY = "mov $100, %eax\nret\n"  # of every function: cudaErrorNoDevice
 
 
@@ -46,6 +48,8 @@ def main() -> None:
             script.write_text("".join(blocks))
             command = ["c++", "-shared", "-nostdlib", code, f"-Wl,-soname={library}", "-o", FOLDER / library]
             said(*command, *([f"-Wl,--version-script={script}"] if versions else []))
+    (metadata,) = FOLDER.parents[1].glob("torch-*.dist-info/METADATA")
+    metadata.write_text(PACKAGES_FOR_CUDA.sub("", metadata.read_text()))
 
 
 if __name__ == "__main__":

@@ -29,14 +29,21 @@ some="test_arguments or every_call or every_kernel_once or (test_concurrency and
 some+=" or (reference and not test_kernels) or tiles or missing or overflow or different_size or large_parameters"
 [[ "${1:-}" == --all ]] && some="not leak"
 
-echo "== address, undefined"
 build address,undefined address
+(
+  build thread thread
+  # OMP_NUM_THREADS: torch's own ops stay on the thread that calls them.
+  TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 OMP_NUM_THREADS=1 \
+    run thread "$(library tsan)" "$root/python_tests/kernels/test_concurrency.py" -k threads
+) >"$work/thread.out" 2>&1 & # beside the other tests, which seldom use two cores
+
+echo "== address, undefined"
+failed=0
 # Python leaks on purpose. A use after return costs more than it finds here.
 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  run address "$(library asan) $(library ubsan)" "${tests[@]}" -k "($some) and not cuda"
+  run address "$(library asan) $(library ubsan)" "${tests[@]}" -k "($some) and not cuda" || failed=$?
 
 echo "== thread"
-build thread thread
-# OMP_NUM_THREADS: torch's own ops stay on the thread that calls them.
-TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 OMP_NUM_THREADS=1 \
-  run thread "$(library tsan)" "$root/python_tests/kernels/test_concurrency.py" -k threads
+wait $! || failed=$?
+cat "$work/thread.out"
+exit "$failed"

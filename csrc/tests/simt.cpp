@@ -83,7 +83,6 @@ void prepare(Context& context, unsigned char* stack, size_t size, void (*entry)(
 
 struct Fiber {
   Context context;
-  std::unique_ptr<unsigned char[]> stack{new unsigned char[kStack]};
   Waits waits = Waits::kNo;
   int line = 0;          // where it waits
   uint64_t value = 0;    // what it brought
@@ -98,6 +97,8 @@ struct Piece {
 std::mutex one_launch_at_a_time;
 Context scheduler;
 std::vector<Fiber> fibers;
+// Of the largest launch so far: fresh ones cost more than most kernels.
+std::vector<std::unique_ptr<unsigned char[]>> stacks;
 Fiber* running = nullptr;
 const std::function<void()>* kernel = nullptr;
 std::vector<Piece> pieces;  // of the block's shared memory
@@ -177,12 +178,12 @@ class Order {
 void run_block(int64_t index, Order& order, std::vector<int64_t>& turns) {
   block = {static_cast<unsigned>(index), 0, 0};
   pieces.clear();
-  for (Fiber& fiber : fibers) {
-    fiber.waits = Waits::kNo;
-    fiber.allocated = 0;
-    prepare(fiber.context, fiber.stack.get(), kStack, run_fiber);
-  }
   const size_t count = fibers.size();
+  for (size_t i = 0; i < count; ++i) {
+    fibers[i].waits = Waits::kNo;
+    fibers[i].allocated = 0;
+    prepare(fibers[i].context, stacks[i].get(), kStack, run_fiber);
+  }
   for (;;) {
     order.arrange(turns);
     for (const int64_t turn : turns) {
@@ -222,6 +223,7 @@ void launch(int64_t blocks, int threads, int64_t shared_bytes, const std::functi
   Order order;
   kernel = &body;
   fibers.resize(threads);
+  while (stacks.size() < fibers.size()) stacks.emplace_back(new unsigned char[kStack]);
   warp_result.assign(threads + kWarp, 0);
   grid_size = {static_cast<unsigned>(blocks), 1, 1};
   block_size = {static_cast<unsigned>(threads), 1, 1};

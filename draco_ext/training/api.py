@@ -184,5 +184,7 @@ def _protect_by_audit(
         raise ValueError(f"on_conviction must be {' or '.join(map(repr, ON_CONVICTION))}, got {on_conviction!r}")
     if batch_of is not None and not callable(batch_of):
         raise TypeError(f"batch_of must be a function f(step, part), got {type(batch_of).__name__}")
+    if model.static_graph:
+        raise ValueError("static_graph must be False with an Audit, whose passes differ in what they synchronise")
     check_model(model, RepetitionCode(audit.workers, 0))
     return AuditGuard(model, audit, adversary=adversary, on_conviction=on_conviction, batch_of=batch_of, **settings)

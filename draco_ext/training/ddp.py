@@ -54,7 +54,6 @@ class DDPAdapter:
         self.device = next(model.parameters()).device
         # DDP's own map of unused parameters covers only the last pass of a step, and trusts every rank.
         self.parameters_may_be_unused = model.find_unused_parameters or model.static_graph
-        self._static_graph = model.static_graph
 
     @property
     def model(self) -> DistributedDataParallel:
@@ -67,11 +66,6 @@ class DDPAdapter:
         if model is None:
             raise RuntimeError("the guarded model is gone")
         return model
-
-    @property
-    def has_model(self) -> bool:
-        """Whether the model still exists."""
-        return self._model() is not None
 
     def setup(self) -> dict[str, Any]:
         """Return the settings that must be the same on all ranks; see `exchange_setup`."""
@@ -128,10 +122,10 @@ class DDPAdapter:
 
     def synchronise(self, on: bool) -> None:
         """Say whether the next backward pass ends in buckets; if not, it only adds up gradients, as in ``no_sync``."""
-        model = self.model
+        model = self._model()
+        if model is None:  # a step that was left is given up when its generator is freed
+            return
         model.require_backward_grad_sync = on
-        # DDP would take a pass without synchronisation for the first one, in which it learns what is used.
-        model.static_graph = self._static_graph and (on or model._static_graph_delay_allreduce_enqueued)
 
     def begin_pass(self, *, broadcast_buffers: bool) -> None:
         """Begin a pass over a part from no gradients.
@@ -140,7 +134,11 @@ class DDPAdapter:
             broadcast_buffers: see `broadcasts_buffers`.
         """
         self.begin_part()
-        self.model.require_forward_param_sync = broadcast_buffers
+        model = self.model
+        model.require_forward_param_sync = broadcast_buffers
+        if model.find_unused_parameters:
+            # DDP has added what passes without synchronisation have used to what its next one uses.
+            model.reducer._reset_state()
 
     @property
     def broadcasts_buffers(self) -> bool:
@@ -152,9 +150,9 @@ class DDPAdapter:
 
     @property
     def buckets_are_final(self) -> bool:
-        """Return whether DistributedDataParallel will make no other buckets; it does so once, with a static graph."""
+        """Return whether DistributedDataParallel will make no other buckets, as it does once behind its first pass."""
         model = self.model
-        return model._has_rebuilt_buckets or (model.find_unused_parameters and not self._static_graph)
+        return bool(model._has_rebuilt_buckets or model.find_unused_parameters)
 
     def buffers(self) -> dict[str, Tensor]:
         """Return copies of the model's buffers, by name."""
@@ -163,8 +161,8 @@ class DDPAdapter:
     def buffers_of_this_rank(self) -> set[str]:
         """Return the names of the buffers that the next forward pass does not replace by rank 0's."""
         model = self.model
-        common = {id(buffer) for buffer in model.modules_buffers} if model.will_sync_module_buffers() else set()
-        return {name for name, buffer in model.module.named_buffers() if id(buffer) not in common}
+        names = {name for name, _ in model.module.named_buffers()}
+        return names & set(model.parameters_to_ignore) if model.will_sync_module_buffers() else names
 
     @torch.no_grad()
     def set_buffers(self, values: Mapping[str, Tensor]) -> None:
@@ -179,7 +177,8 @@ class DDPAdapter:
 
     def drop_gradients(self) -> None:
         """Set all gradients to None, so that optimizers do not change the parameters or their own state."""
-        for parameter in self.model.parameters():
+        model = self._model()
+        for parameter in () if model is None else model.parameters():
             parameter.grad = None
 
     def call_after_backward(self, finish: Callable[[], None]) -> None:

@@ -258,7 +258,7 @@ def random(*shape, generator, dtype=torch.float64):
 
 def code_words(n, s, gradients):
     """What n honest workers send, in float64: (n, L) for gradients (n, d)."""
-    weights = torch.from_numpy(reference.cyclic_tables(n, s)[2])
+    weights = torch.tensor(reference.cyclic_tables(n, s)[2])
     padded = torch.nn.functional.pad(gradients.double(), (0, gradients.size(1) % 2))
     return torch.view_as_real(weights @ torch.view_as_complex(padded.unflatten(1, (-1, 2)))).flatten(1)
 

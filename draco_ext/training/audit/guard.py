@@ -147,9 +147,9 @@ class AuditGuard(GuardBase):
             The steps.
 
         Raises:
-            DecodingError: more ranks are wrong than the audit can correct. The cause may also be a loop over a step
-                that computes with something else than the mini-batch it gets, or that changes gradients. Or, with
-                ``on_conviction="raise"``, a rank is convicted.
+            DecodingError: more ranks are wrong than the audit can correct; the loop over a step does not compute with
+                the mini-batch that it yields, or changes gradients; or, with ``on_conviction="raise"``, a rank is
+                convicted.
             RuntimeError: a step ended before all its mini-batches were taken and passed backward.
             TypeError: the loader yields something that cannot be sent to other ranks.
             ValueError: ranks are at different steps.
@@ -199,9 +199,8 @@ class AuditGuard(GuardBase):
             claims, failure = yield from self._make_passes()
         except BaseException:
             self._kind = None
-            if self._adapter.has_model:  # not so when Python exits after an error in the loop
-                self._adapter.synchronise(True)
-                self._abort()
+            self._adapter.synchronise(True)
+            self._abort()
             raise
         self._kind = None
         self._end_step(claims, failure)
