@@ -63,9 +63,11 @@ def protect(
 
     The global generators of torch, Python and numpy are seeded so that all ranks with the same part draw the same
     numbers, in the loop and in the model. This happens in this call, when the sampler is asked for a mini-batch or
-    `Guard.steps` yields one, before every forward pass in training, and after every step. With find_unused_parameters
-    or static_graph, a parameter is unused if the majority of each part's holders say so. Its ``grad`` then stays
-    unchanged, as under plain DDP.
+    `Guard.steps` yields one, before every forward pass in training, and after every step. An `Audit` seeds nothing:
+    ranks draw what they would draw in plain DDP, and auditors get the states of the owner's generators.
+
+    With find_unused_parameters or static_graph, a parameter is unused if the majority of each part's holders say so.
+    Its ``grad`` then stays unchanged, as under plain DDP.
 
     Ranks compare digests of their parameters, buffers and watched optimizers (`Guard.watch`) in the first step, in
     every step whose number is a multiple of `check_state_every`, and before `Guard.state_dict`. Ranks that differ from

@@ -56,10 +56,46 @@ for x, y in loader:
     loss_fn(model(x), y).backward()
     optimizer.step()
 """
+# What nanoGPT's and Accelerate's loops have in "Adopt". Accelerate itself is no dependency: this only has its names.
+LOOPS = """
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+DDP = DistributedDataParallel
+gradient_accumulation_steps, max_iters, iter_num = 2, 3, 0
+ctx, scaler = nullcontext(), torch.amp.GradScaler("cpu", enabled=False)
+
+
+class Loss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, y):
+        logits = self.net(x)
+        return logits, loss_fn(logits, y)
+
+
+def get_batch(split):
+    chosen = torch.randint(len(data), (8,))
+    return data[chosen]
+
+
+model = Loss()
+loader = DataLoader(data, 15)
+scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+accelerator = SimpleNamespace(
+    num_processes=workers,
+    gradient_accumulation_steps=2,
+    prepare=lambda _, *others: (DistributedDataParallel(net), *others),
+    backward=lambda loss: (loss / 2).backward(),
+    clip_grad_norm_=nn.utils.clip_grad_norm_,
+)
+"""
 RANKS = {
     "README.md": NET,
     "docs/tutorial.md": NET,
-    "docs/howto/adopt.md": NET,
+    "docs/howto/adopt.md": NET + LOOPS,
     "docs/howto/failures.md": NET + MODEL,
     "docs/howto/checkpoints.md": NET + MODEL + STEPS,
 }

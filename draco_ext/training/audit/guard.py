@@ -277,9 +277,8 @@ class AuditGuard(GuardBase):
                 said = yield from self._opinion_pass(part)
                 right = opinions.settle(said, self._agree, convicted=convicted, least=self.audit.adversaries + 1)
                 if right is None or not self._agree(accepted.setdefault(part, right), right):
-                    return claims, self._explain(
-                        f"{self.audit.adversaries + 1} ranks do not agree on part {part}{HINT}"
-                    )
+                    why = f"{self.audit.adversaries + 1} ranks do not agree on part {part}"
+                    return claims, self._explain(why) + HINT
                 for j, role in self._wrong_about(part, right, first, shifts):
                     wrong.setdefault(j, (part, role))
                 right_again = {j for j, measure in said.items() if self._agree(measure, right)}
