@@ -184,19 +184,9 @@ class ProcessGroupCommunicator(Communicator):
         """See `Communicator.all_gather_p2p`."""
         own, n = self.worker, self.workers
         rows[own] = values
-        operations: list[dist.P2POp] = []
-        others: list[int | None] = []
-        for distance in range(1, n):
-            to, source = (own + distance) % n, (own - distance) % n
-            for op, tensor, other in (dist.isend, values, to), (dist.irecv, rows[source], source):
-                peer, tag = self.ranks[other], tag_of(tensor)
-                operations.append(dist.P2POp(op, tensor, group=self.group, group_peer=peer, tag=tag))
-                others.append(other)
-        works = dist.batch_isend_irecv(operations) if operations else []
-        if len(works) < len(operations):  # NCCL returns one work for all operations
-            others = [None] * len(works)
-        kept = (values, rows, *(operation.tensor for operation in operations))
-        return self._pending(list(map(_Operation, works, others)), rows, kept)
+        arriving = [(rows[(own - distance) % n], (own - distance) % n) for distance in range(1, n)]
+        leaving = [(values, (own + distance) % n) for distance in range(1, n)]
+        return self._start_p2p(leaving, arriving, rows)
 
     def all_reduce(self, values: Tensor, *, resume_on_next_bucket: bool = False) -> Pending:
         """See `Communicator.all_reduce`."""
@@ -220,14 +210,7 @@ class ProcessGroupCommunicator(Communicator):
 
     def send_receive(self, values: Tensor, to: int, received: Tensor, source: int) -> Pending:
         """See `Communicator.send_receive`."""
-        operations, others = [], []
-        for op, tensor, other in (dist.isend, values, to), (dist.irecv, received, source):
-            peer, tag = self.ranks[other], tag_of(tensor)
-            operations.append(dist.P2POp(op, tensor, group=self.group, group_peer=peer, tag=tag))
-            others.append(other)
-        works = dist.batch_isend_irecv(operations)
-        kept = list(map(_Operation, works, others if len(works) == 2 else [None]))
-        return self._pending(kept, received, (values, received))
+        return self._start_p2p([(values, to)], [(received, source)], received)
 
     def connect(self, worker: int) -> Connection:
         """See `Communicator.connect`."""
@@ -247,6 +230,23 @@ class ProcessGroupCommunicator(Communicator):
         ranks = [order.index(self.ranks[worker]) for worker in own]
         names = [self._names[worker] for worker in own]
         return ProcessGroupCommunicator(group, ranks, timeout=timeout, names=names, seconds=self.seconds)
+
+    def _start_p2p(
+        self, leaving: Sequence[tuple[Tensor, int]], arriving: Sequence[tuple[Tensor, int]], result: Tensor
+    ) -> Pending:
+        """Send tensors to workers and receive others, in turn, all at the same time; return the pending result."""
+        operations: list[dist.P2POp] = []
+        others: list[int | None] = []
+        for pair in zip(leaving, arriving, strict=True):
+            for op, (tensor, other) in zip((dist.isend, dist.irecv), pair, strict=True):
+                peer, tag = self.ranks[other], tag_of(tensor)
+                operations.append(dist.P2POp(op, tensor, group=self.group, group_peer=peer, tag=tag))
+                others.append(other)
+        works = dist.batch_isend_irecv(operations) if operations else []
+        if len(works) < len(operations):  # NCCL returns one work for all operations
+            others = [None] * len(works)
+        kept = (result, *(operation.tensor for operation in operations))
+        return self._pending(list(map(_Operation, works, others)), result, kept)
 
     def _pending(
         self,

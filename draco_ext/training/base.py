@@ -41,11 +41,7 @@ class GuardBase(abc.ABC):
         seed: the seed of keys that need not be secret.
         other: see `protect`.
 
-    Attributes:
-        code: the code.
-        worker: this rank's worker number.
-        failed: whether the last step failed. With ``on_failure="skip"`` do not call a GradScaler's ``step`` and
-            ``update`` then, since it raises an error without gradients.
+    Attributes: see `Guard`.
     """
 
     def __init__(

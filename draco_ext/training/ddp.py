@@ -207,12 +207,17 @@ class DDPAdapter:
             raise
 
 
+def has_no_gaps(values: Tensor) -> bool:
+    """Return whether a tensor's elements lie side by side in memory, in whatever order."""
+    return torch.empty_like(values, device="meta").stride() == values.stride()
+
+
 def as_parameter(values: Tensor, parameter: Tensor) -> Tensor:
     """Return a view of some elements of a bucket, laid out as DistributedDataParallel lays out this parameter's there.
 
     That is as the parameter itself, in channels-last order for instance, if it has no gaps.
     """
-    if torch.empty_like(parameter, device="meta").stride() == parameter.stride():
+    if has_no_gaps(parameter):
         return values.as_strided(parameter.size(), parameter.stride(), values.storage_offset())
     return values.view(parameter.shape)
 

@@ -14,7 +14,7 @@ from draco_ext.protocol.exchange import run_alone
 from draco_ext.protocol.groups import Rendezvous
 from draco_ext.protocol.transports.base import Transport
 from draco_ext.reporting.recorder import Recorder
-from draco_ext.training.record import digests_in
+from draco_ext.training.record import Digest, digests_in
 from draco_ext.training.repair import make_repair
 from draco_ext.training.state import ReplicatedState, StateVerdict, judge
 
@@ -64,6 +64,11 @@ class StateCheck:
         """Return whether state is compared in this step."""
         return self._unknown or (self._every > 0 and step % self._every == 0)
 
+    def gather(self, step: int) -> dict[int, tuple[Digest, ...]]:
+        """Return the digests of all ranks' state now, by worker, without those that are missing."""
+        rows, missing = run_alone(self._transport.gather_record(self.digests(step).flatten()))
+        return {j: digests_in(row) for j, row in enumerate(rows) if j not in missing}
+
     def judge(self, claims: dict[int, tuple[tuple[int, int], ...]]) -> StateVerdict:
         """Return whose state is wrong, according to the digests that ranks have sent."""
         return judge(claims, self._alike)
@@ -98,8 +103,7 @@ class StateCheck:
                 f"check_state and state_dict must be called on all ranks, but rank {absent[0]} has not called it "
                 f"within {timeout:g} s; state_dict(check=False) may be called on one rank alone"
             )
-        rows, missing = run_alone(self._transport.gather_record(self.digests(step).flatten()))
-        verdict = self.judge({j: digests_in(row) for j, row in enumerate(rows) if j not in missing})
+        verdict = self.judge(self.gather(step))
         problem = self.repair(verdict, step)
         self._recorder.deliver()
         if problem:

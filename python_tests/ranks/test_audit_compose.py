@@ -104,7 +104,6 @@ class Case:
         scaler: options of a GradScaler.
         clip: the largest norm of gradients.
         compiled: "inside" or "outside" of DistributedDataParallel.
-        wrong: parts of a batch that cannot be seen by a fault of gradients, so that another is taken.
     """
 
     net: object
@@ -118,7 +117,6 @@ class Case:
     clip: float = None
     compiled: str = None
     between: object = lambda model, step: None
-    protected: bool = True
 
 
 def plain_steps(model, loader, accumulate):
@@ -605,11 +603,7 @@ def _compose(rank, report, names):
 
 # What a fault in the network's activations cannot reach: networks without a `Probe`.
 WITHOUT_PROBE = {"dtypes, tied, frozen", "tokens, tied"}
-GROUPS = (
-    [list(names) for names in itertools.batched(CASES, 8)]
-    if hasattr(itertools, "batched")
-    else [list(CASES)[i : i + 8] for i in range(0, len(CASES), 8)]
-)
+GROUPS = [list(CASES)[i : i + 8] for i in range(0, len(CASES), 8)]
 
 
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: f"{names[0]} to {names[-1]}")

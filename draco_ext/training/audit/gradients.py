@@ -11,7 +11,7 @@ from torch import Tensor
 from draco_ext import ops
 from draco_ext.protocol.communicator import Communicator
 from draco_ext.training.audit import shipping
-from draco_ext.training.audit.measures import Bits, Measure
+from draco_ext.training.audit.measures import Measure
 from draco_ext.training.ddp import Bucket, as_parameter
 
 CHUNK = 2**24  # bytes; a hand-over sends so many at once, or one parameter
@@ -120,7 +120,7 @@ class GradientMeasure:
     def begin_own_pass(self, *, measured: bool) -> None:
         """Forget the own pass before; `measured`: whether others' opinions are compared with this one."""
         self.is_complete = False
-        self._measured = measured or self._measure.always
+        self._measured = measured or self._measure.is_digest
         self._computed: dict[int, Tensor] = {}
         self._contributed: dict[int, Tensor] = {}
         self._statistics: dict[int, Tensor] = {}
@@ -136,7 +136,7 @@ class GradientMeasure:
         self._layout[bucket.index] = buffer.keys  # type: ignore[assignment]
         if not self._by_parameter:
             digest, self._statistics[bucket.index] = digest_and_statistics(buffer.values, self._key)
-            if isinstance(self._measure, Bits):
+            if self._measure.is_digest:
                 self._computed[bucket.index] = digest
                 return
         if self._measured:
@@ -217,7 +217,7 @@ class GradientMeasure:
         if not pieces:
             return self._nothing()
         joined = [pieces[i].to(self._device) for i in sorted(pieces)]
-        if isinstance(self._measure, Bits):
+        if self._measure.is_digest:
             joined.append(rest)
         return self._measure.join(joined, self._key)
 

@@ -26,7 +26,7 @@ from draco_ext.training.audit.opinions import Row
 from draco_ext.training.audit.triggers import Triggers
 from draco_ext.training.base import GuardBase
 from draco_ext.training.ddp import Bucket
-from draco_ext.training.record import Claims, Digest
+from draco_ext.training.record import Claims
 
 ON_CONVICTION = ("substitute", "drop", "raise")
 ATTEMPTS = 4  # how often the passes of a step are made again before it fails
@@ -225,7 +225,8 @@ class AuditGuard(GuardBase):
             rows, claims = self._gather(len(shifts), with_state)
             disputed = self._disputed(rows, shifts)
             if disputed and not claims.state:
-                claims = replace(claims, state=self._gather_state())
+                with self._adapter.own_collectives():
+                    claims = replace(claims, state=self._state_check.gather(step))
             if claims.state:
                 differing, problem = self._repair_state(claims)
                 if problem is not None:
@@ -234,7 +235,7 @@ class AuditGuard(GuardBase):
                     earlier, with_state = (), True
                     continue
             if not shifts and self._is_doubtful(rows):
-                audited, with_state, earlier = True, True, rows if self._measure.always else ()
+                audited, with_state, earlier = True, True, rows if self._measure.is_digest else ()
                 continue
             break
         else:
@@ -369,11 +370,13 @@ class AuditGuard(GuardBase):
         self._whole = whole or not shifts
         self._audits: list[Tensor] = []
         self._received = None
+        if not shifts:
+            return
         waiting = set(self._substituted)
+        packed = shipping.pack(self._inputs(whole=whole))
         for shift in shifts:
-            data = shipping.pack(self._inputs(whole=whole))
             with self._adapter.own_collectives():
-                data = shipping.shift(data, shift, self._communicator, self._adapter.device)
+                data = shipping.shift(packed, shift, self._communicator, self._adapter.device)
             self._audits.append((yield from self._pass_of((own + shift) % n, data, AUDIT, whole=whole)))
             for k in sorted(waiting):
                 helper = (k - shift) % n
@@ -609,13 +612,6 @@ class AuditGuard(GuardBase):
         claims = self._record.read(torch.stack([rest for _, rest in read]), ())
         used = {j: of_rank for j, of_rank in claims.used.items() if j not in self._dropped}
         return [row for row, _ in read], replace(claims, used=used)
-
-    def _gather_state(self) -> dict[int, tuple[Digest, ...]]:
-        """Compare parameters now."""
-        record = self._record.vector(self._number, self._state_check.digests(self._number), self._adapter.device)
-        with self._adapter.own_collectives():
-            gathered, missing = run_alone(self._transport.gather_record(record))
-        return self._record.read(gathered, missing).state
 
     def _repair_state(self, claims: Claims) -> tuple[bool, str | None]:
         """Give the majority's parameters to ranks with others; return whether there were any, and what is wrong."""

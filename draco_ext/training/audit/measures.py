@@ -25,10 +25,11 @@ class Measure(abc.ABC):
     """A measure of a gradient, which is measured in pieces.
 
     Attributes:
-        always: whether gradients are measured in every step, and not only in those that are audited.
+        is_digest: whether the measure is `ops.digest`. It comes with the statistics, so it is taken in every step, and
+            not only in those that are audited. Since it is exact, it also covers what else a pass has left.
     """
 
-    always: bool
+    is_digest: bool
 
     @abc.abstractmethod
     def of(self, values: Tensor, key: int) -> Tensor:
@@ -66,7 +67,7 @@ class Measure(abc.ABC):
 class Bits(Measure):
     """A digest: gradients are the same if all their bits are."""
 
-    always = True
+    is_digest = True
 
     def of(self, values: Tensor, key: int) -> Tensor:
         """See `Measure`."""
@@ -108,7 +109,7 @@ class Projections(Measure):
         tolerance: the relative tolerance.
     """
 
-    always = False
+    is_digest = False
 
     def __init__(self, atol: float, rtol: float) -> None:
         self.tolerance = rtol

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from draco_ext.protocol.communicator import Communicator
+from draco_ext.training.ddp import has_no_gaps
 
 ALIGNMENT = 16  # bytes; a view with longer elements needs an aligned start
 _PLAIN = (bool, int, float, str, type(None))
@@ -45,12 +46,8 @@ def set_generator_states(states: Mapping[str, Any], device: torch.device) -> Non
 # ------------------------------------------------------------------------------------------------ as bytes
 
 
-def pack(value: Any, name: str = "loader") -> Tensor:
+def pack(value: Any) -> Tensor:
     """Return nested data as bytes on the CPU: tensors, arrays, numbers, strings and None in containers.
-
-    Args:
-        value: the data.
-        name: the argument that errors name.
 
     Raises:
         TypeError: something else is among the data.
@@ -58,27 +55,26 @@ def pack(value: Any, name: str = "loader") -> Tensor:
     leaves, structure = pytree.tree_flatten(_with_plain_mappings(value))
     described, pieces, length = [], [], 0
     for leaf in leaves:
-        entry, tensor = _describe(leaf, name)
+        entry, tensor = _describe(leaf)
         described.append(entry)
         if tensor is not None:
             piece = tensor.view(-1).view(torch.uint8)
             padding = -piece.numel() % ALIGNMENT
             pieces += [piece, torch.zeros(padding, dtype=torch.uint8)]
             length += piece.numel() + padding
-    header = json.dumps([_name(structure), _serialised(structure), described]).encode()
+    header = json.dumps([str(structure), _serialised(structure), described]).encode()
     header += b" " * (-(len(header) + 8) % ALIGNMENT)
     begin = len(header).to_bytes(8, "little") + header
     return torch.cat([torch.frombuffer(bytearray(begin), dtype=torch.uint8), *pieces])
 
 
-def unpack(data: Tensor, like: Any, device: torch.device, name: str = "loader") -> Any:
+def unpack(data: Tensor, like: Any, device: torch.device) -> Any:
     """Return what `pack` was given on another rank.
 
     Args:
         data: the bytes.
         like: this rank's own value, in whose containers the data are put if they have the same structure.
         device: where tensors that are on a GPU of the other rank are put.
-        name: the argument that errors name.
 
     Raises:
         TypeError: the data are in containers that this rank does not know.
@@ -103,10 +99,10 @@ def unpack(data: Tensor, like: Any, device: torch.device, name: str = "loader") 
             tensor = tensor.to(device if entry["device"] != "cpu" else "cpu")
             leaves.append(tensor.requires_grad_(entry["requires_grad"]))
     own = pytree.tree_flatten(_with_plain_mappings(like))[1]
-    if _name(own) == structure_name:
+    if str(own) == structure_name:
         return _with_mappings_of(like, pytree.tree_unflatten(leaves, own))
     if serialised is None:
-        raise TypeError(_unknown(name, structure_name))
+        raise TypeError(_unknown(structure_name))
     return pytree.tree_unflatten(leaves, pytree.treespec_loads(serialised))
 
 
@@ -160,7 +156,7 @@ def _mapping_like(like: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any
 def _dense(values: Tensor) -> Tensor:
     """Return a copy of a tensor's elements without gaps: in the order of memory if it has none, else row by row."""
     values = values.detach().resolve_conj().resolve_neg()
-    if _has_no_gaps(values):
+    if has_no_gaps(values):
         return values.as_strided((values.numel(),), (1,), values.storage_offset()).clone()
     return values.flatten().clone()
 
@@ -170,7 +166,7 @@ def _as_strided(dense: Tensor, shape: Sequence[int], strides: Sequence[int]) -> 
 
     It has the same strides: an operation may round differently with others.
     """
-    if _has_no_gaps(torch.empty_strided(shape, strides, device="meta")):
+    if has_no_gaps(torch.empty_strided(shape, strides, device="meta")):
         return dense.as_strided(shape, strides)
     made = torch.empty_strided(shape, strides, dtype=dense.dtype, device=dense.device)
     once = tuple(slice(1) if stride == 0 else slice(None) for stride in strides)  # the rest is the same memory
@@ -178,11 +174,7 @@ def _as_strided(dense: Tensor, shape: Sequence[int], strides: Sequence[int]) -> 
     return made
 
 
-def _has_no_gaps(values: Tensor) -> bool:
-    return torch.empty_like(values, device="meta").stride() == values.stride()
-
-
-def _describe(leaf: Any, name: str) -> tuple[dict[str, Any], Tensor | None]:
+def _describe(leaf: Any) -> tuple[dict[str, Any], Tensor | None]:
     """Return a leaf's entry in the header, and its data if it is a tensor or an array."""
     if type(leaf) in _PLAIN:
         return {"value": leaf}, None
@@ -191,7 +183,7 @@ def _describe(leaf: Any, name: str) -> tuple[dict[str, Any], Tensor | None]:
         try:
             tensor = torch.from_numpy(numpy.array(leaf, order="C"))
         except TypeError:
-            raise TypeError(_unknown(name, f"an array of {leaf.dtype}")) from None
+            raise TypeError(_unknown(f"an array of {leaf.dtype}")) from None
         return {"kind": "array", "dtype": _dtype(tensor), "shape": list(tensor.shape)}, tensor
     if type(leaf) is Tensor and leaf.layout == torch.strided and not leaf.is_quantized:
         entry = {
@@ -203,22 +195,18 @@ def _describe(leaf: Any, name: str) -> tuple[dict[str, Any], Tensor | None]:
             "requires_grad": leaf.requires_grad,
         }
         return entry, _dense(leaf).cpu()
-    raise TypeError(_unknown(name, type(leaf).__name__))
+    raise TypeError(_unknown(type(leaf).__name__))
 
 
-def _unknown(name: str, what: str) -> str:
+def _unknown(what: str) -> str:
     return (
-        f"{name} must yield tensors, arrays, numbers, strings or None in containers, which another rank can be sent; "
+        "loader must yield tensors, arrays, numbers, strings or None in containers, which another rank can be sent; "
         f"got {what}: give protect() batch_of=f(step, part), which returns the mini-batch of any part"
     )
 
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _name(structure: pytree.TreeSpec) -> str:
-    return str(structure)
 
 
 def _serialised(structure: pytree.TreeSpec) -> str | None:
