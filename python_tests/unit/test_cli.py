@@ -98,6 +98,10 @@ def runs(monkeypatch):
         ("plan --workers 40000 --adversaries 1 --parameters 10", "got 40000"),
         ("plan --workers 9 --adversaries 1 --parameters 0", "0 is not in the range x>=1"),
         ("plan --workers 9 --adversaries 1", "Missing option '--parameters'"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --latency 20", "'20' is not a positive number with one of"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --latency 0us", "'0us' is not a positive number with one of"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --bandwidth 1e400GB/s", "is not a positive number"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --memory 25us", "units GB/s, MB/s"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --dtype int8", "'int8' is not one of"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --audit 1.5", "1.5 is not in the range 0<x<=1"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --audit nan", "--audit: rate must be above 0"),
@@ -266,11 +270,22 @@ def test_plan_prints_it():
     result = invoke("plan", "--workers=9", "--adversaries=1", "--parameters=1001")
     assert result.exit_code == 0
     words = " ".join(result.output.replace("│", " ").split())
-    for said in ("3x", "64,064 B", "40,040 B", "288,576 B", "64,096 B", "40,076 B", "0.707", "0 to 2"):
+    for said in ("3x", "64,064 B", "40,040 B", "288,576 B", "64,128 B", "40,076 B", "0.707", "0 to 2"):
         assert said in words
     result = invoke("plan", "--workers=5", "--adversaries=2", "--parameters=6", "--dtype=float16")
     assert result.exit_code == 0
     assert "float16 messages" in result.output
+
+
+def test_plan_models_an_exchange_in_the_given_network():
+    arguments = ("plan", "--workers=9", "--adversaries=1", "--parameters=1e6")
+    times = []
+    for network in (("--latency=1s",), ("--latency=1s", "--tree"), ("--latency=1ns", "--bandwidth=8Mbit/s")):
+        result = invoke(*arguments, *network)
+        assert result.exit_code == 0
+        (row,) = (line for line in result.output.splitlines() if line.startswith("│ plain DDP"))
+        times.append(float(row.split("│")[6].split()[0]) / 1e3)
+    assert times == pytest.approx([32, 16, 2 * 8 / 9 * 4e6 / 1e6], rel=1e-2)  # two buckets; 16 rounds, or 8
 
 
 def planned(*arguments):
@@ -286,7 +301,7 @@ def test_plan_of_an_audit_stands_beside_the_codes():
     plain = repetition["sent per step, plain data-parallel"]
     assert plain == "64 kB (64,000 B)" == audit["sent per step, plain data-parallel"]
     assert audit["sent per step, allreduce"].startswith(f"{plain}, ")
-    assert audit["sent per step, server"] == audit["sent per step, allgather"] == "not offered"
+    assert audit["sent per step, server"] == audit["sent per step, verified"] == "not offered"
     # 99 is (1 - p) / p; 0.99^459 is the first power below 0.01.
     named = audit["wrong updates before a bad worker is named"]
     assert named.startswith("99 expected, at most 458 with a probability of 99%")
