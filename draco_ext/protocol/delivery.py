@@ -54,7 +54,7 @@ class Delivery:
         failed: whether a vector could not be verified, because more than s members of its group are wrong.
         failing: the other workers that say so, or that do not have their group's vector.
         wrong: the workers that this rank has found wrong. Each has the known differences between what it has sent and
-            what is right, with the place in its group's vector.
+            what is right, with the place in its group's vector. After a failure, those against whom most others are.
         announcements: how many workers each other worker has found wrong, as it says.
     """
 
@@ -147,7 +147,7 @@ class Delivery:
         answers: dict[int, Tensor] = {}
         for workers in alike.values():
             seeds = [keys[worker] for worker in workers]
-            digests = torch.stack([_digests(piece, seeds) for piece in self._pieces_for(workers[0])], 1)
+            digests = torch.stack([ops.digest(piece, seeds) for piece in self._pieces_for(workers[0])], 1)
             known = torch.full((len(workers), 1), int(self._is_known), device=self._device)
             answers.update(zip(workers, torch.cat([known, digests.flatten(1)], 1), strict=True))
         return answers
@@ -167,6 +167,7 @@ class Delivery:
                 right, votes = Counter(digests.values()).most_common(1)[0] if digests else ((0, 0), 0)
                 if votes < len(members) - self._adversaries:
                     verdict = _FAILED
+                    self.wrong.update((j, []) for j in digests if digests[j] != right and j not in self.wrong)
                     continue
                 sender = self._senders[g][i]
                 for j, digest in digests.items():
@@ -255,10 +256,6 @@ class Delivery:
 
     def _numbers(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int64, device=self._device)
-
-
-def _digests(values: Tensor, seeds: Sequence[int]) -> Tensor:
-    return torch.stack([ops.digest(values, seed) for seed in seeds])
 
 
 def _digest(values: Tensor, seed: int) -> Digest:
