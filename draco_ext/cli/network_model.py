@@ -183,30 +183,24 @@ def _allreduce(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Tra
 
 
 def _allreduce_repetition(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traffic:
-    """Digests of all buckets, whose keys are drawn as `DigestRounds` does, and the sums of `AllReduceRepetition`."""
-    n, total = code.workers, Traffic()
-    groups, lengths = code.decoding_groups, [length for length in lengths if length]
-    if code.adversaries > 0 and lengths:
-        total += _all_reduce(n, _NUMBER, tree, payload=False)
-        gathers = max(1, len(lengths) - 1)  # the first two buckets share one
-        total += _all_gather(n, 2 * _NUMBER * len(lengths) + _NUMBER * gathers, tree)
-        further = (gathers - 1) * _rounds(n, tree)
-        total += Traffic(waits=further, messages=further, reads=sum(lengths) * item)
-    members = sorted(map(len, groups))
-    count, shards = len(groups), members[0]
-    if count == 1:
-        return total
+    """Return the traffic of keys and digests, and of the sums of shards that are under way meanwhile."""
+    n, groups = code.workers, sorted(map(len, code.decoding_groups))
+    count, shards, total = len(groups), groups[0], Traffic()
     for length in lengths:
+        if length == 0:
+            continue
         shard = -(-length // shards) * item
-        ring = _all_reduce(count, shard, tree)
-        broadcast = math.ceil(math.log2(members[-1])) if shards > 1 else 0
-        given = members[-1] - 1 if shards > 1 else 0
-        total += Traffic(
-            payload=(2 * (count - 1) + n - count if shards > 1 else 2 * (n - 1)) * length * item,
-            link=ring.link + given * shard,
-            messages=ring.messages + given,
-            waits=ring.waits + broadcast,
-        )
+        sums = _all_reduce(count, shard, tree) if count > 1 else Traffic()
+        broadcasts = groups[-1] - 1 if count > 1 and shards > 1 else 0
+        payload = (2 * (count - 1) + (n - count if shards > 1 else 0)) * length * item if count > 1 else 0
+        rounds = sums.waits + (math.ceil(math.log2(groups[-1])) if broadcasts else 0)
+        total += Traffic(payload, 0, sums.link + broadcasts * shard, sums.messages + broadcasts)
+        if code.adversaries > 0:
+            total += _all_reduce(n, _NUMBER, tree, payload=False)  # the key
+            digests = _all_gather(n, 2 * _NUMBER, tree)
+            rounds = max(rounds - digests.waits, 0)
+            total += digests + Traffic(reads=length * item)
+        total += Traffic(waits=rounds)
     return total
 
 
