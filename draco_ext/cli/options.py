@@ -20,15 +20,16 @@ class Count(click.IntRange):
         return super().convert(number, param, ctx)
 
 
-class Quantity(click.ParamType):
+class Quantity(click.FloatRange):
     """The type of positive quantities that are written with a unit, as 20us or 100Gbit/s.
 
     Args:
         name: the name that help and errors give it.
-        units: by unit, the factor of a number that is written with it; `""` if a unit may be left out.
+        units: by unit, the factor of a number that is written with it; an empty one if it may be left out.
     """
 
     def __init__(self, name: str, units: Mapping[str, float]) -> None:
+        super().__init__(min=0, min_open=True)
         self.name = name
         self._units = units
 

@@ -233,7 +233,7 @@ def test_cost_by_hand():
     assert repetition.amplification == 1
     cyclic = cost(CyclicCode(9, 1), 1001, "float32")
     assert cyclic.compute == 3
-    assert cyclic.sent == {"allreduce": 16 * 4004, "verified": 72 * 4008, "server": 8 * (4008 + 4004)}
+    assert cyclic.sent == {"allreduce": 16 * 4004, "verified": 72 * 4008, "server": 16 * 4008}
     assert cyclic.messages == 9 * 4008 + 4004
     # Weights 1/3, 1/3, 1/3; one condition on two unknowns: ||b||^2 / n = 1 + 1/2.
     assert cyclic.amplification == pytest.approx(math.sqrt(1.5 / 3))
