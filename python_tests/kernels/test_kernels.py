@@ -610,6 +610,20 @@ def test_digests_of_many_seeds(device, generator):
     assert len(set(map(tuple, wanted.tolist()))) == len(seeds)
 
 
+@pytest.mark.parametrize("length", [0, 5, 70_001])
+def test_seeds_that_the_host_need_not_know(length, device, generator):
+    """They lie on the device, and give what the same numbers on the host do."""
+    values = torch.randn(length, generator=generator)
+    numbers = torch.randint(-(2**62), 2**62, (19,), generator=generator)
+    expected = ops.digest(values, numbers.tolist())
+    assert torch.equal(on(device, ops.digest, values, numbers), expected)
+    assert on(device, ops.digest, values, numbers[:0]).shape == (0, 2)
+    messages = torch.randn(5, length + length % 2, generator=generator)
+    of_numbers = on(device, ops.cyclic_project, messages, int(numbers[0]))
+    for there, expected in zip(on(device, ops.cyclic_project, messages, numbers[:1]), of_numbers, strict=True):
+        assert torch.equal(there, expected)
+
+
 def test_digest_tells_all_bits_places_and_lengths(generator):
     """Flipped bits, exchanged values, chunks and blocks, more zeros, another seed: never the same digest."""
     values = torch.randint(1, 2**31 - 1, (9000,), dtype=torch.int32, generator=generator)
