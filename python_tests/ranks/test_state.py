@@ -12,7 +12,7 @@ import draco_ext
 from draco_ext import CyclicCode, DecodingError, RepetitionCode
 from draco_ext.testing.local import run_local
 from draco_ext.training.record import Claims, StepRecord, _pack, _unpack, majority
-from draco_ext.training.state import SECTIONS, ReplicatedState, judge
+from draco_ext.training.state import SECTIONS, ReplicatedState, chunks, judge
 
 STEPS, FAULT = 5, 2
 TRANSPORTS = ("allreduce", "allgather", "server")
@@ -545,6 +545,16 @@ class Stub(nn.Module):
         self.module.ignored = nn.Parameter(torch.randn(3))
         self.module.register_buffer("flags", torch.tensor([True, False, True]))
         self.module.register_buffer("complex", torch.tensor([1 + 2j]))
+
+
+def test_chunks_have_every_tensor():
+    sizes = (0, 3, 4, 5, 0, 100, 1, 0)
+    tensors = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    assert [[t.nbytes for t in chunk] for chunk in chunks(tensors, 10)] == [[0, 3, 4], [5, 0], [100], [1, 0]]
+    tensors[1] = torch.empty(0, dtype=torch.bfloat16)
+    assert [len(chunk) for chunk in chunks(tensors, 10**6, lambda t: t.dtype)] == [1, 1, 6]
+    assert [len(chunk) for chunk in chunks(tensors[:2], 10**6, lambda t: t.dtype)] == [1, 1]  # nothing but empty ones
+    assert list(chunks([], 10)) == []
 
 
 OPTIMIZERS = {
