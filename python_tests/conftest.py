@@ -3,6 +3,9 @@
 A test's folder is its layer, and its marker. Tests and cases that are marked `long` are left out without `--long`, and
 the fixture `long` tells tests which size to take.
 
+Whole folders run on all cores, by pytest-xdist; files, selections (-k, -m) and whatever else a debugger may look into
+in one process, and everything with ``-n 0``. Tests that share the result of a fixture are run by the same process.
+
 Tests that use the fixture `device` run on the CPU and on a GPU where there is one, or, with `--simt LIBRARY`, they
 alone run, on kernels written for the GPU that were compiled for the host: the library registers every op again for CPU
 tensors, as `torch.ops.draco_ext_simt`. With FAIL_WITHOUT_CUDA=1 the tests on a GPU fail where there is none.
@@ -51,6 +54,25 @@ def pytest_addoption(parser):
     )
 
 
+# Each process imports torch, starts ranks of its own, and has all of torch's threads.
+MOST_PROCESSES = 8
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Take all cores, where whole folders are to be run and the command says nothing else."""
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput") or option.numprocesses is not None:
+        return
+    looked_into = option.usepdb or option.capture == "no" or option.collectonly or option.simt is not None
+    if looked_into or option.keyword or option.markexpr or not all(map(os.path.isdir, config.args)):
+        return
+    option.numprocesses = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    if option.dist == "no":
+        option.dist = "loadgroup"
+        option.loadscopereorder = False
+
+
 def pytest_configure(config):
     for layer, meaning in LAYERS.items():
         config.addinivalue_line("markers", f"{layer}: {meaning}")
@@ -86,6 +108,14 @@ def pytest_itemcollected(item):
         item.add_marker(layer)
     if _uses_gpu(item):
         item.add_marker(pytest.mark.gpu)
+    if item.config.pluginmanager.hasplugin("xdist") and _shares(item):
+        item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
+def _shares(item):
+    """Whether a fixture of the test's own module is made once for several tests."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    return any(fixture[-1].scope == "module" for fixture in fixtures)
 
 
 def pytest_collection_modifyitems(config, items):
