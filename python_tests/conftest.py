@@ -54,26 +54,28 @@ def pytest_addoption(parser):
     )
 
 
-# Each process imports torch, starts ranks of its own, and has all of torch's threads.
-MOST_PROCESSES = 8
+MOST_PROCESSES = 8  # each imports torch, and starts ranks of its own
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Take all cores, where whole folders are to be run and the command says nothing else."""
     option = config.option
-    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput") or option.numprocesses is not None:
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return
-    looked_into = option.usepdb or option.capture == "no" or option.collectonly or option.simt is not None
-    if looked_into or option.keyword or option.markexpr or not all(map(os.path.isdir, config.args)):
-        return
-    option.numprocesses = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
-    if option.dist == "no":
+    alone = option.usepdb or option.capture == "no" or option.collectonly or option.simt or option.keyword
+    if option.numprocesses is None and not alone and not option.markexpr and all(map(os.path.isdir, config.args)):
+        option.numprocesses = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    if option.numprocesses and option.dist == "no":
         option.dist = "loadgroup"
         option.loadscopereorder = False
 
 
 def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # its share of the cores; threads that wait for each other's core are slow
+        threads = max(1, len(os.sched_getaffinity(0)) // config.workerinput["workercount"])
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of processes that tests start
+        torch.set_num_threads(threads)
     for layer, meaning in LAYERS.items():
         config.addinivalue_line("markers", f"{layer}: {meaning}")
     config.addinivalue_line("markers", "long: takes long, and runs with --long alone")
