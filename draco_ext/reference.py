@@ -73,8 +73,10 @@ def _failed(d: int, suspects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------------ digest
 
 
-def digest(values: Tensor, seed: int) -> Tensor:
+def digest(values: Tensor, seed: int | Sequence[int]) -> Tensor:
     """As `ops.digest`, in numpy's unsigned integers."""
+    if isinstance(seed, Sequence):
+        return torch.stack([digest(values, one) for one in seed]) if seed else torch.zeros(0, 2, dtype=torch.int64)
     data = values.contiguous().view(torch.uint8).numpy() if len(values) else np.zeros(0, np.uint8)
     line, columns, groups, rows, lanes = 16, 8, 16, 8, 4  # words in a line
     row_cells, low, high = columns + 1, np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -119,6 +121,13 @@ def digest_and_stats(values: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         largest = finite.abs().max().item() if len(finite) else 0.0
         rows.append([finite.square().sum().item(), largest, len(tile) - len(finite), int((tile == 0).sum())])
     return digest(values, seed), torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+
+
+def digest_stats_and_scale_(values: Tensor, seed: int, factor: float) -> tuple[Tensor, Tensor]:
+    """As `ops.digest_stats_and_scale_`."""
+    found = digest_and_stats(values, seed)
+    values.mul_(factor)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ cyclic code

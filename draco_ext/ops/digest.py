@@ -46,8 +46,8 @@ def digest(values: Tensor, seed: int | Sequence[int]) -> Tensor:
 
 
 @torch.library.register_fake("draco_ext::digest")
-def _(values, seeds):  # type: ignore[no-untyped-def]
-    return values.new_empty((len(seeds), 2), dtype=torch.int64)
+def _(values, seed):  # type: ignore[no-untyped-def]
+    return values.new_empty((len(seed), 2), dtype=torch.int64)
 
 
 def digest_and_stats(values: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -83,9 +83,9 @@ def _(values, seed):  # type: ignore[no-untyped-def]
 def digest_stats_and_scale_(values: Tensor, seed: int, factor: float) -> tuple[Tensor, Tensor]:
     """Multiply a vector in place, and return its digest and statistics as they were before, from one read of it.
 
-    Digest and statistics are those of `digest_and_stats`. Products have the bits of ``values.mul_(factor)``, but for two
-    things: subnormal numbers are kept, whatever `torch.set_flush_denormal` says, and a NaN of 16 bits may be another
-    one (as it may be in `mul_`, where it depends on its place). Reads and writes d elements.
+    Digest and statistics are those of `digest_and_stats`. Products have the bits of ``values.mul_(factor)``, with two
+    exceptions: subnormal numbers are kept, whatever `torch.set_flush_denormal` says, and a NaN of 16 bits may be
+    another one, as it may be in `mul_`, where it depends on its place. Reads and writes d elements.
 
     Args:
         values: (d,) contiguous; float32, float64, float16 or bfloat16.

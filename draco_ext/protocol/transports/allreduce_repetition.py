@@ -101,8 +101,9 @@ class AllReduceRepetition(Transport):
         shards = message.buffer.values.tensor_split(self._shards)
         if self._ring is not None:
             own_shard = shards[self._shard]
-            # Scaled exactly as DDP does it, so that the result has the same bits.
-            torch.mul(message.values.tensor_split(self._shards)[self._shard], 1 / self.code.parts, out=own_shard)
+            if not message.buffer_holds_scaled_values:
+                # Scaled exactly as DDP does it, so that the result has the same bits.
+                torch.mul(message.values.tensor_split(self._shards)[self._shard], 1 / self.code.parts, out=own_shard)
             yield self._ring.all_reduce(own_shard, resume_on_next_bucket=self._circle is not None)
         if self._circle is not None:
             arriving = [self._circle.broadcast(shard, i) for i, shard in enumerate(shards)]
