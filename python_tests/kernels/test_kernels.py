@@ -27,6 +27,16 @@ EVERY_CODE = [RepetitionCode(9, 1), CyclicCode(9, 2)]
 VOTE_ON_CPU = torch.ops.draco_ext.majority_vote.default
 
 
+@pytest.fixture(autouse=True)
+def several_threads(request):
+    """Have kernels divide columns among threads, also where this is one of several processes and has one."""
+    before = torch.get_num_threads()
+    if hasattr(request.config, "workerinput"):
+        torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
 def test_on_a_gpu():
     """Stands for all tests on a GPU where there is none."""
     if not with_cuda():

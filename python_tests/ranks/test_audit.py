@@ -157,7 +157,7 @@ KINDS = {
     ("accumulate", "ddp"),
     [
         (1, {}),
-        (3, {}),
+        pytest.param(3, {}, marks=pytest.mark.long),
         pytest.param(1, {"broadcast_buffers": False}, marks=pytest.mark.long),
         pytest.param(1, {"gradient_as_bucket_view": True}, marks=pytest.mark.long),
         pytest.param(3, {"broadcast_buffers": False, "gradient_as_bucket_view": True}, marks=pytest.mark.long),

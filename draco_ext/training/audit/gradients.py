@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from draco_ext.protocol.communicator import Communicator
 from draco_ext.training.audit import shipping
 from draco_ext.training.audit.measures import Measure
 from draco_ext.training.ddp import Bucket, write_gradients
+from draco_ext.training.state import chunks
 
 CHUNK = 2**24  # bytes; a hand-over sends so many at once, or one parameter
 
@@ -48,7 +49,7 @@ def hand_over(
     worker: int,
 ) -> None:
     """Send the result of a pass to one worker: the gradients in ``.grad``, and what else `PartResult` has."""
-    for chunk in _chunks(parameters):
+    for chunk in chunks(parameters, CHUNK, lambda p: p.dtype):
         communicator.send(flatten(chunk), worker)
     rest = shipping.pack([torch.tensor(list(used), dtype=torch.uint8), dict(buffers)])
     shipping.send(rest, communicator, worker, parameters[0].device)
@@ -57,7 +58,7 @@ def hand_over(
 def take_over(parameters: Sequence[Tensor], communicator: Communicator, worker: int) -> PartResult:
     """Receive the result of a pass from one worker."""
     received: dict[Tensor, Tensor] = {}
-    for chunk in _chunks(parameters):
+    for chunk in chunks(parameters, CHUNK, lambda p: p.dtype):
         lengths = [p.numel() for p in chunk]
         values = torch.empty(sum(lengths), dtype=chunk[0].dtype, device=chunk[0].device)
         communicator.receive(values, worker)
@@ -65,21 +66,6 @@ def take_over(parameters: Sequence[Tensor], communicator: Communicator, worker: 
     device = parameters[0].device
     used, buffers = shipping.unpack(shipping.receive(communicator, worker, device), None, device)
     return PartResult(received, bytes(used.tolist()), buffers)
-
-
-def _chunks(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Divide parameters into lists of one dtype, each with few bytes or a single parameter."""
-    chunk: list[Tensor] = []
-    length = 0
-    for parameter in parameters:
-        size = parameter.numel() * parameter.element_size()
-        if chunk and (length + size > CHUNK or parameter.dtype != chunk[0].dtype):
-            yield chunk
-            chunk, length = [], 0
-        chunk.append(parameter)
-        length += size
-    if chunk:
-        yield chunk
 
 
 class GradientMeasure:
