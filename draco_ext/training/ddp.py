@@ -111,6 +111,17 @@ class DDPAdapter:
         in_buckets = reduced_parameters(model)
         return [parameter for parameter in model.parameters() if parameter in in_buckets]
 
+    def flatten_gradients(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the gradients of some parameters as DDP would put them into a bucket; 0 where there is none."""
+        first = parameters[0]
+        values = torch.empty(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        for piece, parameter in zip(values.split([p.numel() for p in parameters]), parameters, strict=True):
+            if parameter.grad is None:
+                piece.zero_()
+            else:
+                as_parameter(piece, parameter).copy_(parameter.grad)
+        return values
+
     def own_collectives(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which collectives are the guard's own."""
         return self._watch.own()
