@@ -22,6 +22,7 @@ from draco_ext.training.audit import opinions, shipping
 from draco_ext.training.audit.measures import Bits, Projections
 from draco_ext.training.audit.opinions import Row
 from draco_ext.training.audit.passes import OWN, Passes, PassRunner
+from draco_ext.training.audit.pending import PendingGradients
 from draco_ext.training.audit.triggers import Triggers
 from draco_ext.training.audit.verdict import StepVerdict, Verdicts
 from draco_ext.training.base import GuardBase
@@ -52,7 +53,7 @@ class AuditStep(Iterator[Any]):
 
         Raises:
             DecodingError: the step cannot be put right; see `AuditGuard.steps`.
-            RuntimeError: the mini-batch before was not passed backward.
+            RuntimeError: the mini-batch before was not passed backward, or see `AuditGuard.steps`.
         """
         mini_batch, kind = next(self._passes)
         self.own = kind == OWN
@@ -113,6 +114,7 @@ class AuditGuard(GuardBase):
             batch_of=batch_of,
             count=self._verdicts.count_passes,
         )
+        self._pending = PendingGradients(self._adapter.reduced())
         self._conviction: str | None = None  # why the step ends with an error although its gradient is right
 
     @property
@@ -133,7 +135,8 @@ class AuditGuard(GuardBase):
         Args:
             loader: any iterable of mini-batches. Every rank has its own, of the same length.
             accumulate: the number of mini-batches whose gradients a step adds up. Only the last one's backward pass
-                communicates, without ``no_sync()`` in the loop. An audit covers the first one, or all at a rate of 1.
+                communicates, without ``no_sync()`` in the loop. An audit covers the first one; in step 0, and at a
+                rate of 1, all of them.
 
         Yields:
             The steps.
@@ -142,7 +145,8 @@ class AuditGuard(GuardBase):
             DecodingError: more ranks are wrong than the audit can correct; the loop over a step does not compute with
                 the mini-batch that it yields, or changes gradients; or, with ``on_conviction="raise"``, a rank is
                 convicted.
-            RuntimeError: a step ended before all its mini-batches were taken and passed backward.
+            RuntimeError: a step ended before all its mini-batches were taken and passed backward; or the gradients of
+                the step before would be lost, since no optimizer has used them.
             TypeError: the loader yields something that cannot be sent to other ranks.
             ValueError: ranks are at different steps.
         """
@@ -177,6 +181,7 @@ class AuditGuard(GuardBase):
     def _run(self, mini_batches: list[Any]) -> Passes:
         """Make the passes of one step, and end it."""
         self._forget_step()
+        self._pending.check(self._number)
         self._passes.begin_step(self._number, mini_batches, self._seed)
         try:
             claims, failure = yield from self._make_passes(len(mini_batches))
@@ -193,7 +198,7 @@ class AuditGuard(GuardBase):
         audited = substituting or self.audit.is_audited(self._seed, step, mini_batches)
         with_state = self._state_check.is_due(step)
         earlier: Sequence[Row] = ()  # what ranks said before a doubt
-        whole = substituting or mini_batches == 1 or self.audit.rate == 1
+        whole = substituting or mini_batches == 1 or self.audit.covers_all(step)
         shifts: tuple[int, ...] = ()
         for _ in range(ATTEMPTS):
             if audited:
@@ -323,6 +328,7 @@ class AuditGuard(GuardBase):
                 self._unused.settle(claims.used_parameters())
             # The buffers of dropped ranks may be wrong, and DDP may give rank 0's to all.
             self._passes.send_buffers(self._verdicts.in_sum[0], sorted(self._verdicts.dropped))
+        self._pending.begin()
         self._forget_step()
         self._recorder.deliver()
         if conviction is not None:
@@ -419,6 +425,7 @@ class AuditGuard(GuardBase):
     def _restart(self, step: int) -> None:
         """See `GuardBase`."""
         self._number = step
+        self._pending.forget()
 
     def report(self) -> Report:
         """Return what was found so far, with `Report.audit`; see `Guard.report`."""
