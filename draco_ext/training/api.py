@@ -185,6 +185,9 @@ def _protect_by_audit(
     if batch_of is not None and not callable(batch_of):
         raise TypeError(f"batch_of must be a function f(step, part), got {type(batch_of).__name__}")
     if model.static_graph:
-        raise ValueError("static_graph must be False with an Audit, whose passes differ in what they synchronise")
+        raise ValueError(
+            "static_graph must be False with an Audit: DistributedDataParallel records the graph in its first backward "
+            "pass, and fails if that does not synchronise, as an audit's first one"
+        )
     check_model(model, RepetitionCode(audit.workers, 0))
     return AuditGuard(model, audit, adversary=adversary, on_conviction=on_conviction, batch_of=batch_of, **settings)

@@ -12,9 +12,8 @@ from click.testing import CliRunner
 import draco_ext
 from draco_ext import cli
 from draco_ext.cli import commands, doctor
-from draco_ext.cli.faults import BAD_CHOICES, bad_workers
+from draco_ext.cli.faults import BAD_CHOICES, Fault, bad_workers
 from draco_ext.cli.planning import cost, make_table
-from draco_ext.cli.faults import Fault
 from draco_ext.cli.training import Audited, Config, Outcome, Training, list_trainings
 from draco_ext.cli.verdict import judge
 from draco_ext.codes import CyclicCode, RepetitionCode

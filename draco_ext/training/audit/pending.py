@@ -16,7 +16,8 @@ class PendingGradients:
 
     A step begins without gradients. So a loop that accumulates over several steps by itself would lose all but the last
     one's. Gradients count as used if an optimizer steps with one of the parameters, if a parameter or gradient is
-    changed in place (by hand, by clipping, by a loss scaler that skips a step), or if a gradient is dropped.
+    changed in place (by hand or by clipping), or if a gradient is dropped. If they are not finite, a loss scaler has
+    left the update out.
 
     Args:
         parameters: the parameters.
@@ -44,14 +45,18 @@ class PendingGradients:
             RuntimeError: they are as the step has left them.
         """
         versions, self._versions = self._versions, []
-        if versions and all(
-            p._version == version and p.grad is not None and p.grad._version == of_gradient
-            for p, version, of_gradient in versions
+        if (
+            versions
+            and all(
+                p._version == version and p.grad is not None and p.grad._version == of_gradient
+                for p, version, of_gradient in versions
+            )
+            and all(bool(p.grad.isfinite().all()) for p, *_ in versions if p.grad is not None)
         ):
             raise RuntimeError(
-                f"step {step} would lose the gradients of step {step - 1}, which no optimizer has used: accumulate "
-                "with guard.steps(loader, accumulate=...), whose steps have several mini-batches; or, if an update is left "
-                "out on purpose, call zero_grad()"
+                f"step {step} would lose the gradients of step {step - 1}, which no optimizer has used: accumulate by "
+                "guard.steps(loader, accumulate=...), whose steps have several mini-batches; or call zero_grad() if an "
+                "update is left out on purpose"
             )
 
     def see(self, optimizer: Optimizer) -> None:
