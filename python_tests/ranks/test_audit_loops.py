@@ -1,27 +1,39 @@
 """`Audit` in the loops of scripts: mistakes that show early, several models, copies, memory of healthy ranks."""
 
+import copy
+import gc
+import itertools
 import logging
 import re
 
+import pytest
 import torch
 from test_audit_compose import (
+    BAD,
     BUCKETS,
+    Case,
     Fault,
     Mlp,
+    accumulated,
     bits,
+    flip_one_bit,
     gather,
     loss,
     pairs,
     plain_steps,
+    run,
     seed_all,
     times_minus_three,
 )
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import draco_ext
 from draco_ext import Audit
 from draco_ext.testing.local import run_local
+from draco_ext.training.audit import gradients
 
 RARELY = Audit(3, 1, 1e-9)  # the first steps alone
 ALWAYS = Audit(3, 1, 1.0)
@@ -236,3 +248,236 @@ def test_two_models_with_a_guard_each_in_one_process():
         assert found == plain, bad
         for i, report in enumerate(reports):
             assert set(report.convicted) == ({bad[i]} if i in bad else set()), bad
+
+
+# ------------------------------------------------------------------------------------------------ copies
+
+
+def average(model):
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+
+
+def _copies(rank, report):
+    _quiet()
+    x, y = next(pairs(rank, 1))
+    for code in (ALWAYS, draco_ext.RepetitionCode(3, 1)):
+        torch.manual_seed(5)
+        model = DistributedDataParallel(Mlp())
+        guard = draco_ext.protect(model, code)
+        copied = copy.deepcopy(model)
+        assert type(copied) is DistributedDataParallel
+        # It computes with its own parameters, in training, outside of any step, and averages as plain DDP does.
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.mul_(0.5)
+        plain = DistributedDataParallel(copy.deepcopy(copied.module))
+        found = []
+        for each in (copied, plain):
+            torch.manual_seed(rank)
+            nn.functional.cross_entropy(each(x), y).backward()
+            found.append(bits([parameter.grad for parameter in each.parameters()]))
+        assert found[0] == found[1]
+        assert all(parameter.grad is None for parameter in model.parameters())
+        # It is no more guarded, but may be.
+        again = draco_ext.protect(copied, code)
+        with pytest.raises(ValueError, match="model must not be guarded already"):
+            draco_ext.protect(copied, code)
+        assert again is not guard
+    report(None)
+
+
+def test_a_copy_of_a_protected_model_is_plain():
+    assert list(run_local(_copies, 3)) == [None]
+
+
+def _average(rank, report):
+    """An average of the model, which is made after `protect`, with a fault and without an audit."""
+    _quiet()
+    for audit in (None, RARELY, ALWAYS):
+        torch.manual_seed(5)
+        model = DistributedDataParallel(Mlp(), **BUCKETS)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        fault = Fault(times_minus_three) if rank == BAD else None
+        guard = audit and draco_ext.protect(model, audit, adversary=fault and fault.gradient)
+        averaged = average(model)
+        seed_all(rank)
+        loader = pairs(rank, BATCHES)
+        for step in plain_steps(model, loader, 1) if guard is None else guard.steps(loader):
+            optimizer.zero_grad()
+            for mini_batch in step:
+                loss(model, mini_batch).backward()
+            optimizer.step()
+            averaged.update_parameters(model)
+        averaged.eval()
+        report((gather(bits(list(averaged.parameters()))), bits(averaged(torch.ones(2, 20)))))
+
+
+def test_an_average_of_the_weights_made_after_protect():
+    plain, *audited = run_local(_average, 3)
+    assert len(audited) == 2
+    assert all(found == plain for found in audited)
+
+
+# ------------------------------------------------------------------------------------------------ hand-overs in chunks
+
+
+def _chunks(rank, report):
+    """Gradients are handed over in several messages, and the first layer is larger than a message may be."""
+    _quiet()
+    gradients.CHUNK = 300
+    case = Case(Mlp, accumulated, loss, ddp=BUCKETS, accumulate=3)
+    report(run(rank, case).bits)
+    for fault in (lambda step, number, kind: True, lambda step, number, kind: step >= LATER, lambda *_: False):
+        result = run(rank, case, Audit(3, 1, RATE), Fault(times_minus_three, fault) if rank == BAD else None)
+        report((result.bits, result.report))
+
+
+RATE = 0.1  # of mini-batches, so 0.3 of steps
+LATER = next(step for step in range(2, 5) if Audit(3, 1, RATE).is_audited(0, step, 3))
+
+
+def test_several_mini_batches_below_a_rate_of_1_and_hand_overs_in_chunks():
+    """A persistent fault is found in the first step, or in the audited one in which it begins; then substituted."""
+    plain, *results = run_local(_chunks, 3)
+    assert all(found == plain for found, _ in results)
+    assert [report.convicted for _, report in results] == [{BAD: 0}, {BAD: LATER}, {}]
+
+
+# ------------------------------------------------------------------------------------------------ optimizer state
+
+
+def _flipped_state(rank, report):
+    """A bit of a moment of AdamW changes on one rank; with another fault, too."""
+    _quiet()
+    for watched, fault in ((None, None), (True, None), (True, times_minus_three), (False, None)):
+        torch.manual_seed(5)
+        model = DistributedDataParallel(Mlp(), **BUCKETS)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        guard = None
+        if watched is not None:
+            bad = fault is not None and rank == BAD
+            adversary = Fault(fault, lambda step, number, kind: step == 3).gradient if bad else None
+            guard = draco_ext.protect(model, Audit(3, 1, 0.5), adversary=adversary, check_state_every=1)
+            if watched:
+                guard.watch(optimizer)
+        seed_all(rank)
+        loader = pairs(rank, BATCHES)
+        for i, step in enumerate(plain_steps(model, loader, 1) if guard is None else guard.steps(loader)):
+            optimizer.zero_grad()
+            for mini_batch in step:
+                loss(model, mini_batch).backward()
+            optimizer.step()
+            if i == 2 and rank == 2 and guard is not None:
+                moment = optimizer.state[next(model.parameters())]["exp_avg"]
+                moment.copy_(flip_one_bit(moment))
+        found = None if guard is None else guard.report()
+        report((gather(bits([list(model.parameters()), optimizer.state_dict()["state"]])), found))
+
+
+def test_the_flipped_state_of_an_optimizer_is_put_right():
+    (plain, _), (watched, report), (with_fault, report_with_fault), (unwatched, _) = run_local(_flipped_state, 3)
+    assert watched == with_fault == plain
+    assert unwatched[2] != plain[2]  # what is not watched stays
+    assert report.audit.disputes == []
+    assert {dispute.rank for dispute in report_with_fault.audit.disputes} <= {BAD}
+    assert 2 in report.suspects
+
+
+# ------------------------------------------------------------------------------------------------ compiled
+
+
+def _compiled(rank, report):
+    _quiet()
+    for where in ("inside", "outside"):
+        case = Case(lambda: Mlp(norm=False), pairs, loss, ddp=BUCKETS, compiled=where, backend="inductor")
+        report(run(rank, case).bits)
+        result = run(rank, case, ALWAYS, Fault(times_minus_three) if rank == BAD else None)
+        report((result.bits, result.report))
+
+
+@pytest.mark.long
+def test_compiled_by_inductor_with_a_fault():
+    plain_inside, inside, plain_outside, outside = run_local(_compiled, 3)
+    for plain, (found, report) in ((plain_inside, inside), (plain_outside, outside)):
+        assert found == plain
+        assert report.convicted == {BAD: 0}
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+WIDTH = 300
+
+
+class Deep(nn.Module):
+    """Gradients of 8 layers, many times larger than a mini-batch and the buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(8)), nn.BatchNorm1d(WIDTH))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def _live():
+    """The bytes of all tensors that Python knows."""
+    gc.collect()
+    storages = [o.untyped_storage() for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _peak(call):
+    """The largest number of bytes that torch has allocated during a call, besides what it had before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    events = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(size for _, size in sorted(events, key=lambda event: event[0])))
+
+
+def _memory(rank, report, audit):
+    """The bytes in a step, after it, and at the peak of another one."""
+    torch.manual_seed(5)
+    model = DistributedDataParallel(Deep(), bucket_cap_mb=1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loader = (torch.ones(4, WIDTH) for _ in itertools.count())
+    if audit is None:
+        model.register_comm_hook(None, allreduce_hook)  # so that Python knows the buckets, too
+        steps = plain_steps(model, loader, 1)
+    else:
+        steps = draco_ext.protect(model, audit, check_state_every=None).steps(loader)
+
+    def step(live=int):
+        optimizer.zero_grad()
+        for x in next(steps):
+            error = model(x).square().mean()
+            found = live()
+            error.backward()
+        optimizer.step()
+        return found
+
+    for _ in range(3):
+        step()
+    report((step(_live), _live(), _peak(step)))
+
+
+def _memories(rank, report):
+    _quiet()
+    for audit in (None, RARELY, ALWAYS):
+        _memory(rank, report, audit)
+
+
+def test_memory_of_healthy_ranks_is_that_of_plain_ddp():
+    """Nothing of a gradient is kept: a step has a copy of the mini-batch and the buffers, and between steps nothing."""
+    plain, *audits = run_local(_memories, 3)
+    more = [[found - of_plain for found, of_plain in zip(audit, plain, strict=True)] for audit in audits]
+    mini_batch, buffers, gradient = 4 * WIDTH * 4, 2 * WIDTH * 4 + 8, 8 * (WIDTH + 1) * WIDTH * 4
+    few = 20_000  # states of generators, digests, statistics
+    print(f"gradient {gradient}, mini-batch {mini_batch}, buffers {buffers}; in a step, after it, peak: {more}")
+    assert gradient > 50 * (mini_batch + buffers + few)
+    # Between the passes of an audited step there is also what was sent, and what has come.
+    for (in_step, after, _), copies in zip(more, (1, 3), strict=True):
+        assert in_step <= copies * (mini_batch + buffers + few)
+        assert after <= few
+    assert more[0][2] <= mini_batch + buffers + few
+    assert more[1][2] <= 2 * 2**20  # an audit flattens one bucket at a time
