@@ -69,6 +69,8 @@ def protect(
     With find_unused_parameters or static_graph, a parameter is unused if the majority of each part's holders say so.
     Its ``grad`` then stays unchanged, as under plain DDP.
 
+    A copy of the model (`copy.deepcopy`, as for a moving average) is a plain DistributedDataParallel without a guard.
+
     Ranks compare digests of their parameters, buffers and watched optimizers (`Guard.watch`) in the first step, in
     every step whose number is a multiple of `check_state_every`, and before `Guard.state_dict`. Ranks that differ from
     the majority are named, and receive the majority's values before the optimizer steps. Without a majority the step
