@@ -14,7 +14,7 @@ from draco_ext.ops.vote import VOTE_DTYPES
 DIGEST_DTYPES = (*VOTE_DTYPES, torch.uint8)
 
 
-def digest(values: Tensor, seed: int | Sequence[int]) -> Tensor:
+def digest(values: Tensor, seed: int | Sequence[int] | Tensor) -> Tensor:
     """Return 128 bits that stand for all bits of a vector: ranks compare them instead of whole messages.
 
     Vectors of the same bits and seed have the same digest, on every device and machine; -0 and +0 differ, so do NaNs of
@@ -28,13 +28,18 @@ def digest(values: Tensor, seed: int | Sequence[int]) -> Tensor:
 
     Args:
         values: (d,) contiguous; float32, float64, float16, bfloat16, or uint8, as which other types can be viewed.
-        seed: the key, 64 bits, or a sequence of keys.
+        seed: the key, 64 bits, or a sequence of keys. A tensor (k,) int64 on the values' device is a sequence that the
+            host need not know, and does not wait for.
 
     Returns:
         (2,) int64; for a sequence of k seeds (k, 2), in row i the digest under seed i.
     """
     _checks.check_tensor("values", values, 1, DIGEST_DTYPES)
     _checks.check_contiguous("values", values)
+    if isinstance(seed, Tensor):
+        _checks.check_seeds("seed", seed, values)
+        by_keys: Tensor = torch.ops.draco_ext.digest_by_keys(values, seed)
+        return by_keys
     if isinstance(seed, Sequence):
         for i, one in enumerate(seed):
             _checks.check_int(f"seed[{i}]", one, -(2**63), 2**63 - 1)
@@ -45,9 +50,14 @@ def digest(values: Tensor, seed: int | Sequence[int]) -> Tensor:
     return result
 
 
-@torch.library.register_fake("draco_ext::digest")
+@torch.library.register_fake("draco_ext::digest_by_keys")
 def _(values, seeds):  # type: ignore[no-untyped-def]
-    return values.new_empty((len(seeds), 2), dtype=torch.int64)
+    return values.new_empty((seeds.size(0), 2), dtype=torch.int64)
+
+
+@torch.library.register_fake("draco_ext::digest")
+def _(values, seed):  # type: ignore[no-untyped-def]
+    return values.new_empty((len(seed), 2), dtype=torch.int64)
 
 
 def digest_and_stats(values: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -83,9 +93,9 @@ def _(values, seed):  # type: ignore[no-untyped-def]
 def digest_stats_and_scale_(values: Tensor, seed: int, factor: float) -> tuple[Tensor, Tensor]:
     """Multiply a vector in place, and return its digest and statistics as they were before, from one read of it.
 
-    Digest and statistics are those of `digest_and_stats`. Products have the bits of ``values.mul_(factor)``, but for two
-    things: subnormal numbers are kept, whatever `torch.set_flush_denormal` says, and a NaN of 16 bits may be another
-    one (as it may be in `mul_`, where it depends on its place). Reads and writes d elements.
+    Digest and statistics are those of `digest_and_stats`. Products have the bits of ``values.mul_(factor)``, with two
+    exceptions: subnormal numbers are kept, whatever `torch.set_flush_denormal` says, and a NaN of 16 bits may be
+    another one, as it may be in `mul_`, where it depends on its place. Reads and writes d elements.
 
     Args:
         values: (d,) contiguous; float32, float64, float16 or bfloat16.

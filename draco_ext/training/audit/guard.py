@@ -359,7 +359,8 @@ class AuditGuard(GuardBase):
             )
         buffer, dropped = bucket.buffer, self._verdicts.dropped
         with self._seconds.decoding():
-            self._passes.take(bucket)
+            factor = None if self.worker in dropped else 1 / self.audit.workers
+            is_scaled = self._passes.take(bucket, factor=factor)
             if self.worker in dropped:
                 buffer.values.fill_(-0.0)  # x + -0.0 == x, to the last bit
 
@@ -370,7 +371,7 @@ class AuditGuard(GuardBase):
                 buffer.values.mul_(self.audit.workers / left)
             bucket.complete()
 
-        exchange = self._transport.exchange(Message(buffer.values, buffer), self._exchanges)
+        exchange = self._transport.exchange(Message(buffer.values, buffer, is_scaled), self._exchanges)
         self._exchanges += 1
         self._scheduler.start(exchange, name=f"no gradient in step {self.step}, {buffer.name}", complete=complete)
         if bucket.is_last:

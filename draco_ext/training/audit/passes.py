@@ -179,18 +179,27 @@ class PassRunner:
         self.own_passes += not rehearse
         self._count(1)
 
-    def take(self, bucket: Bucket) -> None:
-        """Measure a bucket of the own pass, and put what this rank contributes instead into it."""
+    def take(self, bucket: Bucket, *, factor: float | None) -> bool:
+        """Measure a bucket of the own pass, and put what this rank contributes instead into it.
+
+        Args:
+            bucket: the bucket.
+            factor: see `GradientMeasure.add`.
+
+        Returns:
+            Whether the bucket was multiplied by the factor.
+        """
         if self._unused is not None:
             self._unused.see(bucket.buffer)
             if bucket.is_last:
                 self._end_record()
-        self.gradients.add(bucket)
+        is_scaled = self.gradients.add(bucket, factor=None if self._received is not None else factor)
         if self._received is not None:
             pieces = bucket.buffer.values.split(list(bucket.buffer.lengths))
             for piece, parameter in zip(pieces, bucket.buffer.keys, strict=True):
                 piece.copy_(self._received.gradients[parameter])  # type: ignore[index]
             self.gradients.add_contributed(bucket)
+        return is_scaled
 
     def incomplete(self) -> RuntimeError:
         """Return the error for a step that was left before its end."""
