@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from draco_ext.codes import Audit, Code, CyclicCode, RepetitionCode
+from draco_ext.codes.audit import FIRST_STEPS
 from draco_ext.protocol.transports import TRANSPORTS
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
@@ -120,18 +121,22 @@ def _audit(audit: Audit, parameters: int, dtype: str) -> dict[str, str]:
     n, s = audit.workers, audit.adversaries
     plain = _bytes(_sent_by_plain(n, parameters, dtype))
     chance, auditors = f"{100 * audit.rate:.3g}%", f"{s} other worker{'s' if s > 1 else ''}"
+    beginning = f"; once {audit.cost(0, FIRST_STEPS) * FIRST_STEPS:.4g} passes more in the first {FIRST_STEPS} steps"
     if audit.rate == 1:
         when, audited, updates, once = "every step", "gradient", "0", ""
+        beginning = ""
     else:
-        when, audited = f"{chance} of steps", "audited gradient"
+        when, audited = f"the first {FIRST_STEPS} steps and {chance} of the others", "audited gradient"
         updates = (
-            f"{audit.expected_wrong_updates():.4g} expected, at most {audit.wrong_updates_quantile(0.99):,} with a "
+            f"0 if it is wrong in the first step; else {audit.expected_wrong_updates():.4g} expected, at most "
+            f"{audit.wrong_updates_quantile(0.99):,} with a "
             "probability of 99%, however rarely it is wrong; fewer if its errors trigger audits"
         )
         once = f"a fault that occurs once: corrected with a probability of {chance} only; "
     return {
         "who computes what": f"{n} parts, a worker each; in {when} each part again by {auditors}",
-        "compute per worker": f"{1 + audit.cost():.4g}x plain data-parallel, with false triggers in 0.1% of steps",
+        "compute per worker": f"{1 + audit.cost():.4g}x plain data-parallel, with false triggers in 0.1% of steps"
+        + beginning,
         "sent per step, plain data-parallel": plain,
         **dict.fromkeys((f"sent per step, {name}" for name in TRANSPORTS), "not offered"),
         "sent per step, allreduce": f"{plain}, and if it is audited each part's inputs to {auditors}",

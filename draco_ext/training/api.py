@@ -69,6 +69,8 @@ def protect(
     With find_unused_parameters or static_graph, a parameter is unused if the majority of each part's holders say so.
     Its ``grad`` then stays unchanged, as under plain DDP.
 
+    A copy of the model (`copy.deepcopy`, as for a moving average) is a plain DistributedDataParallel without a guard.
+
     Ranks compare digests of their parameters, buffers and watched optimizers (`Guard.watch`) in the first step, in
     every step whose number is a multiple of `check_state_every`, and before `Guard.state_dict`. Ranks that differ from
     the majority are named, and receive the majority's values before the optimizer steps. Without a majority the step
@@ -186,6 +188,9 @@ def _protect_by_audit(
     if batch_of is not None and not callable(batch_of):
         raise TypeError(f"batch_of must be a function f(step, part), got {type(batch_of).__name__}")
     if model.static_graph:
-        raise ValueError("static_graph must be False with an Audit, whose passes differ in what they synchronise")
+        raise ValueError(
+            "static_graph must be False with an Audit: DistributedDataParallel records the graph in its first backward "
+            "pass, and fails if that does not synchronise, as an audit's first one"
+        )
     check_model(model, RepetitionCode(audit.workers, 0))
     return AuditGuard(model, audit, adversary=adversary, on_conviction=on_conviction, batch_of=batch_of, **settings)

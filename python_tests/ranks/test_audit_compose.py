@@ -104,6 +104,8 @@ class Case:
         scaler: options of a GradScaler.
         clip: the largest norm of gradients.
         compiled: "inside" or "outside" of DistributedDataParallel.
+        backend: of torch.compile.
+        between: called with the model and the step's number after each step.
     """
 
     net: object
@@ -116,6 +118,7 @@ class Case:
     scaler: dict = None
     clip: float = None
     compiled: str = None
+    backend: str = "aot_eager"
     between: object = lambda model, step: None
 
 
@@ -144,7 +147,7 @@ def run(rank, case, audit=None, fault=None):
         torch._dynamo.reset()
     torch.manual_seed(5)
     net = case.net()
-    wrapped = torch.compile(net, backend="aot_eager") if case.compiled == "inside" else net
+    wrapped = torch.compile(net, backend=case.backend) if case.compiled == "inside" else net
     model = DistributedDataParallel(wrapped, **case.ddp)
     optimizer = case.optimizer(list(model.parameters()))
     guard = None
@@ -153,7 +156,7 @@ def run(rank, case, audit=None, fault=None):
         adversary = None if fault is None else fault.gradient
         options = case.options(rank) if callable(case.options) else case.options
         guard = draco_ext.protect(model, audit, adversary=adversary, **options)
-    called = torch.compile(model, backend="aot_eager") if case.compiled == "outside" else model
+    called = torch.compile(model, backend=case.backend) if case.compiled == "outside" else model
     scaler = None if case.scaler is None else torch.amp.GradScaler("cpu", **case.scaler)
     seed_all(rank)
     loader = case.data(rank)
@@ -534,9 +537,7 @@ def evaluate(model, step):
     model.train()
 
 
-OVERFLOW = {"init_scale": 2.0**40, "backoff_factor": 2.0**-15}
 UNUSED = {"find_unused_parameters": True}
-STATIC = {"static_graph": True}
 VIEWS = {"gradient_as_bucket_view": True}
 LOCAL = {"broadcast_buffers": False}
 CASES = {
@@ -741,7 +742,7 @@ class Synchronised(nn.Sequential):
         (Mlp, {"transport": "server"}, ValueError, "transport must be 'allreduce' with an Audit, got 'server'"),
         (Mlp, {"on_conviction": "ignore"}, ValueError, "on_conviction must be 'substitute' or 'drop' or 'raise'"),
         (Mlp, {"batch_of": 3}, TypeError, r"batch_of must be a function f\(step, part\), got int"),
-        (Static, {}, ValueError, "static_graph must be False with an Audit"),
+        (Static, {}, ValueError, "static_graph must be False with an Audit: .* records the graph in its first"),
         (Mlp, {"ranks_per_host": 2}, ValueError, "ranks_per_host must be left out with an Audit"),
     ],
 )

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import draco_ext
 from draco_ext import cli
 from draco_ext.cli import commands, doctor
-from draco_ext.cli.faults import BAD_CHOICES, bad_workers
+from draco_ext.cli.faults import BAD_CHOICES, Fault, bad_workers
 from draco_ext.cli.planning import cost, make_table
 from draco_ext.cli.training import Audited, Config, Outcome, Training, list_trainings
 from draco_ext.cli.verdict import judge
@@ -289,7 +289,11 @@ def test_plan_of_an_audit_stands_beside_the_codes():
     assert audit["sent per step, server"] == audit["sent per step, verified"] == "not offered"
     # 99 is (1 - p) / p; 0.99^459 is the first power below 0.01.
     named = audit["wrong updates before a bad worker is named"]
-    assert named.startswith("99 expected, at most 458 with a probability of 99%")
+    assert named.startswith(
+        "0 if it is wrong in the first step; else 99 expected, at most 458 with a probability of 99%"
+    )
+    # The first two steps are audited, and the first one makes its own pass twice.
+    assert audit["compute per worker"].endswith("; once 5 passes more in the first 2 steps")
     assert repetition["wrong updates before a bad worker is named"] == "0"
     assert "every audited gradient is right" in audit["what holds"]
     assert audit["cannot survive"].startswith("a fault that occurs once: corrected with a probability of 1% only; ")
@@ -340,8 +344,12 @@ def outcome(rule, attacked, **changes):
     return dataclasses.replace(perfect, **changes)
 
 
-def audited(found=1, *, first=1, worker=3, steps=4):
-    """What an audit has done that found a fault, or None, in a step, where the first coin fell on another."""
+def audited(found=1, *, first=1, worker=3, steps=6):
+    """What an audit has done that found a fault, or None, in a step, where the first coin fell on another.
+
+    Steps are counted from the one in which the fault begins.
+    """
+    found, first = (None if step is None else Fault.BEGIN + step for step in (found, first))
     disputes = [] if found is None else [Dispute(found, worker, worker, "owner", persistent=True)]
     report = AuditReport(disputes=disputes, convicted={d.rank: d.step for d in disputes})
     passes = [1.0 if found is None or step < found else 5.0 if step == found else 2.0 for step in range(steps)]
@@ -350,7 +358,7 @@ def audited(found=1, *, first=1, worker=3, steps=4):
 
 def audit_outcome(attacked, **changes):
     """The outcome of a perfect audit, or of another."""
-    suspects = [(), (3,), (), ()] if attacked else [()] * 4
+    suspects = [(), (), (), (3,), (), ()] if attacked else [()] * 6
     perfect = {"audit": audited() if attacked else audited(None), "suspects": suspects, "distance": 0.4}
     evaluations = [(0, 0.1, 2.3), (4, 0.97, 0.2)]
     return outcome("audit", attacked, **{**perfect, "evaluations": evaluations, **changes})
@@ -429,7 +437,7 @@ def test_an_audit_that_lets_more_pass_than_chance_explains_is_noticed():
     "changes",
     [
         {"audit": audited(1, first=3)},  # a trigger may find it before
-        {"audit": audited(None, first=None), "suspects": [()] * 4},  # no coin fell
+        {"audit": audited(None, first=None), "suspects": [()] * 6},  # no coin fell
         {"audit": audited(0, first=0), "distance": 0.0},
     ],
 )
