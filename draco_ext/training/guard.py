@@ -77,18 +77,24 @@ class Guard(GuardBase):
     # ------------------------------------------------------------------------------------------------ a step
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
-        """Cut a loader over a `RedundantBatchSampler` into steps.
+        """Cut a loader into steps.
 
         ``for step in guard.steps(loader): for x, y in step: loss(x, y).backward()``, then the optimizer's step. Each
         step yields the mini-batches of this rank's parts. Every mini-batch needs one forward and backward pass. With
         several parts, each gradient is encoded when it is computed, into one buffer of the gradient's size.
 
+        Args:
+            loader: a loader over a `RedundantBatchSampler`, or any iterable of mini-batches that yields those of
+                `data_ranks` in order, step after step. Whatever is drawn while it makes one is drawn alike on ranks
+                with that part.
+
         Raises:
             RuntimeError: a step ended before all its mini-batches were taken and passed backward.
         """
-        iterator = iter(loader)
         self._step.in_loop = True
         try:
+            self._step.seed(LOADER, 0)  # a DataLoader now draws the seeds of its workers
+            iterator = iter(loader)
             while True:
                 before = self.step
                 self._step.seed(LOADER, 0)
