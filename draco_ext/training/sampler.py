@@ -252,8 +252,8 @@ class RedundantSampler(DistributedSampler[Any]):
     """A drop-in replacement for `torch.utils.data.DistributedSampler` with a repetition code.
 
     ``DataLoader(dataset, batch_size, sampler=RedundantSampler(dataset, code))``: a rank gets the samples that a
-    DistributedSampler would give to rank `part` of ``code.parts``, where `part` is its part. So ranks of a group get the
-    same ones. `set_epoch`, the padding without `drop_last`, and the loader's last incomplete batch are as they are
+    DistributedSampler would give to rank `part` of ``code.parts``, where `part` is its part. So ranks of a group get
+    the same. `set_epoch`, the padding without `drop_last`, and the loader's last incomplete batch are as they are
     there. The batch size stays that of a rank, so the global batch is ``code.parts`` times as large.
 
     A `RedundantBatchSampler` takes the global batch's size, any code, and resumes within an epoch.
