@@ -22,6 +22,7 @@ from draco_ext.training.sampler import announce_guard, check_workers_of_samplers
 from draco_ext.training.seeding import BATCH, LOADER
 from draco_ext.training.state import StateVerdict
 from draco_ext.training.step import Step
+from draco_ext.training.watch import is_training
 
 # A function that returns a bad rank's message: f(step, honest message) -> message. For tests and demonstrations.
 Adversary = Callable[[int, Tensor], Tensor]
@@ -141,7 +142,7 @@ class Guard(GuardBase):
         if self._exchanges == 0 and step.forwards == 0:
             check_workers_of_samplers(self.code, self._workers)
             self._inputs.see_inputs(step.index, (arguments, keywords))
-        if not module.training:
+        if not is_training(module):
             return
         step.check_loop()
         step.accumulated += not module.require_backward_grad_sync

@@ -357,3 +357,102 @@ def test_trainer_refuses(trained):
     assert "Transformers' Trainer, which owns the training loop, got CyclicCode(" in cyclic
     assert "needs several passes in audited steps, by a loop over guard.steps(loader)" in audit
     assert number == "code must be a RepetitionCode, got int"
+
+
+# ----------------------------------------------------------------------------------------------------- Lightning
+
+
+def _fit(rank, folder, lies, epochs=2, resume=None, **settings):
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from draco_ext.integrations.lightning import ProtectedDDPStrategy
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = make_net()
+
+        def training_step(self, batch, index):
+            return ((self.net(batch["x"]).squeeze(1) - batch["labels"]) ** 2).mean()
+
+        def validation_step(self, batch, index):
+            pass
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 0.01)
+
+    code = settings.pop("code", RepetitionCode(RANKS, 1))
+    data, validation = Samples(), Samples()
+    strategy = ProtectedDDPStrategy(code, protect_options={"adversary": adversary_of(rank, lies)})
+    trainer = pl.Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=RANKS,
+        max_epochs=epochs,
+        callbacks=[ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=1,
+        **settings,
+    )
+    module = Module()
+    trainer.fit(module, DataLoader(data, 4, shuffle=True), DataLoader(validation, 4), ckpt_path=resume)
+    module.validated = of_all_ranks(validation.seen)
+    return Result(module, strategy.guard, data), module.validated
+
+
+def _lightning(rank, report, folder):
+    pretend_torchrun(rank)
+    for lies in (False, True):
+        report((lies, _fit(rank, f"{folder}/{lies}", lies)))
+    report(("resumed", _fit(rank, f"{folder}/again", True, resume=f"{folder}/True/epoch=0.ckpt")))
+    report(("accumulated", [_fit(rank, f"{folder}/a", lies, accumulate_grad_batches=2) for lies in (False, True)]))
+    refused = []
+    for code in (CyclicCode(RANKS, 1), Audit(RANKS, 1, 0.5), 3):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            _fit(rank, folder, False, code=code)
+        refused.append(str(caught.value))
+    os.environ["PL_SEED_WORKERS"] = "1"
+    with pytest.raises(ValueError, match="workers=False") as caught:
+        _fit(rank, folder, False)
+    report(("refused", [*refused, str(caught.value)]))
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    return dict(run_local(_lightning, RANKS, str(tmp_path_factory.mktemp("lightning"))))
+
+
+@needs("lightning")
+def test_lightning(fitted):
+    (honest, validated), (lied_to, _) = fitted[False], fitted[True]
+    check(honest, lied_to)
+    check_shares(honest)
+    assert honest.report.steps == 8
+    assert len({str(seen) for seen in validated}) == RANKS  # validation is divided among all ranks
+
+
+@needs("lightning")
+def test_lightning_resumes(fitted):
+    """Dropout included, and with the suspects of before."""
+    (lied_to, _), (resumed, _) = fitted[True], fitted["resumed"]
+    assert resumed.bits == lied_to.bits
+    assert resumed.report.suspects[BAD].steps == lied_to.report.suspects[BAD].steps == list(range(8))
+
+
+@needs("lightning")
+def test_lightning_accumulates(fitted):
+    (honest, _), (lied_to, _) = fitted["accumulated"]
+    check(honest, lied_to)
+    assert honest.report.steps == 4
+
+
+@needs("lightning")
+def test_lightning_refuses(fitted):
+    cyclic, audit, number, workers = fitted["refused"]
+    assert "Lightning, which owns the training loop, got CyclicCode(" in cyclic
+    assert "needs several passes in audited steps" in audit
+    assert number == "code must be a RepetitionCode, got int"
+    assert workers.startswith("seed_everything must be called with workers=False, got True")
