@@ -7,22 +7,28 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import sys
+import threading
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+import draco_ext
 from draco_ext import Audit, CyclicCode, RedundantBatchSampler, RepetitionCode
 from draco_ext.testing.local import run_local
 
 RANKS, BAD = 6, 4  # two groups
 FRAMEWORKS = ("accelerate", "lightning", "transformers")
-INSTALLED = {name for name in (*FRAMEWORKS, "prometheus_client") if importlib.util.find_spec(name) is not None}
+MODULES = ("accelerate", "lightning.pytorch", "transformers.trainer", "prometheus_client")
+INSTALLED = {name.split(".")[0] for name in MODULES if importlib.util.find_spec(name.split(".")[0]) is not None}
 # Imported here, and so by the server that ranks are forked from: a framework takes seconds.
-for name in INSTALLED:
-    importlib.import_module(name)
+for name in MODULES:
+    if name.split(".")[0] in INSTALLED:
+        importlib.import_module(name)
 
 
 def needs(*frameworks):
@@ -456,3 +462,64 @@ def test_lightning_refuses(fitted):
     assert "needs several passes in audited steps" in audit
     assert number == "code must be a RepetitionCode, got int"
     assert workers.startswith("seed_everything must be called with workers=False, got True")
+
+
+# ---------------------------------------------------------------------------------------------------- Prometheus
+
+
+def _prometheus(rank, report):
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    from draco_ext.integrations.prometheus import GuardCollector
+
+    torch.set_num_threads(1)
+    model = DistributedDataParallel(make_net())
+    guard = draco_ext.protect(model, RepetitionCode(RANKS, 1), adversary=adversary_of(rank, True))
+    registry = CollectorRegistry()
+    registry.register(GuardCollector(guard, {"job": "test"}))
+    scrapes, done = [], threading.Event()
+
+    def scrape():
+        while not done.is_set():
+            scrapes.append(generate_latest(registry).decode())
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    for _ in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+    done.set()
+    thread.join()
+    with pytest.raises(TypeError, match="guard must be a Guard or AuditGuard, got int"):
+        GuardCollector(3)
+    report((generate_latest(registry).decode(), len(scrapes), guard.report().metrics()))
+
+
+@needs("prometheus_client")
+def test_prometheus():
+    [(text, scrapes, metrics)] = run_local(_prometheus, RANKS)
+    assert scrapes >= 1
+    lines = text.splitlines()
+    assert "# TYPE draco_steps_total counter" in lines
+    assert "# HELP draco_suspects Ranks whose messages were wrong." in lines
+    assert 'draco_steps_total{job="test"} 3.0' in lines
+    assert 'draco_suspects{job="test"} 1.0' in lines
+    assert f'draco_wrong_steps_total{{job="test",rank="{BAD}"}} 3.0' in lines
+    shown = [line for line in lines if not line.startswith("#")]
+    without_values = {"draco/missing_steps", "draco/repaired_steps"}  # by rank, and there was none
+    assert len(shown) == len(metrics)
+    assert not any(name.startswith(tuple(without_values)) for name in metrics)
+
+
+# --------------------------------------------------------------------------------------------- without a framework
+
+
+@pytest.mark.parametrize("extra", [*FRAMEWORKS, "prometheus"])
+def test_a_framework_that_is_not_installed_is_named(extra, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("draco_ext.integrations.")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in (*FRAMEWORKS, "prometheus_client"):
+        for loaded in [loaded for loaded in sys.modules if loaded.split(".")[0] == name]:
+            monkeypatch.setitem(sys.modules, loaded, None)
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=rf'integrations.{extra} needs pip install "draco_ext\[{extra}\]"'):
+        importlib.import_module(f"draco_ext.integrations.{extra}")
