@@ -7,15 +7,17 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import draco_ext
 from draco_ext import Audit, CyclicCode, RedundantBatchSampler, RepetitionCode
@@ -77,6 +79,21 @@ def pretend_torchrun(rank):
     os.environ.update({name: str(number) for name, number in numbers.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", ACCELERATE_USE_CPU="true")
     os.environ.update(TORCHELASTIC_RUN_ID="test", TQDM_DISABLE="1", HF_HUB_OFFLINE="1")
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/howto/frameworks.md"
+
+
+def run_examples(framework, make_space):
+    """Run the page's blocks of a framework, each after what the reader's script has; return the guards."""
+    pattern = re.compile(rf"^```text {{\.{framework}}}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    guards = []
+    for block in pattern.findall(PAGE.read_text()):
+        space = make_space()
+        exec(compile(block, str(PAGE), "exec"), space)
+        owner = space.get("trainer") if framework == "transformers" else space.get("strategy")
+        guards.append(space["guard"] if owner is None else owner.guard)
+    return [guard.report() for guard in guards]
 
 
 def adversary_of(rank, lies):
@@ -149,6 +166,22 @@ def _accelerate(rank, report):
     for name, (code, options) in ACCELERATED.items():
         report((name, [_accelerated(rank, code, lies, **options) for lies in (False, True)]))
 
+    def make_space():
+        from accelerate import Accelerator
+
+        model = make_net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        return {
+            "accelerator": Accelerator(cpu=True),
+            "model": model,
+            "optimizer": optimizer,
+            "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
+            "loader": DataLoader(TensorDataset(torch.randn(24, 4), torch.randn(24, 1)), 4),
+            "loss_fn": nn.MSELoss(),
+        }
+
+    report(("examples", run_examples("accelerate", make_space)))
+
 
 @pytest.fixture(scope="module")
 def accelerated():
@@ -190,6 +223,14 @@ def test_accelerate(accelerated, name):
     assert honest.schedule == schedule  # a step of it is one of a mini-batch, as it is planned before `prepare`
     if name not in ("cyclic", "audit"):
         check_shares(honest, 24 if name == "divided" else 26)
+
+
+@needs("accelerate")
+def test_examples_of_accelerate(accelerated):
+    repetition, audit = accelerated["examples"]
+    assert repetition.steps == 3
+    assert audit.steps == 1
+    assert repetition.suspects == audit.suspects == {}
 
 
 def _refused_by_accelerate(rank, report):
@@ -322,6 +363,22 @@ def _transformers(rank, report, folder):
         refused.append(str(caught.value))
     report(("refused", refused, []))
 
+    def make_space():
+        from transformers import Trainer, TrainingArguments
+
+        settings = {"use_cpu": True, "ddp_backend": "gloo", "report_to": [], "remove_unused_columns": False}
+        return {
+            "Trainer": Trainer,
+            "TrainingArguments": TrainingArguments,
+            "model": WithLoss(),
+            "data": Samples(),
+            "folder": f"{folder}/example",
+            "other": {**settings, "max_steps": 2, "disable_tqdm": True},
+        }
+
+    os.chdir(folder)  # in which the ledger is
+    report(("examples", run_examples("transformers", make_space), []))
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -365,14 +422,18 @@ def test_trainer_refuses(trained):
     assert number == "code must be a RepetitionCode, got int"
 
 
+@needs("transformers", "accelerate")
+def test_example_of_trainer(trained):
+    [report] = trained["examples"][0]
+    assert (report.steps, report.suspects) == (2, {})
+
+
 # ----------------------------------------------------------------------------------------------------- Lightning
 
 
-def _fit(rank, folder, lies, epochs=2, resume=None, **settings):
+if "lightning" in INSTALLED:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import ModelCheckpoint
-
-    from draco_ext.integrations.lightning import ProtectedDDPStrategy
 
     class Module(pl.LightningModule):
         def __init__(self):
@@ -387,6 +448,10 @@ def _fit(rank, folder, lies, epochs=2, resume=None, **settings):
 
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), 0.01)
+
+
+def _fit(rank, folder, lies, epochs=2, resume=None, **settings):
+    from draco_ext.integrations.lightning import ProtectedDDPStrategy
 
     code = settings.pop("code", RepetitionCode(RANKS, 1))
     data, validation = Samples(), Samples()
@@ -420,6 +485,18 @@ def _lightning(rank, report, folder):
         with pytest.raises((TypeError, ValueError)) as caught:
             _fit(rank, folder, False, code=code)
         refused.append(str(caught.value))
+
+    def make_space():
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        return {
+            "Trainer": pl.Trainer,
+            "module": Module(),
+            "loader": DataLoader(Samples(), 4),
+            "other": {**quiet, "accelerator": "cpu", "max_steps": 2, "enable_checkpointing": False},
+        }
+
+    os.chdir(folder)
+    report(("examples", run_examples("lightning", make_space)))
     os.environ["PL_SEED_WORKERS"] = "1"
     with pytest.raises(ValueError, match="workers=False") as caught:
         _fit(rank, folder, False)
@@ -453,6 +530,12 @@ def test_lightning_accumulates(fitted):
     (honest, _), (lied_to, _) = fitted["accumulated"]
     check(honest, lied_to)
     assert honest.report.steps == 4
+
+
+@needs("lightning")
+def test_example_of_lightning(fitted):
+    [report] = fitted["examples"]
+    assert (report.steps, report.suspects) == (2, {})
 
 
 @needs("lightning")
