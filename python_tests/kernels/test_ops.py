@@ -18,6 +18,7 @@ NAMES = [
     "majority_vote_out",
     "digest",
     "digest_and_stats",
+    "digest_stats_and_scale_",
     "cyclic_encode",
     "cyclic_encode_out",
     "cyclic_encode_add_",
@@ -65,13 +66,14 @@ def test_opcheck_vote(dtype, tolerance, masked, real_device):
 
 @pytest.mark.parametrize("dtype", ops.DIGEST_DTYPES, ids=str)
 def test_opcheck_digest(dtype, real_device):
-    torch.library.opcheck(op("digest"), (torch.randint(0, 99, (50,)).to(real_device, dtype), 3))
+    torch.library.opcheck(op("digest"), (torch.randint(0, 99, (50,)).to(real_device, dtype), [3, -4]))
 
 
 @pytest.mark.parametrize("dtype", VOTE_DTYPES, ids=str)
 @pytest.mark.parametrize("d", [0, 50, ops.TILE + 1])
 def test_opcheck_digest_and_stats(d, dtype, real_device):
     torch.library.opcheck(op("digest_and_stats"), (torch.randn(d).to(real_device, dtype), 3))
+    torch.library.opcheck(op("digest_stats_and_scale_"), (torch.randn(d).to(real_device, dtype), 3, 0.5))
 
 
 def test_digest_and_stats_compiles_for_any_length(real_device):
@@ -217,6 +219,7 @@ def other_instruction_sets(request, tmp_path_factory):
 
 DIGEST_TESTS = [
     "test_digest",
+    "test_digests_of_many_seeds",
     "test_digest_and_stats",
     "test_digest_and_stats_of_tiles_and_their_edges",
     "test_each_place_of_a_tile_counts",
@@ -279,6 +282,7 @@ def every_call(messages, projections, norms):
         "majority_vote_out": (lambda x: ops.majority_vote(messages, (5, 4), 1, out=x)[0], torch.zeros(50)),
         "digest": (lambda x: ops.digest(x, 1), messages[0]),
         "digest_and_stats": (lambda x: ops.digest_and_stats(x, 1)[1], messages[0]),
+        "digest_stats_and_scale_": (lambda x: ops.digest_stats_and_scale_(x, 1, 0.5)[1], messages[0]),
         "cyclic_encode": (lambda x: ops.cyclic_encode(x, 9, 1, 0), messages[:3]),
         "cyclic_encode_out": (lambda x: ops.cyclic_encode(messages[:3], 9, 1, 0, out=x), torch.zeros(50)),
         "cyclic_encode_add_": (lambda x: ops.cyclic_encode_add_(torch.zeros(50), carry, x, 9, 1, 0, 0), messages[0]),

@@ -59,7 +59,7 @@ struct Line<BFloat16> : WidenedLine<BFloat16> {
 
 struct NoStatistics {
   DRACO_MEMBER void take_line(const unsigned char*) {}
-  DRACO_MEMBER void take_rest(const unsigned char*, int64_t) {}
+  DRACO_MEMBER void take(const unsigned char*, int64_t) {}
 };
 
 // Of values that are all finite; of others it finds out that they are not. Partial sums, in which the values take
@@ -89,6 +89,12 @@ class FiniteStatistics {
     memcpy(line, from, bytes);
     take_line(line);
     none_ += kValues - bytes / sizeof(T);
+  }
+
+  DRACO_MEMBER void take(const unsigned char* from, int64_t bytes) {
+    const unsigned char* const end = from + bytes;
+    for (; from + kLine <= end; from += kLine) take_line(from);
+    take_rest(from, end - from);
   }
 
   DRACO_MEMBER bool all_finite() const { return largest() < kInfinityBits<T>; }

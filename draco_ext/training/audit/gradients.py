@@ -12,7 +12,7 @@ from draco_ext import ops
 from draco_ext.protocol.communicator import Communicator
 from draco_ext.training.audit import shipping
 from draco_ext.training.audit.measures import Measure
-from draco_ext.training.ddp import Bucket, as_parameter
+from draco_ext.training.ddp import Bucket, write_gradients
 
 CHUNK = 2**24  # bytes; a hand-over sends so many at once, or one parameter
 
@@ -21,11 +21,7 @@ def flatten(parameters: Sequence[Tensor]) -> Tensor:
     """Return the gradients of some parameters as DDP would put them into a bucket; 0 where there is none."""
     first = parameters[0]
     values = torch.empty(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
-    for piece, parameter in zip(values.split([p.numel() for p in parameters]), parameters, strict=True):
-        if parameter.grad is None:
-            piece.zero_()
-        else:
-            as_parameter(piece, parameter).copy_(parameter.grad)
+    write_gradients(values, parameters)
     return values
 
 
@@ -127,20 +123,30 @@ class GradientMeasure:
         self._of_mini_batch = self._nothing()
         self._rests: tuple[Tensor, Tensor] | None = None
 
-    def add(self, bucket: Bucket) -> None:
-        """Add a bucket of the own pass, as it was computed."""
+    def add(self, bucket: Bucket, *, factor: float | None = None) -> bool:
+        """Add a bucket of the own pass, as it was computed.
+
+        Args:
+            bucket: the bucket.
+            factor: what the bucket may be multiplied by afterwards, which costs least where it is read anyway.
+
+        Returns:
+            Whether the bucket was multiplied.
+        """
         buffer = bucket.buffer
         self.is_complete |= bucket.is_last
         if bucket.index == 0:
             self._layout = {}
         self._layout[bucket.index] = buffer.keys  # type: ignore[assignment]
         if not self._by_parameter:
-            digest, self._statistics[bucket.index] = digest_and_statistics(buffer.values, self._key)
+            factor = factor if self._measure.is_digest else None
+            digest, self._statistics[bucket.index] = digest_and_statistics(buffer.values, self._key, factor)
             if self._measure.is_digest:
                 self._computed[bucket.index] = digest
-                return
+                return factor is not None
         if self._measured:
             self._add(bucket, self._computed)
+        return False
 
     def add_contributed(self, bucket: Bucket) -> None:
         """Add a bucket with the gradients that this rank contributes instead of its own."""
@@ -229,8 +235,14 @@ def _length(parameters: Sequence[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def digest_and_statistics(values: Tensor, key: int) -> tuple[Tensor, Tensor]:
-    """Return a vector's digest (2,), and its statistics (4,) float64; see `opinions.Row`."""
-    digest, tiles = ops.digest_and_stats(values, key)
+def digest_and_statistics(values: Tensor, key: int, factor: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return a vector's digest (2,), and its statistics (4,) float64; see `opinions.Row`.
+
+    With a factor the vector is then multiplied by it, in place.
+    """
+    if factor is None:
+        digest, tiles = ops.digest_and_stats(values, key)
+    else:
+        digest, tiles = ops.digest_stats_and_scale_(values, key, factor)
     squares, largest, nonfinite, zeros = tiles.unbind(1)
     return digest, torch.stack([squares.sum(), largest.amax(), nonfinite.sum(), zeros.sum()])

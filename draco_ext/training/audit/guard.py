@@ -532,7 +532,8 @@ class AuditGuard(GuardBase):
             if bucket.is_last:
                 self._end_record()
         with self._seconds.decoding():
-            self._gradients.add(bucket)
+            is_changed = self._received is not None or self.worker in self._dropped
+            is_scaled = self._gradients.add(bucket, factor=None if is_changed else 1 / self.audit.workers)
             if self._received is not None:
                 pieces = buffer.values.split(list(buffer.lengths))
                 for piece, parameter in zip(pieces, buffer.keys, strict=True):
@@ -548,7 +549,7 @@ class AuditGuard(GuardBase):
                 buffer.values.mul_(self.audit.workers / left)
             bucket.complete()
 
-        exchange = self._transport.exchange(Message(buffer.values, buffer), self._exchanges)
+        exchange = self._transport.exchange(Message(buffer.values, buffer, is_scaled), self._exchanges)
         self._exchanges += 1
         self._scheduler.start(exchange, name=f"no gradient in step {self.step}, {buffer.name}", complete=complete)
         if bucket.is_last:
