@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,6 +96,95 @@ def make_table(workers: int, adversaries: int, parameters: int, dtype: str, audi
         table.add_column(name)
     for row in columns["repetition code"]:
         table.add_row(row, *(cells[row] for cells in columns.values()))
+    return table
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of one way to train.
+
+    Attributes:
+        mini_batch: the samples in a mini-batch of a rank.
+        mini_batches: the mini-batches of a rank in a step.
+        global_batch: the samples in a step.
+    """
+
+    mini_batch: int
+    mini_batches: int
+    global_batch: int
+
+
+def batches(workers: int, adversaries: int, batch_size: int, audit_rate: float | None = None) -> dict[str, Batches]:
+    """Return what becomes of a DistributedDataParallel script's batches, by way to train.
+
+    Args:
+        workers: n.
+        adversaries: s.
+        batch_size: the samples in a rank's mini-batch of the plain script.
+        audit_rate: the rate of an audit; None: without an audit.
+    """
+    n, s, b = workers, adversaries, batch_size
+    parts = RepetitionCode(n, s).parts
+    ways = {
+        "plain DDP": Batches(b, 1, n * b),
+        "repetition, batch per rank kept": Batches(b, 1, parts * b),
+        "repetition, global batch kept": Batches(n * b // parts, 1, n * b // parts * parts),
+        "cyclic, global batch kept": Batches(b, len(CyclicCode(n, s).assignment(0)), n * b),
+    }
+    if audit_rate is not None:
+        Audit(n, s, audit_rate)
+        ways[f"audit, rate {audit_rate:g}"] = Batches(b, 1, n * b)
+    return ways
+
+
+def make_batch_table(
+    workers: int,
+    adversaries: int,
+    batch_size: int,
+    learning_rate: float | None = None,
+    samples: int | None = None,
+    audit_rate: float | None = None,
+) -> Table:
+    """Return a table of what becomes of a script's batch size, learning rate and number of steps.
+
+    Args:
+        workers: n.
+        adversaries: s.
+        batch_size: the samples in a rank's mini-batch of the plain script.
+        learning_rate: the plain script's.
+        samples: the size of the data set.
+        audit_rate: the rate of an audit, to see it beside the codes.
+
+    Raises:
+        ValueError: a code, or Audit, cannot have these arguments.
+    """
+    ways = batches(workers, adversaries, batch_size, audit_rate)
+    plain = ways["plain DDP"].global_batch
+    table = Table(
+        title=f"A script with mini-batches of {batch_size:,} on {workers} workers, {adversaries} of them bad",
+        title_style="bold",
+        caption="A smaller global batch needs a lower learning rate: in proportion with SGD, by the square root with "
+        "Adam, as rules of thumb. Schedules and warm-ups that count steps grow with the steps in an epoch. If a larger "
+        "mini-batch does not fit into memory, accumulate gradients over several.",
+    )
+    columns: dict[str, list[str]] = {
+        "": list(ways),
+        "a rank's samples in a step": [
+            f"{way.mini_batches} x {way.mini_batch:,}" if way.mini_batches > 1 else f"{way.mini_batch:,}"
+            for way in ways.values()
+        ],
+        "global batch": [f"{way.global_batch:,}" for way in ways.values()],
+    }
+    if samples is not None:
+        columns["steps in an epoch"] = [f"{math.ceil(samples / way.global_batch):,}" for way in ways.values()]
+    if learning_rate is not None:
+        shares = [way.global_batch / plain for way in ways.values()]
+        columns["learning rate, SGD"] = [f"{learning_rate * share:.4g}" for share in shares]
+        columns["learning rate, Adam"] = [f"{learning_rate * math.sqrt(share):.4g}" for share in shares]
+    for name in columns:
+        table.add_column(name)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     return table
 
 

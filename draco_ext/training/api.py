@@ -44,7 +44,8 @@ def protect(
 
     It registers DDP's communication hook. Gradients are then exchanged and decoded, bucket by bucket, instead of being
     averaged. Up to s bad ranks change nothing, and all ranks end every step with the same bits. All ranks of the
-    model's process group must call it. The mini-batches must come from a `RedundantBatchSampler` with the same code.
+    model's process group must call it. The mini-batches come from a `RedundantBatchSampler` or `RedundantSampler` with
+    the same code, or from any loader that is given `GuardBase.data_rank` of `GuardBase.data_replicas`.
 
     The transports differ in whom they trust:
 

@@ -13,7 +13,7 @@ import draco_ext
 from draco_ext import cli
 from draco_ext.cli import commands, doctor
 from draco_ext.cli.faults import BAD_CHOICES, Fault, bad_workers
-from draco_ext.cli.planning import cost, make_table
+from draco_ext.cli.planning import batches, cost, make_batch_table, make_table
 from draco_ext.cli.training import Audited, Config, Outcome, Training, list_trainings
 from draco_ext.cli.verdict import judge
 from draco_ext.codes import CyclicCode, RepetitionCode
@@ -97,7 +97,12 @@ def runs(monkeypatch):
         ("plan --workers 9 --adversaries -1 --parameters 10", "must be at least 0, got -1"),
         ("plan --workers 40000 --adversaries 1 --parameters 10", "got 40000"),
         ("plan --workers 9 --adversaries 1 --parameters 0", "0 is not in the range x>=1"),
-        ("plan --workers 9 --adversaries 1", "Missing option '--parameters'"),
+        ("plan --workers 9 --adversaries 1", "plan needs --parameters for the costs, or --batch-size"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --samples 9", "--samples needs --batch-size"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --learning-rate 9", "--learning-rate needs --batch-size"),
+        ("plan --workers 9 --adversaries 1 --batch-size 9 --learning-rate nan", "--learning-rate must be finite, got"),
+        ("plan --workers 9 --adversaries 1 --batch-size 0", "0 is not in the range x>=1"),
+        ("plan --workers 9 --adversaries 0 --batch-size 9 --audit 1", "--audit: adversaries must be at least 1"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --dtype int8", "'int8' is not one of"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --audit 1.5", "1.5 is not in the range 0<x<=1"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --audit nan", "--audit: rate must be above 0"),
@@ -271,6 +276,42 @@ def test_plan_prints_it():
     result = invoke("plan", "--workers=5", "--adversaries=2", "--parameters=6", "--dtype=float16")
     assert result.exit_code == 0
     assert "float16 messages" in result.output
+
+
+def test_plan_of_the_batches_of_a_script():
+    table = make_batch_table(9, 1, 32, learning_rate=0.1, samples=50000, audit_rate=0.008)
+    names, *columns = [[column.header, *column.cells] for column in table.columns]
+    plain, same_per_rank, same_global, cyclic, audit = zip(*(column[1:] for column in columns), strict=True)
+    assert [column[0] for column in columns] == [
+        *("a rank's samples in a step", "global batch", "steps in an epoch"),
+        *("learning rate, SGD", "learning rate, Adam"),
+    ]
+    # 9 workers in 3 groups: a third of the global batch, 3 times the steps.
+    assert plain == audit == ("32", "288", "174", "0.1", "0.1")
+    assert same_per_rank == ("32", "96", "521", "0.03333", "0.05774")
+    assert same_global == ("96", "288", "174", "0.1", "0.1")
+    assert cyclic == ("3 x 32", "288", "174", "0.1", "0.1")
+    assert names[-1] == "audit, rate 0.008"
+
+
+def test_batches_that_do_not_divide_evenly():
+    # 10 workers in 3 groups: 330 samples make 3 parts of 110.
+    assert batches(10, 1, 33)["repetition, global batch kept"].global_batch == 330
+    # 121 samples make 3 parts of 40, and one is left out.
+    uneven = batches(11, 1, 11)["repetition, global batch kept"]
+    assert (uneven.mini_batch, uneven.global_batch) == (40, 120)
+
+
+def test_plan_prints_batches_and_costs():
+    batch = ("--batch-size=32", "--samples=5e4")
+    result = invoke("plan", "--workers=9", "--adversaries=1", *batch)
+    assert result.exit_code == 0
+    assert "174" in result.output
+    assert "learning rate, SGD" not in " ".join(result.output.split())
+    both = invoke("plan", "--workers=9", "--adversaries=1", *batch, "--parameters=1001")
+    assert both.exit_code == 0
+    assert "64,064 B" in both.output
+    assert result.output in both.output
 
 
 def planned(*arguments):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -430,7 +429,7 @@ class AuditGuard(GuardBase):
 
     def report(self) -> Report:
         """Return what was found so far, with `Report.audit`; see `Guard.report`."""
-        found = replace(deepcopy(self._verdicts.found), sees=self._measure.sees)
+        found = replace(self._verdicts.found.snapshot(), sees=self._measure.sees)
         return replace(super().report(), trust=TRUST, audit=found)
 
 
