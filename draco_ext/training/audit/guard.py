@@ -18,6 +18,7 @@ from draco_ext.protocol.exchange import run_alone
 from draco_ext.protocol.groups import gather_json
 from draco_ext.protocol.messages import ExchangeOutcome, Message
 from draco_ext.reporting.report import AuditReport, Dispute, Report, Trigger
+from draco_ext.training.adapter import Bucket
 from draco_ext.training.audit import gradients, opinions, shipping
 from draco_ext.training.audit.convictions import Convictions
 from draco_ext.training.audit.gradients import GradientMeasure, PartResult
@@ -25,7 +26,7 @@ from draco_ext.training.audit.measures import Bits, Measured, Projections
 from draco_ext.training.audit.opinions import Row
 from draco_ext.training.audit.triggers import Triggers
 from draco_ext.training.base import GuardBase
-from draco_ext.training.ddp import Bucket
+from draco_ext.training.ddp import DDPAdapter
 from draco_ext.training.record import Claims
 
 ON_CONVICTION = ("substitute", "drop", "raise")
@@ -75,6 +76,8 @@ class AuditGuard(GuardBase):
         worker: this rank's worker number, which is its rank in the model's process group.
         failed: whether the last step failed; see `Guard`.
     """
+
+    _adapter: DDPAdapter
 
     def __init__(
         self,
