@@ -206,6 +206,7 @@ class Guard(GuardBase):
     def _forget_step(self) -> None:
         """Forget what a step has collected, whether it came to its end or not."""
         self._claims, self._outcomes = None, []
+        self._step.begin(self._step.number)  # its forward passes count anew
         self._record.begin()
         if self._unused is not None:
             self._unused.forget()

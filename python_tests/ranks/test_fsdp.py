@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import draco_ext
 from draco_ext import Audit, CyclicCode, DecodingError, RepetitionCode
 from draco_ext.testing.local import run_local
+from draco_ext.training import fsdp
 
 STEPS = 3
 SAMPLES = 3  # of a mini-batch
@@ -67,6 +68,14 @@ class Network(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x) * self.frozen
+
+
+def _error(action):
+    try:
+        action()
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 @functools.cache
@@ -126,6 +135,8 @@ def _train(
         net = _sharded(mesh["shard"] if plain == "fsdp" else mesh, **model)
         if optimizer == "sgd":
             opt = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+        elif optimizer == "plain sgd":
+            opt = torch.optim.SGD(net.parameters(), lr=0.05)
         else:
             opt = torch.optim.AdamW(net.parameters(), lr=0.01)
 
@@ -254,6 +265,7 @@ QUICK = {
     **{f"{name}, liar": {**options, "liar": "message"} for name, options in SETTINGS.items()},
     **{kind: {"liar": kind} for kind in KINDS},
     "fsdp": {"plain": "fsdp"},
+    "sgd": {"optimizer": "plain sgd"},
     "apart": {"liar": "message", "bad": (0, 3)},  # in two replicas, but of other shards
     "raised": {"failing": 1},
     "skipped": {"failing": 1, "on_failure": "skip"},
@@ -357,15 +369,89 @@ def test_without_redundancy_the_bits_are_those_of_hsdp():
     assert guarded["bits"] == native["bits"]
 
 
+# ---------------------------------------------------------------------------------------------- after an error
+
+
+def _errors(rank, report):
+    """Errors in backward passes, in the same place on all ranks and not; other inputs in one shard; a self-test."""
+    torch.set_num_threads(1)
+    net = _sharded(_mesh(3))
+    guard = draco_ext.protect(net, CODES["repetition"])
+    opt = torch.optim.SGD(net.parameters(), lr=0.05)
+    data = _data(1)[:, 0, rank % SHARDS]
+
+    def everywhere(value):
+        everybody = [None] * 6
+        dist.all_gather_object(everybody, value)
+        return everybody
+
+    def step(x):
+        opt.zero_grad()
+        net(x).square().mean().backward()
+        opt.step()
+
+    # Shard 1 has other inputs on every replica, shard 0 has not.
+    report(everywhere(_error(lambda: step(data[0] + (rank if rank % SHARDS else 0)))))
+    report(everywhere(guard.step))
+
+    def stop(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(_raise)
+
+    for x in data[:2]:
+        step(x)
+    # Behind the hooks of what is after the first block.
+    handle = net.blocks[0].register_forward_hook(stop)
+    report(everywhere(_error(lambda: step(data[2]))))
+    handle.remove()
+    with torch.no_grad():
+        net(data[2])  # an evaluation between
+    step(data[2])
+    bits = torch.cat([p.full_tensor().detach().flatten() for p in net.parameters()]).view(torch.int32).tolist()
+    report(everywhere((guard.step, guard.report().suspects, bits)))
+
+    report(everywhere(str(guard.self_test(data[0]))))
+    report(everywhere(guard.step))
+    net.blocks[1].factor = 1.5 if rank == BAD else 1.0
+    report(everywhere(str(guard.self_test(data[0]))))
+    net.blocks[1].factor = 1.0
+
+    handle = net.blocks[0].register_forward_hook(stop)
+    _error(lambda: step(data[0]))
+    handle.remove()
+    guard._adapter._taken += rank == BAD  # as if it had ended elsewhere there
+    fsdp.ABORT_TIMEOUT = 2.0
+    report(everywhere(_error(lambda: step(data[0]))))
+
+
+def _raise(grad):
+    raise RuntimeError("in the middle of a backward pass")
+
+
+def test_errors_in_backward_passes():
+    inputs, steps, message, after, reproducible, same_steps, not_reproducible, apart = run_local(_errors, 6)
+    assert inputs == [inputs[0]] * 6
+    assert inputs[0].startswith("ValueError: loader must give ranks that share a part the same mini-batches of it")
+    assert inputs[0].endswith("got others of part 0 on replicas [1, 2]")
+    assert steps == [0] * 6
+    assert message == ["RuntimeError: in the middle of a backward pass"] * 6
+    assert after == [after[0]] * 6
+    number, suspects, bits = after[0]
+    assert (number, suspects) == (3, {})
+    assert bits == _quick()["sgd"]["bits"]
+    assert reproducible == ["gradients are bit-reproducible, on each rank and across ranks"] * 6
+    assert same_steps == [3] * 6
+    assert not_reproducible == [not_reproducible[0]] * 6
+    assert "is not bit-reproducible on ranks [2, 3]" in not_reproducible[0]
+    begin = (
+        "RuntimeError: training cannot go on after an error in a backward pass, since the pass has not ended in the "
+    )
+    for rank, said in enumerate(apart):
+        assert said.startswith(begin)
+        assert f"on ranks {[0, 1, 2, 4, 5] if rank == BAD else [BAD]}" in said
+
+
 # ------------------------------------------------------------------------------------------------- refusals
-
-
-def _error(action):
-    try:
-        action()
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def _refusals(rank, report):
