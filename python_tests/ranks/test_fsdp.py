@@ -16,6 +16,8 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 import draco_ext
@@ -39,9 +41,9 @@ POLICIES = {
 
 
 class Block(nn.Module):
-    def __init__(self, dropout, checkpointed):
+    def __init__(self, hidden, dropout, checkpointed):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(dropout), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+        self.body = nn.Sequential(nn.Linear(WIDTH, hidden), nn.Dropout(dropout), nn.ReLU(), nn.Linear(hidden, WIDTH))
         self.register_buffer("largest", torch.zeros(1))
         self.checkpointed = checkpointed
         self.factor = 1.0  # another one on a rank that miscomputes
@@ -55,11 +57,11 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    def __init__(self, dropout=0.0, checkpointed=False):
+    def __init__(self, hidden=WIDTH, dropout=0.0, checkpointed=False):
         super().__init__()
         torch.manual_seed(5)
         self.first = nn.Linear(WIDTH, WIDTH)
-        self.blocks = nn.ModuleList([Block(dropout, checkpointed) for _ in range(2)])
+        self.blocks = nn.ModuleList([Block(hidden, dropout, checkpointed) for _ in range(2)])
         self.head = nn.Linear(WIDTH, 5, bias=False)
         self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
 
@@ -83,8 +85,18 @@ def _mesh(replicas):
     return init_device_mesh("cpu", (replicas, dist.get_world_size() // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def _sharded(mesh, *, dropout=0.0, checkpointed=False, policy=None, offload=False, reshard=None, compiled=False):
-    network = Network(dropout, checkpointed)
+def _sharded(
+    mesh,
+    *,
+    hidden=WIDTH,
+    dropout=0.0,
+    checkpointed=False,
+    policy=None,
+    offload=False,
+    reshard=None,
+    compiled=False,
+):
+    network = Network(hidden, dropout, checkpointed)
     settings = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(**POLICIES[policy]), "reshard_after_forward": reshard}
     if offload:
         settings["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
@@ -245,13 +257,14 @@ def _check(honest, liar, *, exact=True, named=NAMED):
 
 SETTINGS = {
     "plain": {},
-    "allgather": {"transport": "allgather", "dropout": 0.2, "policy": "bf16, reduced in fp32", "clip": 0.1},
+    "verified": {"transport": "verified", "dropout": 0.2, "policy": "bf16, reduced in fp32", "clip": 0.1},
     "cyclic": {"code": "cyclic", "dropout": 0.2, "accumulate": 2},
 }
 LONG = [
     {"transport": "server"},
+    {"transport": "verified", "hidden": 1100},  # large enough to be divided
     {"policy": "bf16", "checkpointed": True, "dropout": 0.2, "reshard": True, "accumulate": 2},
-    {"code": "cyclic", "transport": "allgather", "checkpointed": True, "dropout": 0.2},
+    {"code": "cyclic", "transport": "verified", "checkpointed": True, "dropout": 0.2},
     {"code": "cyclic", "transport": "server", "policy": "bf16, reduced in fp32"},
     {"reshard": False, "clip": 0.1, "optimizer": "adamw"},
     {"offload": True, "clip": 0.1},
@@ -323,13 +336,16 @@ def test_two_bad_replicas_change_nothing():
     assert skipped["errors"] == []
 
 
-def _fail_in_one_shard(rank, report):
+def _fail_in_one_shard(rank, report, folder):
     """Ranks 2 and 4, which have shard 0 of two replicas, lie in step 1: shard 1 could be decoded."""
     torch.set_num_threads(1)
     net = _sharded(_mesh(3))
     factor = rank if rank in (2, 4) else 1
     guard = draco_ext.protect(
-        net, CODES["repetition"], adversary=lambda step, message: message * (factor if step == 1 else 1)
+        net,
+        CODES["repetition"],
+        adversary=lambda step, message: message * (factor if step == 1 else 1),
+        ledger=f"{folder}/{{rank}}.jsonl",
     )
     opt = torch.optim.SGD(net.parameters(), lr=0.05)
     seen = []
@@ -345,14 +361,20 @@ def _fail_in_one_shard(rank, report):
     report((everybody, guard.step))
 
 
-def test_a_step_that_fails_in_one_shard_fails_in_all():
-    ((everybody, steps),) = run_local(_fail_in_one_shard, 6)
+def test_a_step_that_fails_in_one_shard_fails_in_all(tmp_path):
+    ((everybody, steps),) = run_local(_fail_in_one_shard, 6, str(tmp_path))
     assert steps == STEPS
     assert everybody == [everybody[0]] * 6
     seen, failed, wrong = everybody[0]
     assert (failed, wrong) == ((1,), ())
     assert len(seen) == 1
     assert "suspected: [0, 1, 2]" in seen[0]
+    for rank in range(6):
+        found = draco_ext.read_ledger(tmp_path / f"{rank}.jsonl")
+        assert {(each.step, each.failed) for each in found} == {(1, True)}
+        # Three messages, of which no two are alike, in the shard that ranks 0, 2 and 4 have.
+        assert {(each.rank, tuple(each.ranks)) for each in found} <= {(0, (0,)), (1, (2,)), (2, (4,))}
+        assert {each.bucket for each in found} == {0, 1, 2}
 
 
 @pytest.mark.long
@@ -475,6 +497,16 @@ def _refusals(rank, report):
     network = Network()
     said(lambda: protect(fully_shard(network, mesh=mesh, ignored_params={network.head.weight})))
 
+    network = Network()
+    all_shards = FSDPMeshInfo(mesh["shard"], 0)
+    placed = {
+        "mesh": mesh,
+        "shard_placement_fn": lambda p: (
+            ShardPlacementResult(Shard(0), all_shards) if p is network.head.weight else None
+        ),
+    }
+    said(lambda: protect(fully_shard(network, **placed)))
+
     other = _sharded(mesh)
     if rank >= 4:
         with torch.no_grad():
@@ -521,6 +553,7 @@ def test_what_cannot_be_protected_is_refused():
         "ValueError: the model must be sharded by fully_shard, got replicate(), which calls no hook",
         "TypeError: gradients must have a dtype that CyclicCode(workers=3, adversaries=1) takes, got torch.float16",
         "ValueError: head.weight must not be among ignored_params",
+        "ValueError: the model must have one group of parameters, got 2",
         "ValueError: model must have the same parameters on all replicas, got others on ranks [4, 5]",
         "ValueError: model must not be guarded already",
         "RuntimeError: set_requires_all_reduce(False) cannot be protected, got it for the model",

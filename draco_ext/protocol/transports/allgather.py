@@ -54,7 +54,7 @@ class AllGather(Transport):
     """
 
     trust = (
-        "allgather: up to s ranks may compute and send anything; a rank must send the same message to all, "
+        "verified: up to s ranks may compute and send anything; a rank must send the same message to all, "
         "and nobody else is trusted."
     )
 
