@@ -45,9 +45,9 @@ def protect(
     on_conviction: str = "substitute",
     batch_of: Callable[[int, int], Any] | None = None,
 ) -> Guard | AuditGuard:
-    """Put a code or an audit between a DistributedDataParallel model's gradients and its optimizer.
+    """Put a code or an audit between a data-parallel model's gradients and its optimizer.
 
-    It registers DDP's communication hook. Gradients are then exchanged and decoded, bucket by bucket, instead of being
+    It registers DDP's communication hook, or that of each module of FSDP2. Gradients are then exchanged and decoded, bucket by bucket, instead of being
     averaged. Up to s bad ranks change nothing, and all ranks end every step with the same bits. All ranks of the
     model's process group must call it. The mini-batches must come from a `RedundantBatchSampler` with the same code.
 
@@ -81,7 +81,8 @@ def protect(
 
     Args:
         model: the model, on every rank, with a process group of ``code.workers`` ranks. It may be compiled with
-            torch.compile before or afterwards.
+            torch.compile before or afterwards. With a code it may also be made by ``fully_shard`` over a mesh of
+            ``code.workers`` replicas and any number of shards; a replica is then what is called a rank here.
         code: the assignment of parts to ranks. A code with several parts for each rank (cyclic) needs `Guard.steps`,
             and an `Audit` needs `AuditGuard.steps`, which takes any loader.
         transport: "allreduce", "allgather" or "server".

@@ -420,8 +420,16 @@ def _errors(rank, report):
         if output.requires_grad:
             output.register_hook(_raise)
 
-    for x in data[:2]:
-        step(x)
+    step(data[0])
+    pending = []
+
+    def count(module, inputs, output):
+        output.register_hook(lambda grad: pending.append(len(guard._scheduler._in_flight)))
+
+    handle = net.blocks[0].register_forward_hook(count)
+    step(data[1])
+    handle.remove()
+    report(everywhere(pending))
     # Behind the hooks of what is after the first block.
     handle = net.blocks[0].register_forward_hook(stop)
     report(everywhere(_error(lambda: step(data[2]))))
@@ -451,11 +459,13 @@ def _raise(grad):
 
 
 def test_errors_in_backward_passes():
-    inputs, steps, message, after, reproducible, same_steps, not_reproducible, apart = run_local(_errors, 6)
+    inputs, steps, pending, message, after, *tests, apart = run_local(_errors, 6)
+    reproducible, same_steps, not_reproducible = tests
     assert inputs == [inputs[0]] * 6
     assert inputs[0].startswith("ValueError: loader must give ranks that share a part the same mini-batches of it")
     assert inputs[0].endswith("got others of part 0 on replicas [1, 2]")
     assert steps == [0] * 6
+    assert pending == [[2]] * 6  # the second block's exchange and the record, while the first block computes
     assert message == ["RuntimeError: in the middle of a backward pass"] * 6
     assert after == [after[0]] * 6
     number, suspects, bits = after[0]
