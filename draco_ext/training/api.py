@@ -47,9 +47,10 @@ def protect(
 ) -> Guard | AuditGuard:
     """Put a code or an audit between a data-parallel model's gradients and its optimizer.
 
-    It registers DDP's communication hook, or that of each module of FSDP2. Gradients are then exchanged and decoded, bucket by bucket, instead of being
-    averaged. Up to s bad ranks change nothing, and all ranks end every step with the same bits. All ranks of the
-    model's process group must call it. The mini-batches must come from a `RedundantBatchSampler` with the same code.
+    It registers DDP's communication hook, or that of each module of FSDP2. Gradients are then exchanged and decoded,
+    bucket by bucket, instead of being averaged. Up to s bad ranks change nothing, and all ranks end every step with the
+    same bits. All ranks of the model's process group must call it. The mini-batches must come from a
+    `RedundantBatchSampler` with the same code.
 
     The transports differ in whom they trust:
 
