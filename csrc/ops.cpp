@@ -13,8 +13,9 @@ STABLE_TORCH_LIBRARY(DRACO_LIBRARY, m) {
       "bool mean, Tensor(a!) out) -> (Tensor suspects, Tensor failed)");
 
   // What ranks compare instead of whole messages.
-  m.def("digest(Tensor values, int seed) -> Tensor");
+  m.def("digest(Tensor values, int[] seeds) -> Tensor");
   m.def("digest_and_stats(Tensor values, int seed) -> (Tensor digest, Tensor stats)");
+  m.def("digest_stats_and_scale_(Tensor(a!) values, int seed, float factor) -> (Tensor digest, Tensor stats)");
 
   // Cyclic code, from the worker's side to the decoder's.
   m.def("cyclic_encode(Tensor gradients, int workers, int adversaries, int worker) -> Tensor");

@@ -41,6 +41,12 @@ def check_workers(workers: Any, adversaries: Any, name: str = "workers") -> None
         raise ValueError(f"{name} must be at least 2 * adversaries + 1 = {2 * adversaries + 1}, got {workers}")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raise unless value is an int or a float."""
+    if not isinstance(value, (int, float, torch.SymFloat)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def check_tolerance(name: str, value: Any) -> None:
     """Raise unless value is a finite number >= 0."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):

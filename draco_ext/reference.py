@@ -76,30 +76,38 @@ def _failed(d: int, suspects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def digest(values: Tensor, seed: int) -> Tensor:
     """As `ops.digest`, in numpy's unsigned integers."""
     data = values.contiguous().view(torch.uint8).numpy() if len(values) else np.zeros(0, np.uint8)
-    chunk, chunks, lanes, low, high = 512, 8, 2, np.uint64(0xFFFFFFFF), np.uint64(32)  # words
-    words = np.frombuffer(np.pad(data, (0, -len(data) % 8)).tobytes(), "<u4")
-    key = philox(seed, np.arange((chunks + 1) * (chunk + 16) // 4), 4).reshape(chunks + 1, -1)
-    totals = np.zeros(2 * lanes, np.uint64)
+    line, columns, groups, rows, lanes = 16, 8, 16, 8, 4  # words in a line
+    row_cells, low, high = columns + 1, np.uint64(0xFFFFFFFF), np.uint64(32)
+    words = np.frombuffer(np.pad(data, (0, -len(data) % (4 * line * columns))).tobytes(), "<u4")
+    cells = (rows + 1) * row_cells
+    lines = cells - 1 + groups
+    key = philox(seed, np.arange(4 * lines + (2 * cells + 2) // 4 + lanes - 1), 4).flatten()
+    totals = np.zeros(lanes, np.uint64)
+
+    def nh(parts: np.ndarray, key: np.ndarray) -> np.uint64:
+        keyed = (parts.flatten() + key[: parts.size]).astype(np.uint64)
+        return np.uint64((keyed[::2] * keyed[1::2]).sum(dtype=np.uint64))
 
     def weigh(number: int, sums: np.ndarray) -> np.ndarray:
-        w = philox(seed, number * len(sums) + np.arange(len(sums)), 5).astype(np.uint64)
+        w = philox(seed, number * lanes + np.arange(lanes), 5).astype(np.uint64)
         weighed: np.ndarray = (sums & low) * (w[:, 1] << high | w[:, 0]) + (sums >> high) * (w[:, 3] << high | w[:, 2])
         return weighed
 
-    for number, begin in enumerate(range(0, len(words), chunks * chunk)):
-        block = words[begin:][: chunks * chunk]
-        parts = [block[at : at + chunk] for at in range(0, len(block), chunk)]
+    row_words = groups * columns * line
+    for number, begin in enumerate(range(0, len(words), rows * row_words)):
+        block = words[begin:][: rows * row_words]
+        parts = [block[at : at + row_words].reshape(-1, columns, line) for at in range(0, len(block), row_words)]
         extra = np.zeros_like(parts[0])
         for part in parts:
-            extra[: len(part)] += part
-        sums = np.zeros((lanes, 2), np.uint64)
-        for c, part in enumerate([*parts, extra]):
-            for t in range(lanes):
-                keyed = (part + key[c, 16 * t :][: len(part)]).astype(np.uint64)
-                hashed = (keyed[::2] * keyed[1::2]).sum(dtype=np.uint64)
-                sums[t] += hashed * np.array([1, len(parts) + 1 - c], np.uint64)
-        totals += weigh(number, sums.reshape(-1))
-    totals += weigh(2**60, np.full(2 * lanes, len(data), np.uint64))
+            extra[: len(part)] ^= part
+        hashes = []
+        for part in (*parts, extra):
+            columns_of_part = [*part.swapaxes(0, 1), np.bitwise_xor.reduce(part, axis=1)]
+            hashes += [nh(column, key[(len(hashes) + j) * line :]) for j, column in enumerate(columns_of_part)]
+        halves = np.array(hashes, "<u8").view("<u4")
+        sums = [nh(halves, key[lines * line + 4 * i :]) for i in range(lanes)]
+        totals += weigh(number, np.array(sums))
+    totals += weigh(2**60, np.full(lanes, len(data), np.uint64))
     return torch.from_numpy((totals >> high).astype("<u4").view("<i8").copy())
 
 

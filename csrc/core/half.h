@@ -96,6 +96,12 @@ DRACO_HD typename Element<T>::Bits bits_of(typename Element<T>::Sum value) {
   }
 }
 
+// A value times a factor, rounded as torch.mul rounds it; a NaN of 16 bits is another one.
+template <typename T>
+DRACO_HD typename Element<T>::Bits scale(typename Element<T>::Bits bits, typename Element<T>::Sum factor) {
+  return bits_of<T>(value_of<T>(bits) * factor);
+}
+
 // The bits that computed results have for every NaN, on every device: processors and GPUs differ in the bits that they
 // give it.
 template <typename Sum>

@@ -28,6 +28,7 @@ struct VoteChunk {
   void* scratch;     // kVoteScratch bytes per member, on a multiple of 64
 };
 constexpr int64_t kVoteScratch = 200;
+constexpr int kDigestKeyStep = 8;
 
 // sum[c] = sum over rows of weight[row] * rows[row][c], on pairs of columns as complex numbers; `columns` is even.
 // Moves: rows x columns elements read; the sum written once per four rows, in cache.
@@ -92,11 +93,16 @@ struct Kernels {
   // parts apart, check is (checks, workers).
   void (*check_energy)(const Complex* check, int checks, int workers, const double* re, const double* im,
                        int64_t stride, int64_t columns, double* energy);
+  // Writes `count` vectors of four words of a digest's key (core/digest.h), a multiple of kDigestKeyStep, from number
+  // `first` on, to where they belong.
+  void (*digest_key)(uint64_t seed, int first, int count, uint32_t* key);
   // Adds the four sums of the bytes of one block of a digest (core/digest.h) to `sums`; bytes > 0.
   void (*digest)(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums);
   // The same of a block of values, and in the same sweep their statistics, which are written to `stats`.
   void (*digest_and_stats[4])(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums,
                               Stats* stats);
+  // Multiplies values in place; of 16 bits in float32.
+  void (*scale[4])(unsigned char* values, int64_t bytes, double factor);
 
   void weighted_sum(const WeightedSumChunk<float>& chunk) const { weighted_sum_f32(chunk); }
   void weighted_sum(const WeightedSumChunk<double>& chunk) const { weighted_sum_f64(chunk); }

@@ -28,7 +28,7 @@ from draco_ext.ops.cyclic import (
     cyclic_project,
     projections_shape,
 )
-from draco_ext.ops.digest import DIGEST_DTYPES, digest, digest_and_stats
+from draco_ext.ops.digest import DIGEST_DTYPES, digest, digest_and_stats, digest_stats_and_scale_
 from draco_ext.ops.vote import MOST_GROUP_MEMBERS, VOTE_DTYPES, majority_vote
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "cyclic_project",
     "digest",
     "digest_and_stats",
+    "digest_stats_and_scale_",
     "majority_vote",
     "projections_shape",
 ]

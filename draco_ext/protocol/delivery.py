@@ -54,7 +54,7 @@ class Delivery:
         failed: whether a vector could not be verified, because more than s members of its group are wrong.
         failing: the other workers that say so, or that do not have their group's vector.
         wrong: the workers that this rank has found wrong. Each has the known differences between what it has sent and
-            what is right, with the place in its group's vector.
+            what is right, with the place in its group's vector. After a failure, those against whom most others are.
         announcements: how many workers each other worker has found wrong, as it says.
     """
 
@@ -167,6 +167,7 @@ class Delivery:
                 right, votes = Counter(digests.values()).most_common(1)[0] if digests else ((0, 0), 0)
                 if votes < len(members) - self._adversaries:
                     verdict = _FAILED
+                    self.wrong.update((j, []) for j in digests if digests[j] != right and j not in self.wrong)
                     continue
                 sender = self._senders[g][i]
                 for j, digest in digests.items():

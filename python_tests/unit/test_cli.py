@@ -286,7 +286,7 @@ def test_plan_of_an_audit_stands_beside_the_codes():
     plain = repetition["sent per step, plain data-parallel"]
     assert plain == "64 kB (64,000 B)" == audit["sent per step, plain data-parallel"]
     assert audit["sent per step, allreduce"].startswith(f"{plain}, ")
-    assert audit["sent per step, server"] == audit["sent per step, allgather"] == "not offered"
+    assert audit["sent per step, server"] == audit["sent per step, verified"] == "not offered"
     # 99 is (1 - p) / p; 0.99^459 is the first power below 0.01.
     named = audit["wrong updates before a bad worker is named"]
     assert named.startswith("99 expected, at most 458 with a probability of 99%")

@@ -10,7 +10,7 @@ from draco_ext import CyclicCode, RepetitionCode
 from draco_ext.protocol import keys, messages
 from draco_ext.protocol.communicator import Pending
 from draco_ext.protocol.encoder import CHUNK, GradientEncoder
-from draco_ext.protocol.exchange import ExchangeScheduler, Turn, run_alone
+from draco_ext.protocol.exchange import ExchangeScheduler, Turn, copy_to_host, join_bytes, run_alone, split_bytes
 from draco_ext.protocol.messages import GradientBuffer, Message
 from draco_ext.protocol.transports import TRANSPORTS, allgather, make_transport, verified
 from draco_ext.reporting.report import Seconds
@@ -243,20 +243,49 @@ def test_a_share_that_is_not_the_one_committed_to(how, monkeypatch):
     assert -(2**63) <= seeds[0] < 2**63
 
 
-def test_digests_of_all_buckets_are_gathered_under_keys_that_are_the_same_everywhere():
-    def work(communicator):
-        rounds = keys.DigestRounds(communicator)
-        vectors = [torch.full((9,), float(i)) for i in range(5)]
-        gathered = run_overlapped(None, [rounds.gather(vector, i) for i, vector in enumerate(vectors)])
-        again = run_alone(rounds.gather(vectors[0], 5))
-        assert not rounds._undigested
-        return gathered, again
+def _host_copies(communicator, code, bad):
+    """Return how often the host waits for the device in a step with four buckets and its record."""
+    transport = make_transport("allreduce", code, communicator)
+    scheduler, outcomes, truths = ExchangeScheduler(Seconds()), [], []
+    scheduler.start(
+        transport.gather_record(torch.tensor([communicator.worker])),
+        name="record",
+        complete=lambda gathered: None,
+        background=True,
+    )
+    for i in range(4):
+        message, truth = message_of(code, communicator.worker, i, _add_one if communicator.worker in bad else None)
+        truths.append((message.buffer.values, truth))
+        scheduler.start(transport.exchange(message, i), name=f"{i}", complete=outcomes.append)
+    scheduler.complete_all()
+    right = all(torch.allclose(decoded, truth, atol=1e-5) for decoded, truth in truths)
+    return scheduler.host_copies, [set(outcome.suspects) for outcome in outcomes], right
 
-    everybody = run_workers(work, 3)
-    gathered, again = everybody[0]
-    assert everybody == [everybody[0]] * 3
-    assert all(len(set(digests)) == 1 for digests in (*gathered, again))
-    assert len({digests[0] for digests in (*gathered, again)}) == 6  # another key for each, also for the same vector
+
+@pytest.mark.parametrize("code", [RepetitionCode(3, 1), RepetitionCode(7, 1), CyclicCode(5, 1)], ids=repr)
+def test_the_host_waits_for_the_device_once_in_a_step(code):
+    assert run_workers(_host_copies, code.workers, code, set()) == [(1, [set()] * 4, True)] * code.workers
+    # And a step in which somebody is outvoted waits no more often for its verdicts.
+    assert run_workers(_host_copies, code.workers, code, {1}) == [(1, [{1}] * 4, True)] * code.workers
+
+
+def test_copies_to_the_host_are_the_values():
+    tensors = [torch.arange(3), torch.tensor([[1.5, -0.0]]), torch.tensor([True]), torch.empty(0, 4)]
+    assert copy_to_host(tensors) == tensors
+    for there, back in zip(tensors, split_bytes(join_bytes(tensors), tensors), strict=True):
+        assert there.dtype == back.dtype
+        assert torch.equal(there, back)
+
+
+def test_a_message_is_kept_while_its_buffer_is_overwritten():
+    values = torch.arange(4.0)
+    for restore in (None, lambda: values.copy_(torch.arange(4.0))):
+        message_again = Message(values, GradientBuffer(values, (4,), (0,), "bucket", restore)).keep()
+        values.fill_(7)
+        assert message_again().tolist() == [0, 1, 2, 3]
+        values.copy_(torch.arange(4.0))
+    other = torch.ones(4)
+    assert Message(other, buffer_of(values)).keep()() is other
 
 
 # ------------------------------------------------------------------------------------------------ encoder

@@ -21,9 +21,12 @@ template <typename T>
 void project(const ProjectChunk<T>& chunk);
 void check_energy(const Complex* check, int checks, int workers, const double* re, const double* im, int64_t stride,
                   int64_t columns, double* energy);
+void digest_key(uint64_t seed, int first, int count, uint32_t* key);
 void digest(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums);
 template <typename T>
 void digest_and_stats(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums, Stats* stats);
+template <typename T>
+void scale(unsigned char* values, int64_t bytes, double factor);
 
 }  // namespace DRACO_ISA
 }  // namespace draco

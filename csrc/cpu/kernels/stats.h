@@ -57,11 +57,6 @@ struct Line<BFloat16> : WidenedLine<BFloat16> {
   using WidenedLine::WidenedLine;
 };
 
-struct NoStatistics {
-  DRACO_MEMBER void take_line(const unsigned char*) {}
-  DRACO_MEMBER void take_rest(const unsigned char*, int64_t) {}
-};
-
 // Of values that are all finite; of others it finds out that they are not. Partial sums, in which the values take
 // turns, and their order are the same for every instruction set.
 template <typename T>
@@ -89,6 +84,14 @@ class FiniteStatistics {
     memcpy(line, from, bytes);
     take_line(line);
     none_ += kValues - bytes / sizeof(T);
+  }
+
+  DRACO_MEMBER void take(const unsigned char* from, int64_t bytes) {
+    FiniteStatistics own = *this;  // in registers
+    const unsigned char* const end = from + bytes;
+    for (; from + kLine <= end; from += kLine) own.take_line(from);
+    own.take_rest(from, end - from);
+    *this = own;
   }
 
   DRACO_MEMBER bool all_finite() const { return largest() < kInfinityBits<T>; }

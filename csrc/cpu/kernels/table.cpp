@@ -21,8 +21,10 @@ const Kernels kTable = {
     project<float>,
     project<double>,
     check_energy,
+    digest_key,
     digest,
     {digest_and_stats<float>, digest_and_stats<double>, digest_and_stats<Half>, digest_and_stats<BFloat16>},
+    {scale<float>, scale<double>, scale<Half>, scale<BFloat16>},
 };
 
 }  // namespace DRACO_ISA

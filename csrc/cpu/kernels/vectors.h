@@ -57,6 +57,17 @@ DRACO_HD void in_register([[maybe_unused]] Vector<T>& vector) {
   asm("" : "+w"(vector));
 #endif
 }
+// And what is computed in front of it shall not be computed later, nor what follows sooner.
+template <typename T>
+DRACO_HD void in_order([[maybe_unused]] Vector<T>& vector) {
+#if defined(__AVX512F__)
+  asm volatile("" : "+v"(vector));
+#elif defined(__SSE2__)
+  asm volatile("" : "+x"(vector));
+#elif defined(__aarch64__)
+  asm volatile("" : "+w"(vector));
+#endif
+}
 // a * b + c, rounded once where the processor can. Not left to the compiler, which fuses as it finds best: the same sum
 // must have the same bits wherever it is made.
 template <typename T>
