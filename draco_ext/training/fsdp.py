@@ -521,6 +521,8 @@ class FSDPAdapter(Adapter):
             return SelfTest(False, "(the parameters themselves)", odd, "start all ranks from the same parameters")
         runs = []
         buffers = [(buffer, buffer.detach().clone()) for buffer in self._module.buffers()]
+        gradients = [(parameter, parameter.grad) for parameter in self.reduced()]
+        self.drop_gradients()
         try:
             with kept_generators(self.device):
                 for _ in range(2):
@@ -535,6 +537,8 @@ class FSDPAdapter(Adapter):
                             buffer.copy_(before)
         finally:
             self._probed = None
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
         rows = gather(torch.stack(runs), self.world, self.device)  # (ranks, runs, units, 2)
         for i, unit in enumerate(self._all_units):
             if unstable := [rank for rank, row in enumerate(rows) if not torch.equal(row[0, i], row[1, i])]:
