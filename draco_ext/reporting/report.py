@@ -47,12 +47,13 @@ class Suspect:
 
     Attributes:
         worker: its worker number in the code.
-        rank: its rank in the process group.
-        host: the name of its host.
+        rank: its rank in the process group; under FSDP2 the number of the replica.
+        host: the name of its host, or of the replica's hosts.
         steps: the steps in which its messages were wrong.
         buckets: the number of its wrong messages.
         other_data: the steps among them in which, according to its own record, its inputs differed from those of the
             ranks with the same part: other mini-batches, or more or fewer forward passes.
+        ranks: under FSDP2, where `rank` is a replica: the ranks of the job whose shards of its messages were wrong.
     """
 
     worker: int
@@ -61,6 +62,7 @@ class Suspect:
     steps: list[int] = field(default_factory=list)
     buckets: int = 0
     other_data: list[int] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,17 @@ All ranks have the same parameters, so those of the majority are the right ones.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from draco_ext import ops
 from draco_ext.protocol.communicator import Communicator
+from draco_ext.training.adapter import Adapter
 from draco_ext.training.record import SECTIONS, Digest, majority
 
 CHUNK = 2**20  # bytes; smaller tensors are digested and sent together
@@ -27,16 +26,15 @@ Number = int | float | None
 class ReplicatedState:
     """The parameters and buffers of a model, and the states of watched optimizers.
 
+    Of parameters and optimizer states that are sharded, this rank's shards are meant.
+
     Args:
-        model: the model. Parameters and buffers that DistributedDataParallel ignores are left out.
+        adapter: gives the parameters and buffers.
     """
 
-    def __init__(self, model: DistributedDataParallel) -> None:
-        self._ignored = frozenset(model.parameters_to_ignore)
-        self._module = weakref.ref(model.module)  # a strong reference would keep the model alive for ever
-        parameters = model.module.named_parameters()
-        self._parameters = _strided(p for name, p in parameters if name not in self._ignored)
-        self.device = self._parameters[0].device
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self.device = adapter.device
         self._optimizers: list[torch.optim.Optimizer] = []
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -98,15 +96,14 @@ class ReplicatedState:
 
     def _of(self, section: str) -> list[Tensor]:
         if section == "parameters":
-            return self._parameters
+            return _strided(self._adapter.replicated_parameters())
         if section == "buffers":
             # Looked up every time, since a module may replace a buffer by another tensor.
-            buffers = () if (module := self._module()) is None else module.named_buffers()
-            return _strided(buffer for name, buffer in buffers if name not in self._ignored)
+            return _strided(self._adapter.replicated_buffers())
         tensors, numbers = [], []
         for leaf in (leaf for optimizer in self._optimizers for leaf in _leaves(optimizer)[0]):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-                tensors.append(leaf)
+                tensors.append(own_shard(leaf))
             elif _is_number(leaf):
                 numbers.append(leaf)
         # Adam's step counts may be on the CPU while its moments are on a GPU; sorting keeps each device together.
@@ -126,6 +123,12 @@ class ReplicatedState:
             for parameter, values in zip(_parameters(optimizer), states, strict=True):
                 if values:
                     optimizer.state[parameter].update(values)
+
+
+def own_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor; any other tensor is returned as it is."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
 
 
 def _strided(tensors: Iterable[Tensor]) -> list[Tensor]:

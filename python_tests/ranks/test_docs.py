@@ -87,6 +87,7 @@ RANKS = {
     "README.md": NET,
     "docs/tutorial.md": NET,
     "docs/howto/adopt.md": NET + LOOPS,
+    "docs/howto/fsdp.md": NET,
     "docs/howto/failures.md": NET + MODEL,
     "docs/howto/metrics.md": NET + MODEL + STEPS,
     "docs/howto/checkpoints.md": NET + MODEL + STEPS,

@@ -535,9 +535,9 @@ def test_buffers_are_compared_within_a_group():
 
 
 class Stub(nn.Module):
-    """What ReplicatedState asks of a DistributedDataParallel."""
+    """What ReplicatedState asks of an adapter."""
 
-    parameters_to_ignore = ("ignored",)
+    device = torch.device("cpu")
 
     def __init__(self):
         super().__init__()
@@ -551,6 +551,12 @@ class Stub(nn.Module):
         self.module.ignored = nn.Parameter(torch.randn(3))
         self.module.register_buffer("flags", torch.tensor([True, False, True]))
         self.module.register_buffer("complex", torch.tensor([1 + 2j]))
+
+    def replicated_parameters(self):
+        return [p for name, p in self.module.named_parameters() if name != "ignored"]
+
+    def replicated_buffers(self):
+        return self.module.buffers()
 
 
 def test_chunks_have_every_tensor():

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from draco_ext import ops
 from draco_ext.protocol.communicator import Communicator
+from draco_ext.training.adapter import Bucket
 from draco_ext.training.audit import shipping
 from draco_ext.training.audit.measures import Measure
-from draco_ext.training.ddp import Bucket
 from draco_ext.training.state import chunks
 
 CHUNK = 2**24  # bytes; a hand-over sends so many at once, or one parameter

@@ -17,6 +17,7 @@ from draco_ext.protocol.exchange import run_alone
 from draco_ext.protocol.groups import gather_json
 from draco_ext.protocol.messages import ExchangeOutcome, Message
 from draco_ext.reporting.report import Report
+from draco_ext.training.adapter import Bucket
 from draco_ext.training.audit import opinions, shipping
 from draco_ext.training.audit.measures import Bits, Projections
 from draco_ext.training.audit.opinions import Row
@@ -25,7 +26,7 @@ from draco_ext.training.audit.pending import PendingGradients
 from draco_ext.training.audit.triggers import Triggers
 from draco_ext.training.audit.verdict import StepVerdict, Verdicts
 from draco_ext.training.base import GuardBase
-from draco_ext.training.ddp import Bucket
+from draco_ext.training.ddp import DDPAdapter
 from draco_ext.training.record import Claims
 
 ON_CONVICTION = ("substitute", "drop", "raise")
@@ -67,6 +68,8 @@ class AuditGuard(GuardBase):
         worker: this rank's worker number, which is its rank in the model's process group.
         failed: whether the last step failed; see `Guard`.
     """
+
+    _adapter: DDPAdapter
 
     def __init__(
         self,

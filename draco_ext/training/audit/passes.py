@@ -12,10 +12,11 @@ from draco_ext import ops
 from draco_ext.protocol.communicator import Communicator
 from draco_ext.protocol.exchange import run_alone
 from draco_ext.protocol.transports.base import Transport
+from draco_ext.training.adapter import Bucket
 from draco_ext.training.audit import gradients, shipping
 from draco_ext.training.audit.gradients import GradientMeasure, PartResult
 from draco_ext.training.audit.measures import Measure, Measured
-from draco_ext.training.ddp import Bucket, DDPAdapter, UnusedParameters
+from draco_ext.training.ddp import DDPAdapter, UnusedParameters
 from draco_ext.training.record import StepRecord
 from draco_ext.training.state import ReplicatedState
 
