@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
+from draco_ext.cli.network_model import buckets, traffic
 from draco_ext.codes import Audit, Code, CyclicCode, RepetitionCode
 from draco_ext.codes.audit import FIRST_STEPS
 from draco_ext.protocol.transports import TRANSPORTS
@@ -24,8 +25,8 @@ class Cost:
 
     Attributes:
         compute: the number of samples that a worker computes, in multiples of plain data-parallel training's.
-        sent: the bytes that all ranks together send per step, by transport, without digests and projections, which are
-            at most about 1e-3 of them.
+        sent: the bytes of messages and gradients that all ranks together send per step, by transport. What is added to
+            verify them is in the table of `draco_ext.cli.network_model`.
         messages: the bytes of all messages and the decoded gradient, for a rank that decodes them at once.
         amplification: the amplification of the messages' rounding noise; None if not computed.
     """
@@ -42,22 +43,10 @@ def cost(code: Code, parameters: int, dtype: str) -> Cost:
     n, gradient, message = code.workers, parameters * item, code.message_length(parameters) * item
     return Cost(
         compute=len(code.assignment(0)) * n / code.parts,
-        sent={
-            "allreduce": _all_reduced(code) * gradient,
-            "verified": n * (n - 1) * message,
-            "server": (n - 1) * (message + gradient),
-        },
+        sent={name: traffic(code, name, buckets(parameters, item), item).payload for name in TRANSPORTS},
         messages=n * message + gradient,
         amplification=code.noise_amplification() if code.exact or n <= _MOST_WORKERS_ANALYSED else None,
     )
-
-
-def _all_reduced(code: Code) -> int:
-    """Return the number of gradients that all ranks together send in the all-reduce; see `AllReduceRepetition`."""
-    n, groups = code.workers, code.parts
-    if not code.message_is_gradient:
-        return 2 * (n - 1)
-    return 0 if groups == 1 else 2 * (groups - 1) + n - groups
 
 
 def make_table(workers: int, adversaries: int, parameters: int, dtype: str, audit_rate: float | None = None) -> Table:

@@ -58,8 +58,9 @@ def protect(
     * "allreduce": up to s ranks may compute anything, but messages must not be altered on the way. The repetition code
       votes on digests and sends about 60% of DDP's traffic. The cyclic code checks projections and sends as much as
       DDP.
-    * "allgather": up to s ranks may compute and send anything, but a rank must send the same message to all. No other
-      rank is trusted. Every rank receives n messages.
+    * "verified": no rank is trusted. Up to s ranks of each group of the repetition code may compute and send anything,
+      to every rank something else. It sends less than DDP. With the cyclic code, or with atol or rtol, every rank
+      receives n messages, and a rank must send the same message to all. "allgather" is its former name.
     * "server": rank 0 is trusted and must live. Up to s ranks may compute and send anything, or twice as many may be
       missing (e bad and f missing while 2e + f <= 2s). One message per rank goes to the server and one back. From the
       third step on, a rank that hangs, dies or is late is an erasure and does not end the job. In the first two steps
@@ -89,7 +90,7 @@ def protect(
             ``code.workers`` replicas and any number of shards; a replica is then what is called a rank here.
         code: the assignment of parts to ranks. A code with several parts for each rank (cyclic) needs `Guard.steps`,
             and an `Audit` needs `AuditGuard.steps`, which takes any loader.
-        transport: "allreduce", "allgather" or "server".
+        transport: "allreduce", "verified" or "server".
         on_failure: what happens if too many messages are wrong for the code's guarantee. All gradients become None on
             all ranks, so that an optimizer changes nothing. Then "raise" makes ``backward()`` raise DecodingError, and
             "skip" logs a warning.

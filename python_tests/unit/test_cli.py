@@ -103,6 +103,10 @@ def runs(monkeypatch):
         ("plan --workers 9 --adversaries 1 --batch-size 9 --learning-rate nan", "--learning-rate must be finite, got"),
         ("plan --workers 9 --adversaries 1 --batch-size 0", "0 is not in the range x>=1"),
         ("plan --workers 9 --adversaries 0 --batch-size 9 --audit 1", "--audit: adversaries must be at least 1"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --latency 20", "'20' is not a positive number with one of"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --latency 0us", "'0us' is not a positive number with one of"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --bandwidth 1e400GB/s", "is not a positive number"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --memory 25us", "units GB/s, MB/s"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --dtype int8", "'int8' is not one of"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --audit 1.5", "1.5 is not in the range 0<x<=1"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --audit nan", "--audit: rate must be above 0"),
@@ -234,7 +238,7 @@ def test_cost_by_hand():
     assert repetition.amplification == 1
     cyclic = cost(CyclicCode(9, 1), 1001, "float32")
     assert cyclic.compute == 3
-    assert cyclic.sent == {"allreduce": 16 * 4004, "verified": 72 * 4008, "server": 8 * (4008 + 4004)}
+    assert cyclic.sent == {"allreduce": 16 * 4004, "verified": 72 * 4008, "server": 16 * 4008}
     assert cyclic.messages == 9 * 4008 + 4004
     # Weights 1/3, 1/3, 1/3; one condition on two unknowns: ||b||^2 / n = 1 + 1/2.
     assert cyclic.amplification == pytest.approx(math.sqrt(1.5 / 3))
@@ -271,7 +275,7 @@ def test_plan_prints_it():
     result = invoke("plan", "--workers=9", "--adversaries=1", "--parameters=1001")
     assert result.exit_code == 0
     words = " ".join(result.output.replace("│", " ").split())
-    for said in ("3x", "64,064 B", "40,040 B", "288,576 B", "64,096 B", "40,076 B", "0.707", "0 to 2"):
+    for said in ("3x", "64,064 B", "40,040 B", "288,576 B", "64,128 B", "40,076 B", "0.707", "0 to 2"):
         assert said in words
     result = invoke("plan", "--workers=5", "--adversaries=2", "--parameters=6", "--dtype=float16")
     assert result.exit_code == 0
@@ -312,6 +316,17 @@ def test_plan_prints_batches_and_costs():
     assert both.exit_code == 0
     assert "64,064 B" in both.output
     assert result.output in both.output
+
+
+def test_plan_models_an_exchange_in_the_given_network():
+    arguments = ("plan", "--workers=9", "--adversaries=1", "--parameters=1e6")
+    times = []
+    for network in (("--latency=1s",), ("--latency=1s", "--tree"), ("--latency=1ns", "--bandwidth=8Mbit/s")):
+        result = invoke(*arguments, *network)
+        assert result.exit_code == 0
+        (row,) = (line for line in result.output.splitlines() if line.startswith("│ plain DDP"))
+        times.append(float(row.split("│")[6].split()[0]) / 1e3)
+    assert times == pytest.approx([32, 16, 2 * 8 / 9 * 4e6 / 1e6], rel=1e-2)  # two buckets; 16 rounds, or 8
 
 
 def planned(*arguments):
