@@ -42,7 +42,7 @@ def cost(code: Code, parameters: int, dtype: str) -> Cost:
         compute=len(code.assignment(0)) * n / code.parts,
         sent={
             "allreduce": _all_reduced(code) * gradient,
-            "allgather": n * (n - 1) * message,
+            "verified": n * (n - 1) * message,
             "server": (n - 1) * (message + gradient),
         },
         messages=n * message + gradient,

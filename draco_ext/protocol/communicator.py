@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,11 +14,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from draco_ext.protocol.groups import divide, timeout_of
 from draco_ext.reporting.report import Seconds
+
+Addressed = tuple[Tensor, int]  # a tensor, and the worker that it is sent to or received from
 
 
 class Pending:
@@ -110,8 +114,16 @@ class Communicator(abc.ABC):
         """Receive values from one worker in place and wait for them."""
 
     @abc.abstractmethod
-    def send_receive(self, values: Tensor, to: int, received: Tensor, source: int) -> Pending:
-        """Send values to one worker and receive those of another in place, at the same time."""
+    def exchange(self, leaving: Sequence[Addressed], arriving: Sequence[Addressed]) -> Pending:
+        """Send tensors straight to other workers and receive others in place, all at the same time.
+
+        Args:
+            leaving: tensors and the workers that they are sent to.
+            arriving: tensors and the workers that they are received from.
+
+        Returns:
+            The pending exchange. Its result is empty: what was received is in `arriving`.
+        """
 
     @abc.abstractmethod
     def connect(self, worker: int) -> Connection:
@@ -208,9 +220,9 @@ class ProcessGroupCommunicator(Communicator):
         work: Any = dist.irecv(values, group=self.group, group_src=self.ranks[worker], tag=tag_of(values))
         self._pending([_Operation(work, worker)], values, (values,)).wait()
 
-    def send_receive(self, values: Tensor, to: int, received: Tensor, source: int) -> Pending:
-        """See `Communicator.send_receive`."""
-        return self._start_p2p([(values, to)], [(received, source)], received)
+    def exchange(self, leaving: Sequence[Addressed], arriving: Sequence[Addressed]) -> Pending:
+        """See `Communicator.exchange`."""
+        return self._start_p2p(leaving, arriving, torch.empty(0))
 
     def connect(self, worker: int) -> Connection:
         """See `Communicator.connect`."""
@@ -231,14 +243,15 @@ class ProcessGroupCommunicator(Communicator):
         names = [self._names[worker] for worker in own]
         return ProcessGroupCommunicator(group, ranks, timeout=timeout, names=names, seconds=self.seconds)
 
-    def _start_p2p(
-        self, leaving: Sequence[tuple[Tensor, int]], arriving: Sequence[tuple[Tensor, int]], result: Tensor
-    ) -> Pending:
+    def _start_p2p(self, leaving: Sequence[Addressed], arriving: Sequence[Addressed], result: Tensor) -> Pending:
         """Send tensors to workers and receive others, in turn, all at the same time; return the pending result."""
         operations: list[dist.P2POp] = []
         others: list[int | None] = []
-        for pair in zip(leaving, arriving, strict=True):
-            for op, (tensor, other) in zip((dist.isend, dist.irecv), pair, strict=True):
+        for pair in itertools.zip_longest(leaving, arriving):
+            for op, addressed in zip((dist.isend, dist.irecv), pair, strict=True):
+                if addressed is None:
+                    continue
+                tensor, other = addressed
                 peer, tag = self.ranks[other], tag_of(tensor)
                 operations.append(dist.P2POp(op, tensor, group=self.group, group_peer=peer, tag=tag))
                 others.append(other)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from draco_ext.protocol.communicator import Pending
@@ -22,8 +23,20 @@ class Turn(enum.Enum):
     EARLIER_EXCHANGES_FIRST = enum.auto()
 
 
-# An exchange is a generator. It yields a collective and is sent its result, or it yields a turn and is sent None.
-Steps = Generator[Pending | Turn, Any, T]
+@dataclass(frozen=True)
+class HostCopy:
+    """Values that an exchange needs on the CPU.
+
+    A copy from another device makes the host wait for everything that the device has been given to do. So all exchanges
+    of a step share one.
+    """
+
+    values: Tensor
+
+
+Wait = Pending | Turn | HostCopy
+# An exchange is a generator. It yields a collective or a copy and is sent the result, or a turn and is sent None.
+Steps = Generator[Wait, Any, T]
 Exchange = Steps[ExchangeOutcome]
 # Its result: the rows of all workers, and the workers whose row is missing.
 RecordExchange = Steps[tuple[Tensor, tuple[int, ...]]]
@@ -37,12 +50,12 @@ class InFlightExchange:
     name: str
     complete: Callable[[Any], None]
     background: bool
-    waits_for: Pending | Turn = Turn.EARLIER_EXCHANGES_FIRST
+    waits_for: Wait = Turn.EARLIER_EXCHANGES_FIRST
 
     @property
     def resumes_on_next_bucket(self) -> bool:
         """Return whether it goes on when the next buffer's exchange begins."""
-        if self.background:
+        if self.background or isinstance(self.waits_for, HostCopy):
             return False
         return not isinstance(self.waits_for, Pending) or self.waits_for.resume_on_next_bucket
 
@@ -55,9 +68,13 @@ class ExchangeScheduler:
 
     Args:
         seconds: counts the time spent.
+
+    Attributes:
+        host_copies: how often the host has waited for copies from the device.
     """
 
     def __init__(self, seconds: Seconds) -> None:
+        self.host_copies = 0
         self._seconds = seconds
         self._in_flight: list[InFlightExchange] = []
 
@@ -80,8 +97,20 @@ class ExchangeScheduler:
         """Complete all exchanges; no other may be started in this step."""
         while self._in_flight:
             ready = [exchange for exchange in self._in_flight if exchange.resumes_on_next_bucket]
-            for exchange in ready or list(self._in_flight):
+            others = [exchange for exchange in self._in_flight if not isinstance(exchange.waits_for, HostCopy)]
+            if not ready and not others:
+                self._copy_to_host()
+            for exchange in ready or others or list(self._in_flight):
                 self._advance(exchange)
+
+    def _copy_to_host(self) -> None:
+        """Copy what exchanges need on the CPU, all at once."""
+        copies = [exchange.waits_for.values for exchange in self._in_flight if isinstance(exchange.waits_for, HostCopy)]
+        with self._seconds.decoding():
+            copied = copy_to_host(copies)
+        self.host_copies += 1
+        for exchange, values in zip(self._in_flight, copied, strict=True):
+            exchange.waits_for = HostCopy(values)
 
     def close(self) -> None:
         """Close all pending exchanges of an aborted step."""
@@ -94,8 +123,7 @@ class ExchangeScheduler:
         with self._seconds.decoding():
             try:
                 waits_for = exchange.waits_for
-                value = waits_for.wait() if isinstance(waits_for, Pending) else None
-                exchange.waits_for = exchange.steps.send(value)
+                exchange.waits_for = exchange.steps.send(_result(waits_for))
             except StopIteration as stop:
                 self._in_flight.remove(exchange)
                 exchange.complete(stop.value)
@@ -112,4 +140,30 @@ def run_alone(steps: Steps[T]) -> T:
         except StopIteration as stop:
             result: T = stop.value
             return result
-        value = waits_for.wait() if isinstance(waits_for, Pending) else None
+        value = _result(waits_for)
+
+
+def _result(waits_for: Wait) -> Tensor | None:
+    """Wait, and return what an exchange is sent."""
+    if isinstance(waits_for, Pending):
+        return waits_for.wait()
+    return waits_for.values.cpu() if isinstance(waits_for, HostCopy) else None
+
+
+def copy_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors on the CPU, from one copy if they are elsewhere."""
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return list(tensors)
+    return split_bytes(join_bytes(tensors).cpu(), tensors)
+
+
+def join_bytes(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the bytes of all tensors, one after the other."""
+    return torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors])
+
+
+def split_bytes(values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors whose bytes `join_bytes` has joined; `like`: tensors of the same shapes and dtypes."""
+    parts = values.split([tensor.numel() * tensor.element_size() for tensor in like])
+    # A clone is aligned for its dtype, which a part need not be.
+    return [part.clone().view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

@@ -1,4 +1,4 @@
-"""Keys and seeds that no rank can know or choose before the messages are final, and digests under such keys."""
+"""Keys and seeds that no rank can know or choose before the messages are final."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import secrets
 import torch
 from torch import Tensor
 
-from draco_ext import ops
 from draco_ext.protocol.communicator import Communicator, Pending
-from draco_ext.protocol.exchange import Steps, Turn
 
 KEY_BITS = 55  # bits of a rank's share in a key: the sum of 255 shares fits into an int64
 SHARE_BYTES = 32  # bytes of a rank's share in a seed drawn by commit and reveal
@@ -74,50 +72,3 @@ def _commitment(worker: int, share: bytes) -> bytes:
 
 def _texts(rows: Tensor) -> list[bytes]:
     return [bytes(row) for row in rows.tolist()]
-
-
-class DigestRounds:
-    """Digests of all workers' messages, each under a key that no rank knew before the messages were final.
-
-    Every collective, even a small one, makes all ranks wait. So each buffer costs one collective, not two. The first
-    buffer of a step waits for the second, draws one key for both and gathers the digests of both. The same collective
-    carries the shares in the key of the buffer that has begun meanwhile, and so on.
-    """
-
-    def __init__(self, communicator: Communicator) -> None:
-        self._communicator = communicator
-        self.abort()
-
-    def abort(self) -> None:
-        """Forget the messages of an aborted step."""
-        self._undigested: list[tuple[int, Tensor]] = []  # (number, message), in order
-        self._key = self._with_key = 0  # the key, and for how many messages it is drawn
-        self._digests: dict[int, list[Digest]] = {}
-
-    def gather(self, values: Tensor, number: int) -> Steps[list[Digest]]:
-        """Return the digests of all workers' messages.
-
-        Args:
-            values: this rank's message, final.
-            number: the number of the exchange, the same on all ranks.
-        """
-        self._undigested.append((number, values))
-        yield Turn.EARLIER_EXCHANGES_FIRST
-        while number not in self._digests:
-            if self._undigested[0][0] != number:
-                yield Turn.EARLIER_EXCHANGES_FIRST  # the first exchange gathers for all
-                continue
-            if self._with_key == 0:
-                covered = len(self._undigested)
-                self._key = int((yield draw_key(self._communicator, values.device)))
-                self._with_key = covered
-            batch = self._undigested[: self._with_key]
-            behind = len(self._undigested) - len(batch)  # their shares are sent with this batch
-            own = [ops.digest(message, (self._key + i) % 2**63) for i, (_, message) in enumerate(batch)]
-            rows = yield self._communicator.all_gather(torch.cat([*own, draw_share(values.device)]))
-            *columns, shares = rows.T.tolist()
-            for i, (other, _) in enumerate(batch):
-                self._digests[other] = list(zip(columns[2 * i], columns[2 * i + 1], strict=True))
-            del self._undigested[: len(batch)]
-            self._key, self._with_key = sum(shares) % 2**63, behind
-        return self._digests.pop(number)

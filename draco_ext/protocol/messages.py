@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +23,15 @@ class GradientBuffer:
         lengths: the length of each parameter's gradient; they add up to d.
         keys: a key for each parameter, the same in every step, although the parameters may be in other buffers then.
         name: the name that errors give it.
+        restore: writes the gradients that this rank has computed into `values` again, where they are also elsewhere;
+            None: they are not.
     """
 
     values: Tensor
     lengths: tuple[int, ...]
     keys: tuple[Hashable, ...]
     name: str
+    restore: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,27 @@ class Message:
     values: Tensor
     buffer: GradientBuffer
     buffer_holds_scaled_values: bool = False
+
+    def keep(self) -> Callable[[], Tensor]:
+        """Keep the message while the buffer is overwritten.
+
+        Returns:
+            A function that returns the message again, perhaps in the buffer. Where they share memory, it needs a copy
+            of the message, unless the buffer can be restored.
+        """
+        values, buffer = self.values, self.buffer
+        if values.untyped_storage().data_ptr() != buffer.values.untyped_storage().data_ptr():
+            return lambda: values
+        restore = buffer.restore
+        if restore is None:
+            copy = values.clone()
+            return lambda: copy
+
+        def restored() -> Tensor:
+            restore()
+            return values
+
+        return restored
 
     def write(self, values: Tensor, factor: float = 1.0) -> Tensor:
         """Write `values`, which are laid out like the message, times a factor into the buffer; return the buffer."""

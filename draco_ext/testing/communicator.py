@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import defaultdict
@@ -12,22 +11,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from draco_ext.protocol.communicator import Communicator, Connection, Pending
+from draco_ext.protocol.communicator import Addressed, Communicator, Connection, Pending
 from draco_ext.reporting.report import Seconds
 
 T = TypeVar("T")
 
 
 class _Network:
-    """The data that the workers of one group share: collectives by their number, and a queue for every pair."""
+    """The data that the workers of one group share: what was sent in collectives, and from one worker to another.
+
+    Attributes:
+        sent: what each worker has sent in a collective, by the number of the collective and worker.
+        mail: what one worker has sent to another, by source, destination and number.
+    """
 
     def __init__(self, workers: int, timeout: float) -> None:
         self.workers = workers
         self.timeout = timeout
         self.changed = threading.Condition()
         self.failed = False
-        self.sent: dict[int, dict[int, Any]] = defaultdict(dict)  # by number of the collective and worker
-        self.queues: dict[tuple[int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
+        self.sent: dict[int, dict[int, Any]] = defaultdict(dict)
+        self.mail: dict[tuple[int, int, int], Tensor] = {}
         self.splits: dict[tuple[int, int], _Network] = {}  # by number of the collective and part
 
     def post(self, number: int, worker: int, value: Any) -> None:
@@ -45,6 +49,20 @@ class _Network:
             if absent or not there:
                 raise RuntimeError(f"rank {absent[0]} has died, hangs, or sends something of another length")
             return [self.sent[number][j] for j in workers]
+
+    def put(self, source: int, to: int, number: int, values: Tensor) -> None:
+        with self.changed:
+            self.mail[source, to, number] = values
+            self.changed.notify_all()
+
+    def take(self, source: int, to: int, number: int, timeout: float | None) -> Tensor:
+        """Wait for what one worker sends to another with this number and return it."""
+        place = source, to, number
+        with self.changed:
+            self.changed.wait_for(lambda: self.failed or place in self.mail, timeout)
+            if place not in self.mail:
+                raise RuntimeError(f"rank {source} has died, hangs, or sends something of another length")
+            return self.mail.pop(place)
 
     def fail(self) -> None:
         with self.changed:
@@ -67,6 +85,10 @@ class FakeCommunicator(Communicator):
         self.seconds = Seconds() if seconds is None else seconds
         self._network = network
         self._number = 0
+        # How much was sent to and received from each worker. What is received has its number from the beginning, as a
+        # process group matches messages in the order in which they are posted, whenever they are waited for.
+        self._sent_to: dict[int, int] = defaultdict(int)
+        self._received_from: dict[int, int] = defaultdict(int)
 
     def all_gather(self, values: Tensor) -> Pending:
         """See `Communicator.all_gather`."""
@@ -100,27 +122,47 @@ class FakeCommunicator(Communicator):
 
     def send(self, values: Tensor, worker: int) -> None:
         """See `Communicator.send`."""
-        self.connect(worker).send(values)
+        self.post(values, worker)
 
     def receive(self, values: Tensor, worker: int) -> None:
         """See `Communicator.receive`."""
-        begin = time.perf_counter()
-        _FakeConnection(self._network, self.worker, worker, self._network.timeout).receive(values)
-        self.seconds.communicate += time.perf_counter() - begin
+        self.exchange([], [(values, worker)]).wait()
 
-    def send_receive(self, values: Tensor, to: int, received: Tensor, source: int) -> Pending:
-        """See `Communicator.send_receive`."""
-        self.send(values, to)
+    def exchange(self, leaving: Sequence[Addressed], arriving: Sequence[Addressed]) -> Pending:
+        """See `Communicator.exchange`."""
+        for values, worker in leaving:
+            self.post(values, worker)
+        expected = [self.expect(values, worker, self._network.timeout) for values, worker in arriving]
 
         def wait() -> Tensor:
-            self.receive(received, source)
-            return received
+            begin = time.perf_counter()
+            for receive in expected:
+                receive()
+            self.seconds.communicate += time.perf_counter() - begin
+            return torch.empty(0)
 
         return Pending(wait)
 
+    def post(self, values: Tensor, worker: int) -> None:
+        """Send a copy of values to one worker."""
+        self._sent_to[worker] += 1
+        self._network.put(self.worker, worker, self._sent_to[worker], values.clone())
+
+    def expect(self, values: Tensor, worker: int, timeout: float | None) -> Callable[[], None]:
+        """Return a function that waits for one worker's values and receives them in place."""
+        self._received_from[worker] += 1
+        number = self._received_from[worker]
+
+        def receive() -> None:
+            other = self._network.take(worker, self.worker, number, timeout)
+            _check_length(values, other)
+            values.copy_(other)
+
+        return receive
+
     def connect(self, worker: int) -> Connection:
         """See `Communicator.connect`."""
-        return _FakeConnection(self._network, self.worker, worker, None)
+        return _FakeConnection(self, worker)
 
     def split(self, parts: Sequence[Sequence[int]], *, extra_timeout: float | None = None) -> Communicator:
         """See `Communicator.split`."""
@@ -159,27 +201,15 @@ class FakeCommunicator(Communicator):
 
 
 class _FakeConnection(Connection):
-    def __init__(self, network: _Network, own: int, other: int, timeout: float | None) -> None:
-        self._network = network
-        self._own = own
+    def __init__(self, communicator: FakeCommunicator, other: int) -> None:
+        self._communicator = communicator
         self._other = other
-        self._timeout = timeout
 
     def send(self, values: Tensor) -> None:
-        self._network.queues[self._own, self._other].put(values.clone())
+        self._communicator.post(values, self._other)
 
     def receive(self, values: Tensor) -> None:
-        arriving = self._network.queues[self._other, self._own]
-        until = None if self._timeout is None else time.monotonic() + self._timeout
-        while not self._network.failed and (until is None or time.monotonic() < until):
-            try:
-                other = arriving.get(timeout=0.05)
-            except queue.Empty:
-                continue
-            _check_length(values, other)
-            values.copy_(other)
-            return
-        raise RuntimeError(f"rank {self._other} has died or hangs")
+        self._communicator.expect(values, self._other, None)()
 
 
 def _check_length(expected: Tensor, got: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext import _checks
 from draco_ext.codes import Audit, Code, RepetitionCode
-from draco_ext.protocol.transports import TRANSPORTS
+from draco_ext.protocol.transports import FORMER_NAMES, TRANSPORTS
 from draco_ext.reporting.ledger import Finding
 from draco_ext.training.audit.guard import ON_CONVICTION, AuditAdversary, AuditGuard
 from draco_ext.training.compatibility import check_model
@@ -129,6 +129,7 @@ def protect(
         raise ValueError(f"code must be for the {ranks} ranks of the model's process group, got {code!r}")
     if on_failure not in ON_FAILURE:
         raise ValueError(f"on_failure must be {' or '.join(map(repr, ON_FAILURE))}, got {on_failure!r}")
+    transport = FORMER_NAMES.get(transport, transport)
     if transport not in TRANSPORTS:
         raise ValueError(f"transport must be {' or '.join(map(repr, TRANSPORTS))}, got {transport!r}")
     _checks.check_tolerance("atol", atol)
@@ -153,7 +154,7 @@ def protect(
     if on_conviction != "substitute" or batch_of is not None:
         raise ValueError("on_conviction and batch_of must be left out for a code: only an Audit takes them")
     if code.message_is_gradient and transport == "allreduce" and (atol > 0 or rtol > 0):
-        raise ValueError("atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'allgather'")
+        raise ValueError("atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'verified'")
     check_model(model, code)
     if (
         dist.get_rank(model.process_group) == 0

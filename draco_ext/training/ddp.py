@@ -3,6 +3,7 @@
 # Without "from __future__ import annotations": DDP looks at the types in its hook's annotations.
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,7 +197,10 @@ class DDPAdapter:
                 devices=[values.device] if values.is_cuda else None
             )
             lengths = tuple(parameter.numel() for parameter in parameters)
-            buffer = GradientBuffer(values, lengths, tuple(parameters), f"bucket {bucket.index()}")
+            # Unless it is a view of the bucket, a parameter's .grad keeps what this rank has computed.
+            is_copy = not self.model.gradient_as_bucket_view
+            restore = functools.partial(write_gradients, values, parameters) if is_copy else None
+            buffer = GradientBuffer(values, lengths, tuple(parameters), f"bucket {bucket.index()}", restore)
             with self._watch.own():
                 self._take(Bucket(buffer, bucket.index(), bucket.is_last(), lambda: future.set_result(values)))
             if bucket.is_last():
@@ -220,6 +224,15 @@ def as_parameter(values: Tensor, parameter: Tensor) -> Tensor:
     if has_no_gaps(parameter):
         return values.as_strided(parameter.size(), parameter.stride(), values.storage_offset())
     return values.view(parameter.shape)
+
+
+def write_gradients(values: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Write the gradients of some parameters as DDP puts them into a bucket; 0 where there is none."""
+    for piece, parameter in zip(values.split([p.numel() for p in parameters]), parameters, strict=True):
+        if parameter.grad is None:
+            piece.zero_()
+        else:
+            as_parameter(piece, parameter).copy_(parameter.grad)
 
 
 @dataclass(frozen=True)

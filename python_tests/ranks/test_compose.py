@@ -176,7 +176,7 @@ SETUPS = {
     "static graph": ({"ddp": {"static_graph": True}}, 1e-5),
     "static graph, unused": ({"branch": lambda step, part: False, "ddp": {"static_graph": True}}, 1e-5),
     "static graph, buckets, views": ({"ddp": {"static_graph": True} | BUCKETS | VIEWS}, 1e-5),
-    "buckets, views, all-gather": ({"transport": "allgather", "ddp": BUCKETS | VIEWS}, 1e-5),
+    "buckets, views, all-gather": ({"transport": "verified", "ddp": BUCKETS | VIEWS}, 1e-5),
     "buckets, AdamW, clipping": ({"optimizer": "adamw", "clip": 0.5, "ddp": BUCKETS}, 1e-5),
 }
 # The cyclic code takes no 16 bits.

@@ -21,9 +21,11 @@ from draco_ext import CyclicCode, RepetitionCode, ops
 from draco_ext.protocol import groups
 from draco_ext.protocol import keys as protocol_keys
 from draco_ext.protocol.groups import gather, gather_json
-from draco_ext.protocol.transports import allreduce_repetition
+from draco_ext.protocol.transports import allreduce_repetition, verified
 from draco_ext.testing.local import run_local
 from draco_ext.training import handshake
+
+verified.SMALL = 0  # messages of small models in pieces, too
 
 TIMEOUT, DEADLINE = 3.0, 1.0
 HANGS = 60.0  # seconds after which a job counts as one that hangs; what it may wait for takes a tenth
@@ -98,8 +100,8 @@ def _accident(rank, folder, group, code, transport, victim, how):
     [
         (RepetitionCode(6, 1), "allreduce", 1, "SIGKILL"),
         (CyclicCode(3, 1), "allreduce", 1, "SIGSTOP"),
-        (THREE, "allgather", 1, "SIGKILL"),
-        (THREE, "allgather", 1, "SIGSTOP"),
+        (THREE, "verified", 1, "SIGKILL"),
+        (THREE, "verified", 1, "SIGSTOP"),
         # Any other than the server itself: test_server.py.
         (THREE, "server", 0, "SIGKILL"),
         (THREE, "server", 0, "SIGSTOP"),
@@ -119,7 +121,7 @@ def test_a_rank_that_is_lost_ends_the_job_in_time(tmp_path, code, transport, vic
         result = torch.load(tmp_path / f"{rank}.pt")
         assert result["step"] == STEP, result
         assert f"no gradient in step {STEP}, bucket " in result["error"]
-        named = {"server": "rank 0", "allgather": f"rank {victim} "}.get(transport, "a rank has died, hangs")
+        named = {"server": "rank 0", "verified": f"rank {victim} "}.get(transport, "a rank has died, hangs")
         assert named in result["error"]
         assert result["none"]
         assert result["unchanged"]
@@ -182,7 +184,7 @@ def test_a_message_of_another_length_is_an_erasure_for_the_server(tmp_path):
 
 
 def test_a_message_of_another_length_ends_an_all_gather_in_time(tmp_path):
-    processes = start(_other_length, 3, tmp_path, THREE, "allgather", {1: shorter}, STEP + 3)
+    processes = start(_other_length, 3, tmp_path, THREE, "verified", {1: shorter}, STEP + 3)
     try:
         assert None not in join(processes)
     finally:
@@ -193,8 +195,9 @@ def test_a_message_of_another_length_ends_an_all_gather_in_time(tmp_path):
         assert f"no gradient in step {STEP}, bucket 0: rank 1 has died, hangs, or sends" in result["error"]
 
 
-def _at_the_wire(rank, report):
-    for case in WIRE:
+def _at_the_wire(rank, report, cases, small):
+    verified.SMALL = small
+    for case in cases:
         report(_altered(rank, *case))
 
 
@@ -220,11 +223,16 @@ def _altered(rank, code, transport, alter):
     everybody = [None] * code.workers
     dist.all_gather_object(everybody, [(f.step, f.bucket, f.worker, f.elements, f.largest) for f in findings])
     del everybody[1]
-    return same_everywhere(rows[[0, 2]]), ((rows[0] - clean[0]).norm() / clean[0].norm()).item(), outcomes, everybody
+    honest = [j for j in range(code.workers) if j != 1]
+    return same_everywhere(rows[honest]), ((rows[0] - clean[0]).norm() / clean[0].norm()).item(), outcomes, everybody
 
 
 def cut(values, peer):
     return values[:-3]
+
+
+def cut_values(values, peer):
+    return values[:-3] if values.is_floating_point() else values
 
 
 def equivocate(values, peer):
@@ -233,16 +241,18 @@ def equivocate(values, peer):
 
 
 WIRE = [
-    (THREE, "allgather", equivocate),
-    (THREE, "allgather", cut),
+    (THREE, "verified", equivocate),
+    (THREE, "verified", cut),
     (THREE, "server", cut),
-    (CyclicCode(3, 1), "allgather", cut),
+    (CyclicCode(3, 1), "verified", cut),
 ]
+WIRE_IN_PIECES = [(RepetitionCode(6, 1), "verified", equivocate), (RepetitionCode(6, 1), "verified", cut_values)]
 
 
 def test_a_message_that_is_cut_off_or_is_another_for_everybody():
     """A wrong one. Honest ranks have the same bits in the end."""
-    for (code, _, alter), (same, distance, outcomes, everybody) in zip(WIRE, run_local(_at_the_wire, 3), strict=True):
+    results = run_local(_at_the_wire, 3, WIRE, 2**16)
+    for (code, _, alter), (same, distance, outcomes, everybody) in zip(WIRE, results, strict=True):
         assert same
         assert distance == 0 if isinstance(code, RepetitionCode) else distance < 1e-5
         assert outcomes == [None] * 4
@@ -251,6 +261,16 @@ def test_a_message_that_is_cut_off_or_is_another_for_everybody():
         assert (everybody[0] == everybody[1]) == (alter is cut)
         if isinstance(code, RepetitionCode) and alter is cut:
             assert all(elements > 3 and largest is None for *_, elements, largest in everybody[0])
+
+
+def test_a_piece_that_is_cut_off_or_is_another_for_everybody():
+    """Whoever gets it has the right one sent again, and names its sender."""
+    for same, distance, outcomes, everybody in run_local(_at_the_wire, 6, WIRE_IN_PIECES, 0):
+        assert same
+        assert distance == 0
+        assert outcomes == [None] * 4
+        for findings in everybody:
+            assert {(step, worker) for step, _, worker, _, _ in findings} == {(step, 1) for step in range(4)}
 
 
 # ------------------------------------------------------------------------------- what peers say of themselves

@@ -28,8 +28,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import draco_ext
 from draco_ext import CyclicCode, DecodingError, RedundantBatchSampler, RepetitionCode, ops
 from draco_ext.protocol.groups import divide, gather_json, timeout_of
+from draco_ext.protocol.transports import verified
 from draco_ext.reporting.evidence import Evidence
 from draco_ext.testing.local import run_local
+
+verified.SMALL = 0  # messages of small models in pieces, too
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 STEPS = 20
@@ -169,7 +172,7 @@ def same_everywhere(rows):
 # ------------------------------------------------------------------------------------- what runs on the ranks
 
 
-TRANSPORTS = ("allreduce", "allgather", "server")
+TRANSPORTS = ("allreduce", "verified", "server")
 
 
 def _against_clean(rank, report, code, injectors, steps):
@@ -592,9 +595,9 @@ def test_mistakes_are_named():
         "TypeError: code must be a RepetitionCode, a CyclicCode or an Audit, got int",
         "ValueError: code must be for the 3 ranks of the model's process group, got "
         "RepetitionCode(workers=4, adversaries=1)",
-        "ValueError: transport must be 'allreduce' or 'allgather' or 'server', got 'pigeons'",
+        "ValueError: transport must be 'allreduce' or 'verified' or 'server', got 'pigeons'",
         "ValueError: on_failure must be 'raise' or 'skip', got 'hope'",
-        "ValueError: atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'allgather'",
+        "ValueError: atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'verified'",
         "TypeError: parameters must have a dtype that CyclicCode(workers=3, adversaries=1) takes, "
         "got torch.float16 for module.0.weight",
         "ValueError: seed must be the same on all ranks, got 1 on rank 1 and 0 on rank 0",

@@ -10,12 +10,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import draco_ext
 from draco_ext import CyclicCode, DecodingError, RepetitionCode
+from draco_ext.protocol.transports import verified
 from draco_ext.testing.local import run_local
 from draco_ext.training.record import Claims, StepRecord, _pack, _unpack, majority
 from draco_ext.training.state import SECTIONS, ReplicatedState, judge
 
+verified.SMALL = 0  # messages of small models in pieces, too
+
 STEPS, FAULT = 5, 2
-TRANSPORTS = ("allreduce", "allgather", "server")
+TRANSPORTS = ("allreduce", "verified", "server")
 
 
 def network():

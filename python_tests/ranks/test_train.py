@@ -78,7 +78,7 @@ def test_the_command_with_every_rule_side_by_side(tmp_path):
     ("transport", "attack", "bad", "workers", "adversaries"),
     [
         ("allreduce", "nan", "adjacent", 7, 2),
-        ("allgather", "bit-flip", "random", 6, 1),
+        ("verified", "bit-flip", "random", 6, 1),
         ("server", "little-is-enough", "fixed", 6, 1),
         ("allreduce", "small-bias", "random", 5, 2),
     ],

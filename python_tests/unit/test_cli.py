@@ -77,7 +77,7 @@ def runs(monkeypatch):
             "--batch-size must be a multiple of 9, so that parts are even, and at most 1437, got 8",
         ),
         ("train --workers 1500 --adversaries 1", "--batch-size must be a multiple of 1500, so that"),
-        ("train --transport pigeons", "'pigeons' is not one of 'allreduce', 'allgather', 'server'"),
+        ("train --transport pigeons", "'pigeons' is not one of 'allreduce', 'verified', 'server'"),
         ("train --batch-size 0", "0 is not in the range 1<=x<=1437"),
         ("train --batch-size 5000", "5000 is not in the range 1<=x<=1437"),
         ("train --learning-rate 0", "0.0 is not in the range 0<x<inf"),
@@ -224,12 +224,12 @@ def test_cost_by_hand():
     repetition = cost(RepetitionCode(9, 1), 1001, "float32")
     assert repetition.compute == 3
     # Each shard is added up by three members, and its sum handed to two more in each group; plain, it would be 16.
-    assert repetition.sent == {"allreduce": (4 + 6) * 4004, "allgather": 72 * 4004, "server": 16 * 4004}
+    assert repetition.sent == {"allreduce": (4 + 6) * 4004, "verified": 72 * 4004, "server": 16 * 4004}
     assert repetition.messages == 9 * 4004 + 4004
     assert repetition.amplification == 1
     cyclic = cost(CyclicCode(9, 1), 1001, "float32")
     assert cyclic.compute == 3
-    assert cyclic.sent == {"allreduce": 16 * 4004, "allgather": 72 * 4008, "server": 8 * (4008 + 4004)}
+    assert cyclic.sent == {"allreduce": 16 * 4004, "verified": 72 * 4008, "server": 8 * (4008 + 4004)}
     assert cyclic.messages == 9 * 4008 + 4004
     # Weights 1/3, 1/3, 1/3; one condition on two unknowns: ||b||^2 / n = 1 + 1/2.
     assert cyclic.amplification == pytest.approx(math.sqrt(1.5 / 3))
@@ -286,7 +286,7 @@ def test_plan_of_an_audit_stands_beside_the_codes():
     plain = repetition["sent per step, plain data-parallel"]
     assert plain == "64 kB (64,000 B)" == audit["sent per step, plain data-parallel"]
     assert audit["sent per step, allreduce"].startswith(f"{plain}, ")
-    assert audit["sent per step, server"] == audit["sent per step, allgather"] == "not offered"
+    assert audit["sent per step, server"] == audit["sent per step, verified"] == "not offered"
     # 99 is (1 - p) / p; 0.99^459 is the first power below 0.01.
     named = audit["wrong updates before a bad worker is named"]
     assert named.startswith("99 expected, at most 458 with a probability of 99%")

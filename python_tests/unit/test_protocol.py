@@ -10,9 +10,9 @@ from draco_ext import CyclicCode, RepetitionCode
 from draco_ext.protocol import keys, messages
 from draco_ext.protocol.communicator import Pending
 from draco_ext.protocol.encoder import CHUNK, GradientEncoder
-from draco_ext.protocol.exchange import ExchangeScheduler, Turn, run_alone
+from draco_ext.protocol.exchange import ExchangeScheduler, Turn, copy_to_host, join_bytes, run_alone, split_bytes
 from draco_ext.protocol.messages import GradientBuffer, Message
-from draco_ext.protocol.transports import TRANSPORTS, allgather, make_transport
+from draco_ext.protocol.transports import TRANSPORTS, allgather, make_transport, verified
 from draco_ext.reporting.report import Seconds
 from draco_ext.testing.communicator import run_workers
 
@@ -46,6 +46,21 @@ def run_overlapped(transport, exchanges):
 # -------------------------------------------------------------------------------------------- transports
 
 
+# What "verified" is for the cyclic code, and for the repetition code with a tolerance or a small message, by itself.
+NAMES = (*TRANSPORTS, "allgather")
+
+
+@pytest.fixture(autouse=True)
+def _small_messages_in_pieces(monkeypatch):
+    monkeypatch.setattr(verified, "SMALL", 0)
+
+
+def transport_of(name, code, communicator, **options):
+    if name == "allgather":
+        return allgather.AllGather(code, communicator)
+    return make_transport(name, code, communicator, **options)
+
+
 CODES = [RepetitionCode(3, 1), RepetitionCode(7, 1), RepetitionCode(6, 0), CyclicCode(4, 1), CyclicCode(5, 2)]
 
 
@@ -54,7 +69,7 @@ def _add_one(values):
 
 
 def _one_wrong_message(communicator, name, code, bad):
-    transport = make_transport(name, code, communicator)
+    transport = transport_of(name, code, communicator)
     own = [message_of(code, communicator.worker, i, _add_one if communicator.worker in bad else None) for i in range(3)]
     outcomes = run_overlapped(transport, [transport.exchange(message, i) for i, (message, _) in enumerate(own)])
     decoded = torch.stack([message.buffer.values for message, _ in own])
@@ -62,7 +77,7 @@ def _one_wrong_message(communicator, name, code, bad):
     return [outcome.suspects.keys() for outcome in outcomes], [outcome.failed for outcome in outcomes], decoded, apart
 
 
-@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("code", CODES, ids=repr)
 def test_every_set_of_bad_workers_changes_nothing(name, code):
     """Buckets that overlap; with the server, worker 0 is trusted, but its message is not."""
@@ -76,10 +91,10 @@ def test_every_set_of_bad_workers_changes_nothing(name, code):
                 assert apart < (1e-6 if code.exact else 1e-5)
 
 
-@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_too_many_bad_workers_are_a_failure(name):
     def work(communicator):
-        transport = make_transport(name, RepetitionCode(3, 1), communicator)
+        transport = transport_of(name, RepetitionCode(3, 1), communicator)
 
         def alter(values):
             values += communicator.worker
@@ -92,7 +107,7 @@ def test_too_many_bad_workers_are_a_failure(name):
 
 
 def _records(communicator, name):
-    transport = make_transport(name, RepetitionCode(3, 1), communicator)
+    transport = transport_of(name, RepetitionCode(3, 1), communicator)
     gathered = []
     for step in range(3):  # in turns with buckets
         values = torch.full((5,), float(step))
@@ -103,7 +118,7 @@ def _records(communicator, name):
     return gathered
 
 
-@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_rank_gets_the_same_records(name):
     expected = [(False, [[2**62 + j, -step] for j in range(3)], ()) for step in range(3)]
     assert run_workers(_records, 3, name) == [expected] * 3
@@ -111,7 +126,7 @@ def test_every_rank_gets_the_same_records(name):
 
 def test_a_late_record_is_missing_and_its_worker_catches_up():
     def work(communicator):
-        transport = make_transport("server", RepetitionCode(3, 1), communicator, deadline=0.5)
+        transport = transport_of("server", RepetitionCode(3, 1), communicator, deadline=0.5)
         gathered = []
         for step in range(2):
             if (communicator.worker, step) == (2, 0):
@@ -139,7 +154,7 @@ def _sliced(communicator, name, code):
     def other(values):
         values[50] = communicator.worker
 
-    transport = make_transport(name, code, communicator)
+    transport = transport_of(name, code, communicator)
     alterations = [_two_elements if communicator.worker == 1 else None, None, other if communicator.worker else None]
     own = [message_of(code, communicator.worker, i, alter) for i, alter in enumerate(alterations, 1)]
     outcomes = run_overlapped(transport, [transport.exchange(message, i) for i, (message, _) in enumerate(own, 1)])
@@ -194,7 +209,7 @@ class _Dishonest(keys.SharedSeed):
 
 def _dishonest(communicator):
     code = CyclicCode(4, 1)
-    transport = make_transport("allgather", code, communicator)
+    transport = transport_of("verified", code, communicator)
     seeds, decode_rows = [], transport._decode_rows
 
     def note_and_decode(rows, out, missing, seed):
@@ -228,20 +243,49 @@ def test_a_share_that_is_not_the_one_committed_to(how, monkeypatch):
     assert -(2**63) <= seeds[0] < 2**63
 
 
-def test_digests_of_all_buckets_are_gathered_under_keys_that_are_the_same_everywhere():
-    def work(communicator):
-        rounds = keys.DigestRounds(communicator)
-        vectors = [torch.full((9,), float(i)) for i in range(5)]
-        gathered = run_overlapped(None, [rounds.gather(vector, i) for i, vector in enumerate(vectors)])
-        again = run_alone(rounds.gather(vectors[0], 5))
-        assert not rounds._undigested
-        return gathered, again
+def _host_copies(communicator, code, bad):
+    """Return how often the host waits for the device in a step with four buckets and its record."""
+    transport = make_transport("allreduce", code, communicator)
+    scheduler, outcomes, truths = ExchangeScheduler(Seconds()), [], []
+    scheduler.start(
+        transport.gather_record(torch.tensor([communicator.worker])),
+        name="record",
+        complete=lambda gathered: None,
+        background=True,
+    )
+    for i in range(4):
+        message, truth = message_of(code, communicator.worker, i, _add_one if communicator.worker in bad else None)
+        truths.append((message.buffer.values, truth))
+        scheduler.start(transport.exchange(message, i), name=f"{i}", complete=outcomes.append)
+    scheduler.complete_all()
+    right = all(torch.allclose(decoded, truth, atol=1e-5) for decoded, truth in truths)
+    return scheduler.host_copies, [set(outcome.suspects) for outcome in outcomes], right
 
-    everybody = run_workers(work, 3)
-    gathered, again = everybody[0]
-    assert everybody == [everybody[0]] * 3
-    assert all(len(set(digests)) == 1 for digests in (*gathered, again))
-    assert len({digests[0] for digests in (*gathered, again)}) == 6  # another key for each, also for the same vector
+
+@pytest.mark.parametrize("code", [RepetitionCode(3, 1), RepetitionCode(7, 1), CyclicCode(5, 1)], ids=repr)
+def test_the_host_waits_for_the_device_once_in_a_step(code):
+    assert run_workers(_host_copies, code.workers, code, set()) == [(1, [set()] * 4, True)] * code.workers
+    # And a step in which somebody is outvoted waits no more often for its verdicts.
+    assert run_workers(_host_copies, code.workers, code, {1}) == [(1, [{1}] * 4, True)] * code.workers
+
+
+def test_copies_to_the_host_are_the_values():
+    tensors = [torch.arange(3), torch.tensor([[1.5, -0.0]]), torch.tensor([True]), torch.empty(0, 4)]
+    assert copy_to_host(tensors) == tensors
+    for there, back in zip(tensors, split_bytes(join_bytes(tensors), tensors), strict=True):
+        assert there.dtype == back.dtype
+        assert torch.equal(there, back)
+
+
+def test_a_message_is_kept_while_its_buffer_is_overwritten():
+    values = torch.arange(4.0)
+    for restore in (None, lambda: values.copy_(torch.arange(4.0))):
+        message_again = Message(values, GradientBuffer(values, (4,), (0,), "bucket", restore)).keep()
+        values.fill_(7)
+        assert message_again().tolist() == [0, 1, 2, 3]
+        values.copy_(torch.arange(4.0))
+    other = torch.ones(4)
+    assert Message(other, buffer_of(values)).keep()() is other
 
 
 # ------------------------------------------------------------------------------------------------ encoder
@@ -316,10 +360,10 @@ def test_an_aborted_step_leaves_nothing_behind():
     assert done == []
 
 
-@pytest.mark.parametrize("name", ["allreduce", "allgather"])
+@pytest.mark.parametrize("name", ["allreduce", "verified", "allgather"])
 def test_a_transport_works_again_after_an_aborted_step(name):
     def work(communicator):
-        transport = make_transport(name, RepetitionCode(3, 1), communicator)
+        transport = transport_of(name, RepetitionCode(3, 1), communicator)
         scheduler = ExchangeScheduler(Seconds())
         for i in range(2):
             message, _ = message_of(transport.code, communicator.worker, i)

@@ -9,8 +9,9 @@ from draco_ext.protocol.transports.allreduce_cyclic import AllReduceCyclic
 from draco_ext.protocol.transports.allreduce_repetition import AllReduceRepetition
 from draco_ext.protocol.transports.base import Transport
 from draco_ext.protocol.transports.server import ServerTransport
+from draco_ext.protocol.transports.verified import VerifiedAllReduce
 
-__all__ = ["TRANSPORTS", "Transport", "make_transport"]
+__all__ = ["FORMER_NAMES", "TRANSPORTS", "Transport", "make_transport"]
 
 
 def _all_reduce(code: Code, communicator: Communicator, *, deadline: float, **tolerance: float) -> Transport:
@@ -21,15 +22,22 @@ def _all_reduce(code: Code, communicator: Communicator, *, deadline: float, **to
     raise ValueError(f"code must have messages that are gradients, or projections, for 'allreduce'; got {code!r}")
 
 
-def _all_gather(code: Code, communicator: Communicator, *, deadline: float, **tolerance: float) -> Transport:
-    return AllGather(code, communicator, **tolerance)
+def _verified(
+    code: Code, communicator: Communicator, *, deadline: float, atol: float = 0.0, rtol: float = 0.0
+) -> Transport:
+    if not code.message_is_gradient or atol > 0 or rtol > 0:  # messages differ by nature, so all go to all
+        return AllGather(code, communicator, atol=atol, rtol=rtol)
+    if code.adversaries == 0:
+        return AllReduceRepetition(code, communicator)
+    return VerifiedAllReduce(code, communicator)
 
 
 TRANSPORTS: Mapping[str, Callable[..., Transport]] = {
     "allreduce": _all_reduce,
-    "allgather": _all_gather,
+    "verified": _verified,
     "server": ServerTransport,
 }
+FORMER_NAMES = {"allgather": "verified"}
 
 
 def make_transport(
@@ -38,11 +46,11 @@ def make_transport(
     """Return the transport of this name. All ranks must call it.
 
     Args:
-        name: one of `TRANSPORTS`.
+        name: one of `TRANSPORTS`, or the former name of one.
         code: the code.
         communicator: connects the code's workers.
         deadline: seconds that a server waits for the others' messages once it has its own.
         atol: the absolute tolerance between honest messages; see `draco_ext.decode`.
         rtol: the relative one.
     """
-    return TRANSPORTS[name](code, communicator, deadline=deadline, atol=atol, rtol=rtol)
+    return TRANSPORTS[FORMER_NAMES.get(name, name)](code, communicator, deadline=deadline, atol=atol, rtol=rtol)

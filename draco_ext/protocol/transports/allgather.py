@@ -10,7 +10,7 @@ from torch import Tensor
 
 from draco_ext.codes import Code
 from draco_ext.protocol.communicator import Communicator, Pending
-from draco_ext.protocol.exchange import Exchange, RecordExchange, Turn
+from draco_ext.protocol.exchange import Exchange, HostCopy, RecordExchange, Turn
 from draco_ext.protocol.keys import SharedSeed
 from draco_ext.protocol.messages import (
     SLICE,
@@ -54,7 +54,7 @@ class AllGather(Transport):
     """
 
     trust = (
-        "allgather: up to s ranks may compute and send anything; a rank must send the same message to all, "
+        "verified: up to s ranks may compute and send anything; a rank must send the same message to all, "
         "and nobody else is trusted."
     )
 
@@ -84,7 +84,7 @@ class AllGather(Transport):
     def gather_record(self, record: Tensor) -> RecordExchange:
         """Gather the records straight from each rank; see `Transport.gather_record`."""
         rows = write_truncation_sentinel(record.new_zeros(self.code.workers, record.numel()))
-        return read_records((yield self.communicator.all_gather_p2p(record, rows)))
+        return read_records((yield HostCopy((yield self.communicator.all_gather_p2p(record, rows)))))
 
     def _send(self) -> None:
         while self._unsent and (not self._under_way or self._under_way + self._unsent[0].size <= WINDOW):

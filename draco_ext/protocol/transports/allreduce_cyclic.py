@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from draco_ext.protocol.exchange import Exchange
+from draco_ext.protocol.exchange import Exchange, HostCopy
 from draco_ext.protocol.keys import draw_key
 from draco_ext.protocol.messages import ExchangeOutcome, Message, slices, workers_in
 from draco_ext.protocol.transports.allreduce_repetition import HONEST_COMMUNICATION
@@ -39,16 +39,18 @@ class AllReduceCyclic(Transport):
         weights, suspects, failed = code.locate(
             gathered, norms, values.numel(), dtype=values.dtype, atol=self.atol, rtol=self.rtol
         )
-        found, left_out = workers_in(suspects), workers_in(weights == 0)
         yield total
-        if failed or weights.isnan().any():
+        flags = torch.stack([suspects, weights == 0, weights.isnan(), failed.expand_as(suspects)])
+        suspects, absent, unknown, failed = yield HostCopy(flags)
+        found, left_out = workers_in(suspects), workers_in(absent)
+        if failed.any() or unknown.any():
             buffer.fill_(torch.nan)
-        elif (weights != 1 / code.workers).any():  # a worker is left out
-            if weights[communicator.worker] == 0:
+        elif left_out:
+            if absent[communicator.worker]:
                 buffer.zero_()
             else:
                 for piece in slices(values):
                     piece.copy_(code.combine(piece[None], weights[communicator.worker, None]))
                 message.write(values)
             yield communicator.all_reduce(buffer)
-        return ExchangeOutcome(dict.fromkeys(found), bool(failed), left_out=left_out)
+        return ExchangeOutcome(dict.fromkeys(found), bool(failed.any()), left_out=left_out)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from draco_ext import ops
 from draco_ext.codes import Code
 from draco_ext.protocol.communicator import Communicator
 from draco_ext.protocol.differences import Difference, difference, join, validate_reported
-from draco_ext.protocol.exchange import Exchange, Steps
-from draco_ext.protocol.keys import DigestRounds
+from draco_ext.protocol.exchange import Exchange, HostCopy, Steps
+from draco_ext.protocol.keys import draw_key
 from draco_ext.protocol.messages import ExchangeOutcome, Message, slice_length, slices
 from draco_ext.protocol.transports.base import Transport
 
@@ -19,16 +21,19 @@ HONEST_COMMUNICATION = "allreduce: up to s ranks may compute anything wrong; wha
 
 
 class AllReduceRepetition(Transport):
-    """A vote on digests of the messages, then an all-reduce in which each member of a group contributes one shard.
+    """An all-reduce in which each member of a group contributes one shard, and a vote on digests of the messages.
 
     The buffer is divided into as many shards as a group (the smallest one) has members. Each member is responsible for
     one shard: it adds it up with the corresponding members of the other groups, and broadcasts the sum to its own
     group. With m members and G groups a rank sends (2 (G - 1) / G + m - 1) / m times the buffer; a plain all-reduce
     sends nearly 2 times the buffer. With one group nothing is sent, and with s = 0 it is the plain all-reduce. The
-    digest and a share in its key add 24 bytes per rank and buffer. No memory of the size of a message is needed.
+    digest and a share in its key add 24 bytes per rank and buffer.
 
-    A member that is outvoted first receives the right message from a member of the majority, and reports the
-    difference. So the same member always contributes a shard, and the sum has the same bits as without faults.
+    Sums begin as soon as a message has its digest. The digests are read when all buffers have begun, so the host waits
+    for the device once in a step. If a member is outvoted then, a member of the majority sends it the right message. It
+    reports the difference, and the message's sum is made again. So the same member always contributes a shard, and the
+    sum has the same bits as without faults. For this the message is kept: DistributedDataParallel has it in ``.grad``,
+    but with gradient_as_bucket_view, and elsewhere, it is copied.
     """
 
     trust = HONEST_COMMUNICATION
@@ -39,7 +44,6 @@ class AllReduceRepetition(Transport):
         self._shards = min(map(len, self._groups))
         self._own = next(members for members in self._groups if communicator.worker in members)
         self._shard = self._own.index(communicator.worker)  # this worker's shard, if it is less than _shards
-        self._rounds = DigestRounds(communicator)
         # A shard is all-reduced in its ring (one worker of each group), then broadcast in the circle (the group).
         self._ring: Communicator | None = None
         self._circle: Communicator | None = None
@@ -55,16 +59,19 @@ class AllReduceRepetition(Transport):
         if self._shard < self._shards:
             self._ring = ring
 
-    def abort(self) -> None:
-        """See `Transport.abort`."""
-        self._rounds.abort()
-
     def _exchange(self, message: Message, number: int) -> Exchange:
-        """Gather digests, vote, repair the suspects and add up the messages."""
+        """Digest and add up the messages; then vote, and where somebody is outvoted, repair and add up again."""
         if self.code.adversaries == 0:  # groups of one
             yield from self._add_up(message)
             return ExchangeOutcome({}, False)
-        digests = yield from self._rounds.gather(message.values, number)
+        values = message.values
+        key = yield draw_key(self.communicator, values.device)
+        own = ops.digest(values, int(key))
+        gathered = self.communicator.all_gather(own)
+        message_again = message.keep() if len(self._groups) > 1 else lambda: values
+        yield from self._add_up(message)
+        rows = yield HostCopy((yield gathered))
+        digests = [tuple(row) for row in rows.tolist()]
         suspects, helpers, failed = [], {}, False
         for members in self._groups:
             winner, votes = Counter(digests[j] for j in members).most_common(1)[0]
@@ -77,8 +84,13 @@ class AllReduceRepetition(Transport):
         if failed:
             message.buffer.values.fill_(torch.nan)
             return ExchangeOutcome(dict.fromkeys(suspects), True)
-        found = self._repair_suspects(message.values, suspects, helpers)
-        yield from self._add_up(message)
+        if not suspects:
+            return ExchangeOutcome({}, False)
+        again = replace(message, values=message_again())
+        if ops.digest(again.values, int(key)).tolist() != rows[self.communicator.worker].tolist():
+            raise RuntimeError("gradients were changed while they were exchanged")
+        found = self._repair_suspects(again.values, suspects, helpers)
+        yield from self._add_up(again)
         return ExchangeOutcome(found, False)
 
     def _add_up(self, message: Message) -> Steps[None]:
@@ -102,8 +114,6 @@ class AllReduceRepetition(Transport):
         self, values: Tensor, suspects: list[int], helpers: dict[int, int]
     ) -> dict[int, Difference | None]:
         """Replace every suspect's message by the right one, in place; return how each differed."""
-        if not suspects:
-            return {}
         communicator = self.communicator
         own: Difference | None = Difference(0, 0, 0.0)
         for j in suspects:

@@ -12,7 +12,7 @@ from draco_ext import ops
 from draco_ext.protocol.communicator import Communicator
 from draco_ext.training.audit import shipping
 from draco_ext.training.audit.measures import Measure
-from draco_ext.training.ddp import Bucket, as_parameter
+from draco_ext.training.ddp import Bucket, write_gradients
 
 CHUNK = 2**24  # bytes; a hand-over sends so many at once, or one parameter
 
@@ -21,11 +21,7 @@ def flatten(parameters: Sequence[Tensor]) -> Tensor:
     """Return the gradients of some parameters as DDP would put them into a bucket; 0 where there is none."""
     first = parameters[0]
     values = torch.empty(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
-    for piece, parameter in zip(values.split([p.numel() for p in parameters]), parameters, strict=True):
-        if parameter.grad is None:
-            piece.zero_()
-        else:
-            as_parameter(piece, parameter).copy_(parameter.grad)
+    write_gradients(values, parameters)
     return values
 
 

@@ -225,7 +225,8 @@ def shift(data: Tensor, distance: int, communicator: Communicator, device: torch
     lengths = communicator.all_gather(torch.tensor([data.numel()], device=device)).wait().flatten().tolist()
     source, to = (own + distance) % n, (own - distance) % n
     received = torch.empty(lengths[source], dtype=torch.uint8, device=device)
-    return communicator.send_receive(data.to(device), to, received, source).wait()
+    communicator.exchange([(data.to(device), to)], [(received, source)]).wait()
+    return received
 
 
 def send(data: Tensor, communicator: Communicator, worker: int, device: torch.device) -> None:

@@ -1,0 +1,155 @@
+"""A verified all-reduce for codes whose messages are gradients: nobody is trusted, and it sends less than a ring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draco_ext import ops
+from draco_ext.codes import Code
+from draco_ext.protocol.communicator import Communicator
+from draco_ext.protocol.delivery import Delivery, more_than
+from draco_ext.protocol.differences import Difference, join, validate_reported
+from draco_ext.protocol.exchange import Exchange, RecordExchange
+from draco_ext.protocol.messages import ExchangeOutcome, Message
+from draco_ext.protocol.transports.allgather import AllGather
+from draco_ext.protocol.transports.base import Transport
+
+# Messages of at most so many bytes go to all ranks whole: for them waiting costs more than bytes.
+SMALL = 2**16
+
+
+class VerifiedAllReduce(Transport):
+    """An all-reduce in which every rank verifies everything that it receives, and whose sum nobody can change.
+
+    With G groups the buffer is divided into G shards, and group c is the committee of shard c. Each phase delivers one
+    vector of every group to ranks; see `Delivery`:
+
+    1. Scatter: every member of committee c gets shard c of each group's message. It adds them up in the order of the
+       groups, so honest members have the same bits.
+    2. Hand round: every rank gets the sums of all committees.
+
+    Members of a group have the same message, so each sends only its piece of it. A rank with groups of m members sends
+    2 (n - m) / n times the buffer, where a plain all-reduce sends 2 (n - 1) / n times; with one group it sends only
+    digests. It needs memory of the size of the buffer while the first phase is under way, and keeps it for the next.
+    """
+
+    trust = (
+        "verified: of each group up to s ranks may compute and send anything, to every rank something else; nobody is "
+        "trusted."
+    )
+
+    def __init__(self, code: Code, communicator: Communicator) -> None:
+        super().__init__(code, communicator)
+        self._groups = code.decoding_groups
+        self._group_of = {j: g for g, members in enumerate(self._groups) for j in members}
+        self._small = AllGather(code, communicator)
+        self._free: list[Tensor] = []  # bytes, for the shards of all groups
+
+    def abort(self) -> None:
+        """See `Transport.abort`."""
+        self._small.abort()
+        self._free = []
+
+    def gather_record(self, record: Tensor) -> RecordExchange:
+        """Gather the records straight from each rank; see `Transport.gather_record`."""
+        return self._small.gather_record(record)
+
+    def _exchange(self, message: Message, number: int) -> Exchange:
+        """Scatter, add up, hand round, and put together what ranks have found."""
+        values, target = message.values, message.buffer.values
+        if values.numel() * values.element_size() <= SMALL:
+            return (yield from self._small.exchange(message, number))
+        groups, own = self._groups, self._group_of[self.communicator.worker]
+        if len(groups) == 1:
+            scatter = last = self._delivery(lambda worker: values, [values])
+            yield from scatter.run()
+            message.write(values)
+            begin = 0
+        else:
+            shards, sums = values.tensor_split(len(groups)), target.tensor_split(len(groups))
+            rows = self._take_rows(shards[own])
+            rows[own] = shards[own]
+            scatter = self._delivery(lambda worker: shards[self._group_of[worker]], list(rows))
+            yield from scatter.run()
+            if not scatter.failed:
+                ops.majority_vote(rows, (1,) * len(groups), 0, mean=True, out=sums[own])
+            self._free.append(rows.view(-1).view(torch.uint8))
+            last = self._delivery(
+                lambda worker: sums[own], sums, is_known=not scatter.failed, announced=scatter.wrong.keys()
+            )
+            yield from last.run()
+            begin = sum(shard.numel() for shard in shards[:own])
+        found: dict[int, Difference | None] = dict.fromkeys(last.wrong)  # what is wrong with a sum is not of interest
+        for worker, parts in scatter.wrong.items():
+            found[worker] = join([(begin + at, part) for at, part in parts]) if parts else None
+        suspects = self._merge(found, last.announcements, values)
+        if last.failed or more_than(self.code.adversaries, last.failing, groups):
+            target.fill_(torch.nan)
+            return ExchangeOutcome(suspects, True)
+        # Who says that too many are wrong is wrong.
+        suspects = dict.fromkeys(last.failing) | suspects
+        return ExchangeOutcome(dict(sorted(suspects.items())), False)
+
+    def _delivery(self, serve: Callable[[int], Tensor], held: Sequence[Tensor], **options: Any) -> Delivery:
+        return Delivery(self.communicator, self._groups, self.code.adversaries, serve, held, **options)
+
+    def _merge(
+        self, own: Mapping[int, Difference | None], announcements: Mapping[int, int], values: Tensor
+    ) -> dict[int, Difference | None]:
+        """Tell the other ranks what this one has found wrong, and add what they have.
+
+        A worker is a suspect if this rank has found it wrong itself, or if more than s members of one group say so, of
+        whom one is honest. So those to whom it has lied name it, and all others if these are enough.
+
+        Args:
+            own: the workers that this rank has found wrong, each with the difference if it is known.
+            announcements: how many workers each other worker has found wrong; see `Delivery.announcements`.
+            values: a message.
+
+        Returns:
+            The suspects. Each has the differences that the members of each group have found in the group's shard.
+        """
+        workers = {j: count for j, count in announcements.items() if count > 0}
+        if not own and not workers:
+            return {}
+        table = [
+            (j, -1.0, 0.0, 0.0) if found is None else (j, found.elements, found.first, found.largest)
+            for j, found in own.items()
+        ]
+        sent = torch.tensor(table, dtype=torch.float64, device=values.device)
+        received = {j: sent.new_zeros(count, 4) for j, count in workers.items()}
+        others = [j for j in range(self.code.workers) if j != self.communicator.worker]
+        self.communicator.exchange(
+            [(sent, j) for j in others] if own else [], [(rows, j) for j, rows in received.items()]
+        ).wait()
+        claims: dict[int, dict[int, Difference | None]] = {j: {} for j in range(self.code.workers)}
+        for teller, rows in (received | {self.communicator.worker: sent}).items():
+            for worker, *numbers in rows.tolist():
+                if worker in claims and worker != teller:
+                    claims[int(worker)][teller] = validate_reported(*numbers, length=values.numel())
+        suspects: dict[int, Difference | None] = {}
+        for worker, claimed in claims.items():
+            if worker in own or more_than(self.code.adversaries, claimed.keys(), self._groups):
+                suspects[worker] = self._difference(claimed)
+        return suspects
+
+    def _difference(self, claimed: Mapping[int, Difference | None]) -> Difference | None:
+        """Return a suspect's difference in all shards, given what other workers say of the shard of their group."""
+        parts = []
+        for members in self._groups:
+            known = [found for j in members if (found := claimed.get(j)) is not None]
+            if known:
+                parts.append((0, max(known, key=lambda found: found.elements)))
+        return join(parts) if parts else None
+
+    def _take_rows(self, shard: Tensor) -> Tensor:
+        """Return rows for all groups' shards, reused where possible: new memory costs as much as a decode."""
+        size = len(self._groups) * shard.numel() * shard.element_size()
+        rows = self._free.pop() if self._free else None
+        if rows is None or rows.numel() < size:
+            rows = torch.empty(size, dtype=torch.uint8, device=shard.device)
+        return rows[:size].view(shard.dtype).view(len(self._groups), -1)
