@@ -349,10 +349,8 @@ def plan(
     except ValueError as error:
         raise click.UsageError(f"--audit: {error}") from error
     if parameters is not None:
-        network_of = network_model.Network(**network)
-        tables.append(
-            network_model.make_table(workers, adversaries, parameters, planning.ITEM_BYTES[dtype], network_of)
-        )
+        item, speeds = planning.ITEM_BYTES[dtype], network_model.Network(**network)
+        tables.append(network_model.make_table(workers, adversaries, parameters, item, speeds))
     console = Console()
     for table in tables:
         console.print(table)

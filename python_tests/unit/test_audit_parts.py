@@ -14,12 +14,15 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from draco_ext import ops
+from draco_ext.protocol.messages import GradientBuffer
 from draco_ext.testing.communicator import run_workers
 from draco_ext.training.audit import convictions, gradients, shipping
 from draco_ext.training.audit.convictions import Convictions
+from draco_ext.training.audit.gradients import GradientMeasure
 from draco_ext.training.audit.measures import CALIBRATION, MARGIN, Bits, Projections
 from draco_ext.training.audit.opinions import Row, disputed_parts, opinions_of_others, read_row, settle
 from draco_ext.training.audit.triggers import WINDOW, Triggers
+from draco_ext.training.ddp import Bucket
 
 # ------------------------------------------------------------------------------------------------ opinions
 
@@ -241,6 +244,27 @@ def test_bits_see_every_bit():
         assert not bits.agree(own, bits.read(bits.join([bits.of(other, key)], key)))
     assert bits.agree(own, bits.read(bits.join([bits.of(values.clone(), key)], key)))
     assert len(bits.of(values, key)) == bits.length([1000]) == len(bits.of_nothing(1000))
+
+
+@pytest.mark.parametrize(
+    ("measure", "by_parameter", "scaled"),
+    [(Bits(), False, True), (Bits(), True, False), (Projections(0.0, 1e-3), False, False)],
+)
+def test_a_bucket_is_scaled_where_its_bits_are_read_whole(measure, by_parameter, scaled):
+    """With a factor the measures are those of the bucket as it was, and the bucket says whether it was multiplied."""
+    parameters = [torch.zeros(1000), torch.zeros(70_001)]
+    rest, found = torch.zeros(2, dtype=torch.int64), []
+    for factor in (None, 1 / 3):
+        gradients = GradientMeasure(parameters, torch.device("cpu"), measure)
+        gradients.begin_step(SEED, 5, by_parameter=by_parameter)
+        gradients.begin_own_pass(measured=True)
+        values = torch.randn(71_001, generator=torch.Generator().manual_seed(SEED))
+        buffer = GradientBuffer(values.clone(), (1000, 70_001), tuple(parameters), "bucket 0")
+        assert gradients.add(Bucket(buffer, 0, True, lambda: None), factor=factor) == (scaled and factor is not None)
+        gradients.end_own_pass(rest, rest)
+        found.append((*gradients.of_own_pass(), gradients.statistics()))
+        assert torch.equal(buffer.values, values.mul(1 / 3) if scaled and factor is not None else values)
+    assert all(torch.equal(plain, beside) for plain, beside in zip(*found, strict=True))
 
 
 def projected(measure, pieces, key=SEED):
