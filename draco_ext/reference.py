@@ -88,7 +88,8 @@ def digest(values: Tensor, seed: int | Sequence[int]) -> Tensor:
 
     def nh(parts: np.ndarray, key: np.ndarray) -> np.uint64:
         keyed = (parts.flatten() + key[: parts.size]).astype(np.uint64)
-        return np.uint64((keyed[::2] * keyed[1::2]).sum(dtype=np.uint64))
+        total: np.uint64 = (keyed[::2] * keyed[1::2]).sum(dtype=np.uint64)
+        return total
 
     def weigh(number: int, sums: np.ndarray) -> np.ndarray:
         w = philox(seed, number * lanes + np.arange(lanes), 5).astype(np.uint64)
@@ -102,7 +103,7 @@ def digest(values: Tensor, seed: int | Sequence[int]) -> Tensor:
         extra = np.zeros_like(parts[0])
         for part in parts:
             extra[: len(part)] ^= part
-        hashes = []
+        hashes: list[np.uint64] = []
         for part in (*parts, extra):
             columns_of_part = [*part.swapaxes(0, 1), np.bitwise_xor.reduce(part, axis=1)]
             hashes += [nh(column, key[(len(hashes) + j) * line :]) for j, column in enumerate(columns_of_part)]

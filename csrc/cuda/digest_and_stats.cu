@@ -12,7 +12,7 @@ namespace draco {
 namespace {
 
 // Per multiprocessor, at least: where the compiler chooses, it spills registers for a few more.
-constexpr int kStatsBlocks = 6;
+constexpr int kStatsBlocks = 4;
 constexpr int kTileStatsThreads = 128;
 
 // Takes the statistics of each block of the digest; kScale: and then writes the values times a factor.
