@@ -255,7 +255,7 @@ def test_a_bucket_is_scaled_where_its_bits_are_read_whole(measure, by_parameter,
     parameters = [torch.zeros(1000), torch.zeros(70_001)]
     rest, found = torch.zeros(2, dtype=torch.int64), []
     for factor in (None, 1 / 3):
-        gradients = GradientMeasure(parameters, torch.device("cpu"), measure)
+        gradients = GradientMeasure(parameters, torch.device("cpu"), measure, flatten)
         gradients.begin_step(SEED, 5, by_parameter=by_parameter)
         gradients.begin_own_pass(measured=True)
         values = torch.randn(71_001, generator=torch.Generator().manual_seed(SEED))
@@ -481,7 +481,7 @@ def test_every_gradient_is_handed_over(monkeypatch):
 
     def work(communicator):
         if communicator.worker == 0:
-            return gradients.hand_over(parameters, b"\x05", {"buffer": torch.ones(2)}, communicator, 1)
+            return gradients.hand_over(parameters, flatten, b"\x05", {"buffer": torch.ones(2)}, communicator, 1)
         return gradients.take_over(parameters, communicator, 0)
 
     _, result = run_workers(work, 2)
