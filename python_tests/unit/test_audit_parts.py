@@ -22,7 +22,7 @@ from draco_ext.training.audit.gradients import GradientMeasure
 from draco_ext.training.audit.measures import CALIBRATION, MARGIN, Bits, Projections
 from draco_ext.training.audit.opinions import Row, disputed_parts, opinions_of_others, read_row, settle
 from draco_ext.training.audit.triggers import WINDOW, Triggers
-from draco_ext.training.ddp import Bucket
+from draco_ext.training.ddp import Bucket, write_gradients
 
 # ------------------------------------------------------------------------------------------------ opinions
 
@@ -244,6 +244,12 @@ def test_bits_see_every_bit():
         assert not bits.agree(own, bits.read(bits.join([bits.of(other, key)], key)))
     assert bits.agree(own, bits.read(bits.join([bits.of(values.clone(), key)], key)))
     assert len(bits.of(values, key)) == bits.length([1000]) == len(bits.of_nothing(1000))
+
+
+def flatten(parameters):
+    values = torch.empty(sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype)
+    write_gradients(values, parameters)
+    return values
 
 
 @pytest.mark.parametrize(
