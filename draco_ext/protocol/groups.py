@@ -22,17 +22,19 @@ def gather(values: Tensor, group: dist.ProcessGroup, device: torch.device) -> Te
     return torch.stack(rows).cpu()
 
 
-def gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
+def gather_json(
+    value: Any, group: dist.ProcessGroup, device: torch.device, *, most_bytes: int = MOST_BYTES
+) -> list[Any]:
     """Return all ranks' values, by rank, sent as JSON, which unlike pickle cannot execute what a peer sends.
 
     Raises:
-        ValueError: a rank's value is longer than `MOST_BYTES`, or is not JSON; the message names the rank.
+        ValueError: a rank's value is longer than `most_bytes`, or is not JSON; the message names the rank.
     """
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = gather(torch.tensor([len(text)]), group, device).flatten().tolist()
     for rank, length in enumerate(lengths):  # before memory is allocated for them
-        if not 0 < length <= MOST_BYTES:
-            raise ValueError(f"ranks must send from 1 to {MOST_BYTES} bytes, got {length} from rank {rank}")
+        if not 0 < length <= most_bytes:
+            raise ValueError(f"ranks must send from 1 to {most_bytes} bytes, got {length} from rank {rank}")
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
     padded[: len(text)] = text
     values = []
@@ -114,8 +116,13 @@ class Rendezvous:
         self._rank = dist.get_rank(group)
         self._calls = 0
 
-    def wait(self, ranks: Sequence[int], timeout: float) -> list[int]:
+    def wait(self, ranks: Sequence[int], timeout: float, topic: str = "") -> list[int]:
         """Wait for these ranks, at most `timeout` seconds.
+
+        Args:
+            ranks: the ranks.
+            timeout: seconds.
+            topic: what they meet for; ranks that come for another one have not arrived.
 
         Returns:
             The ranks that have not arrived.
@@ -123,7 +130,7 @@ class Rendezvous:
         store = dist.distributed_c10d._get_default_store()
         until = time.monotonic() + timeout
         while True:
-            name = f"{self._name}/{self._calls}"
+            name = f"{self._name}/{self._calls}/{topic}"
             self._calls += 1
             store.set(f"{name}/{self._rank}", "here")
             absent = []

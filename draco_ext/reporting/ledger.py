@@ -10,7 +10,7 @@ import os
 import re
 import weakref
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 logger = logging.getLogger("draco_ext")
@@ -23,10 +23,11 @@ class Finding:
     Attributes:
         time: seconds since the epoch.
         step: the guard's step, from 0.
-        bucket: DDP's number of the bucket; DDP makes new buckets after the first step.
+        bucket: DDP's number of the bucket; DDP makes new buckets after the first step. Under FSDP2, the number of the
+            module's reduction in the backward pass.
         worker: the worker's number in the code.
-        rank: the worker's rank in the process group.
-        host: the name of the rank's host.
+        rank: the worker's rank in the process group; under FSDP2 the number of the replica.
+        host: the name of the rank's host, or of the replica's hosts.
         elements: the number of elements that differ from the right message; None if it is unknown.
         first: the index of the first of them.
         largest: the largest absolute deviation; None also if it is not finite.
@@ -36,6 +37,8 @@ class Finding:
             the ranks with the same part), "missing", "state" (other parameters, buffers or optimizer state than the
             majority; the bucket is -1), or, found by an audit, "persistent" or "transient" (a wrong gradient that was
             wrong again when it was computed again, or was not; the bucket is -1).
+        ranks: under FSDP2, where `rank` is a replica: the ranks of the job whose shards of the message were wrong. One
+            bad rank can spoil all shards of its replica, or one alone.
     """
 
     time: float
@@ -50,6 +53,7 @@ class Finding:
     failed: bool
     missing: bool = False
     kind: str = "gradient"
+    ranks: list[int] = field(default_factory=list)
 
 
 class Ledger:

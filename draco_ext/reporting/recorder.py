@@ -11,7 +11,7 @@ from typing import Any
 
 from draco_ext.reporting.evidence import Evidence
 from draco_ext.reporting.ledger import Finding, Ledger
-from draco_ext.reporting.report import Report, Seconds, Suspect
+from draco_ext.reporting.report import Report, Seconds, Suspect, copied_steps
 
 logger = logging.getLogger("draco_ext")
 
@@ -43,9 +43,13 @@ class Recorder:
         hosts: the name of every rank's host.
         ledger: the ledger to which findings are appended.
         callback: called with every finding when findings are delivered.
+        unit: what a rank is called in messages: "replica" if it stands for several ranks with a shard each.
+        members: the ranks for which each rank stands if it is a replica.
+        speaks: whether this rank logs warnings, and not another one of its replica.
 
     Attributes:
         evidence: the evidence about ranks that no single decode can name.
+        unit: what a rank is called in messages.
     """
 
     def __init__(
@@ -56,8 +60,14 @@ class Recorder:
         *,
         ledger: Ledger | None = None,
         callback: Callable[[Finding], None] | None = None,
+        unit: str = "rank",
+        members: Sequence[Sequence[int]] = (),
+        speaks: bool = True,
     ) -> None:
         self.evidence = Evidence()
+        self.unit = unit
+        self._members = members
+        self._speaks = speaks
         self._rank = rank
         self._ranks = ranks
         self._hosts = hosts
@@ -74,11 +84,13 @@ class Recorder:
     def log(self, message: str, *arguments: Any) -> None:
         """Log a warning once per job: on the first rank that is not a suspect. Other ranks log it at debug level."""
         trusted = set(range(len(self._ranks))) - self._suspects.keys() - self._missing.keys()
-        logger.log(logging.WARNING if min(trusted, default=0) == self._rank else logging.DEBUG, message, *arguments)
+        first = self._speaks and min(trusted, default=0) == self._rank
+        logger.log(logging.WARNING if first else logging.DEBUG, message, *arguments)
 
     def name(self, rank: int) -> str:
         """Return the name of a rank in messages."""
-        return f"rank {rank} on {self._hosts[rank]}"
+        own = f" (ranks {', '.join(map(str, self._members[rank]))})" if self._members else ""
+        return f"{self.unit} {rank}{own} on {self._hosts[rank]}"
 
     def add_message(
         self,
@@ -91,8 +103,9 @@ class Recorder:
         elements: int | None = None,
         first: int | None = None,
         largest: float | None = None,
+        shards: Collection[int] = (),
     ) -> None:
-        """Add a wrong or missing message; see `Finding` for the arguments."""
+        """Add a wrong or missing message; `shards`: those of a replica's that were. See `Finding` for the others."""
         finding = self._finding(
             worker,
             kind,
@@ -102,6 +115,7 @@ class Recorder:
             first=first,
             largest=largest,
             failed=failed,
+            ranks=self._ranks_of(worker, shards),
         )
         if finding.missing:
             self._miss(finding)
@@ -170,18 +184,20 @@ class Recorder:
                     logger.exception("callback raised an error; training goes on, and others of its kind are counted")
 
     def report(self, *, trust: str, steps: int, seconds: Seconds) -> Report:
-        """Return a snapshot of all findings; see `Report`."""
+        """Return a snapshot of all findings, for any thread; see `Report`."""
         suspects = {
-            rank: replace(suspect, steps=list(suspect.steps), other_data=list(suspect.other_data))
-            for rank, suspect in self._suspects.items()
+            rank: replace(
+                suspect, steps=list(suspect.steps), other_data=list(suspect.other_data), ranks=list(suspect.ranks)
+            )
+            for rank, suspect in dict(self._suspects).items()  # dict(): another thread may add to it meanwhile
         }
         return Report(
             trust,
             steps,
             suspects,
             tuple(self._failed_steps),
-            _copied(self._missing),
-            _copied(self._repaired),
+            copied_steps(self._missing),
+            copied_steps(self._repaired),
             self.evidence.probable,
             0 if self._ledger is None else self._ledger.unwritten,
             self._undelivered,
@@ -193,8 +209,8 @@ class Recorder:
         return {
             "suspects": {rank: asdict(suspect) for rank, suspect in self._suspects.items()},
             "failed_steps": list(self._failed_steps),
-            "missing": _copied(self._missing),
-            "repaired": _copied(self._repaired),
+            "missing": copied_steps(self._missing),
+            "repaired": copied_steps(self._repaired),
             "evidence": self.evidence.state_dict(),
         }
 
@@ -202,10 +218,17 @@ class Recorder:
         """Restore the findings that `state_dict` returned."""
         self._suspects = {rank: Suspect(**suspect) for rank, suspect in state["suspects"].items()}
         self._failed_steps = list(state["failed_steps"])
-        self._missing = _copied(state["missing"])
-        self._repaired = _copied(state.get("repaired", {}))
+        self._missing = copied_steps(state["missing"])
+        self._repaired = copied_steps(state.get("repaired", {}))
         if "evidence" in state:  # not in checkpoints of earlier versions
             self.evidence.load_state_dict(state["evidence"])
+
+    def _ranks_of(self, worker: int, shards: Collection[int]) -> list[int]:
+        """Return the ranks of a replica that have these shards; none if a rank stands for itself."""
+        if not self._members:
+            return []
+        members = self._members[self._ranks[worker]]
+        return [members[shard] for shard in sorted(shards)]
 
     def _finding(self, worker: int, kind: str, **what: Any) -> Finding:
         rank = self._ranks[worker]
@@ -244,7 +267,4 @@ class Recorder:
             suspect.other_data.append(finding.step)
         if finding.step not in suspect.steps[-1:]:
             suspect.steps.append(finding.step)
-
-
-def _copied(steps_of_ranks: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
-    return {rank: list(steps) for rank, steps in steps_of_ranks.items()}
+        suspect.ranks = sorted({*suspect.ranks, *finding.ranks})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from draco_ext.reporting.metrics import read_metrics
 
 
 @dataclass
@@ -45,12 +47,13 @@ class Suspect:
 
     Attributes:
         worker: its worker number in the code.
-        rank: its rank in the process group.
-        host: the name of its host.
+        rank: its rank in the process group; under FSDP2 the number of the replica.
+        host: the name of its host, or of the replica's hosts.
         steps: the steps in which its messages were wrong.
         buckets: the number of its wrong messages.
         other_data: the steps among them in which, according to its own record, its inputs differed from those of the
             ranks with the same part: other mini-batches, or more or fewer forward passes.
+        ranks: under FSDP2, where `rank` is a replica: the ranks of the job whose shards of its messages were wrong.
     """
 
     worker: int
@@ -59,6 +62,7 @@ class Suspect:
     steps: list[int] = field(default_factory=list)
     buckets: int = 0
     other_data: list[int] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,17 @@ class AuditReport:
     passes: float = 0.0
     sees: float | None = None
 
+    def snapshot(self) -> AuditReport:
+        """Return a copy that does not change afterwards; another thread may add to the original meanwhile."""
+        return replace(
+            self,
+            triggers=list(self.triggers),
+            disputes=list(self.disputes),
+            convicted=dict(self.convicted),
+            acquitted=copied_steps(self.acquitted),
+            last_clean_audit=dict(self.last_clean_audit),
+        )
+
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> AuditReport:
         """Return the report that `dataclasses.asdict` has made the state of."""
@@ -167,3 +182,23 @@ class Report:
     undelivered: int = field(default=0, compare=False)
     seconds: Seconds = field(default_factory=Seconds, compare=False)
     audit: AuditReport | None = None
+
+    def metrics(self, prefix: str = "draco/") -> dict[str, float]:
+        """Return the report as numbers by name, as loggers of scalars take them.
+
+        A metric of a rank has a name such as ``draco/wrong_steps/rank3``, and is there only if there is something to
+        tell of this rank. Those of an audit are there only with an `Audit`. The page on metrics lists all names.
+
+        Args:
+            prefix: the beginning of all names.
+        """
+        return {
+            f"{prefix}{metric.name}" + ("" if rank is None else f"/rank{rank}"): value
+            for metric, values in read_metrics(self)
+            for rank, value in values.items()
+        }
+
+
+def copied_steps(steps_of_ranks: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    """Return a deep copy; another thread may add to the original meanwhile."""
+    return {rank: list(steps) for rank, steps in dict(steps_of_ranks).items()}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,16 +15,20 @@ from draco_ext import _checks
 from draco_ext.codes import Audit, Code, RepetitionCode
 from draco_ext.protocol.transports import FORMER_NAMES, TRANSPORTS
 from draco_ext.reporting.ledger import Finding
+from draco_ext.training.adapters import is_fsdp
 from draco_ext.training.audit.guard import ON_CONVICTION, AuditAdversary, AuditGuard
 from draco_ext.training.compatibility import check_model
 from draco_ext.training.failure import ON_FAILURE
 from draco_ext.training.guard import Adversary, Guard
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
 logger = logging.getLogger("draco_ext")
 
 
 def protect(
-    model: DistributedDataParallel,
+    model: DistributedDataParallel | FSDPModule,
     code: Code | Audit,
     *,
     transport: str = "allreduce",
@@ -40,19 +45,22 @@ def protect(
     on_conviction: str = "substitute",
     batch_of: Callable[[int, int], Any] | None = None,
 ) -> Guard | AuditGuard:
-    """Put a code or an audit between a DistributedDataParallel model's gradients and its optimizer.
+    """Put a code or an audit between a data-parallel model's gradients and its optimizer.
 
-    It registers DDP's communication hook. Gradients are then exchanged and decoded, bucket by bucket, instead of being
-    averaged. Up to s bad ranks change nothing, and all ranks end every step with the same bits. All ranks of the
-    model's process group must call it. The mini-batches must come from a `RedundantBatchSampler` with the same code.
+    It registers DDP's communication hook, or that of each module of FSDP2. Gradients are then exchanged and decoded,
+    bucket by bucket, instead of being averaged. Up to s bad ranks change nothing, and all ranks end every step with the
+    same bits. All ranks of the model's process group must call it. The mini-batches come from a `RedundantBatchSampler`
+    or `RedundantSampler` with the same code, or from any loader that is given `GuardBase.data_rank` of
+    `GuardBase.data_replicas`.
 
     The transports differ in whom they trust:
 
     * "allreduce": up to s ranks may compute anything, but messages must not be altered on the way. The repetition code
       votes on digests and sends about 60% of DDP's traffic. The cyclic code checks projections and sends as much as
       DDP.
-    * "allgather": up to s ranks may compute and send anything, but a rank must send the same message to all. No other
-      rank is trusted. Every rank receives n messages.
+    * "verified": no rank is trusted. Up to s ranks of each group of the repetition code may compute and send anything,
+      to every rank something else. It sends less than DDP. With the cyclic code, or with atol or rtol, every rank
+      receives n messages, and a rank must send the same message to all. "allgather" is its former name.
     * "server": rank 0 is trusted and must live. Up to s ranks may compute and send anything, or twice as many may be
       missing (e bad and f missing while 2e + f <= 2s). One message per rank goes to the server and one back. From the
       third step on, a rank that hangs, dies or is late is an erasure and does not end the job. In the first two steps
@@ -69,6 +77,8 @@ def protect(
     With find_unused_parameters or static_graph, a parameter is unused if the majority of each part's holders say so.
     Its ``grad`` then stays unchanged, as under plain DDP.
 
+    A copy of the model (`copy.deepcopy`, as for a moving average) is a plain DistributedDataParallel without a guard.
+
     Ranks compare digests of their parameters, buffers and watched optimizers (`Guard.watch`) in the first step, in
     every step whose number is a multiple of `check_state_every`, and before `Guard.state_dict`. Ranks that differ from
     the majority are named, and receive the majority's values before the optimizer steps. Without a majority the step
@@ -76,10 +86,11 @@ def protect(
 
     Args:
         model: the model, on every rank, with a process group of ``code.workers`` ranks. It may be compiled with
-            torch.compile before or afterwards.
+            torch.compile before or afterwards. With a code it may also be made by ``fully_shard`` over a mesh of
+            ``code.workers`` replicas and any number of shards; a replica is then what is called a rank here.
         code: the assignment of parts to ranks. A code with several parts for each rank (cyclic) needs `Guard.steps`,
             and an `Audit` needs `AuditGuard.steps`, which takes any loader.
-        transport: "allreduce", "allgather" or "server".
+        transport: "allreduce", "verified" or "server".
         on_failure: what happens if too many messages are wrong for the code's guarantee. All gradients become None on
             all ranks, so that an optimizer changes nothing. Then "raise" makes ``backward()`` raise DecodingError, and
             "skip" logs a warning.
@@ -120,13 +131,20 @@ def protect(
             gradients that DDP has not reduced, a parameter that requires a gradient only since DDP was made, and
             ``model.join()``.
     """
-    if not isinstance(model, DistributedDataParallel):
-        raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}")
+    if not isinstance(model, DistributedDataParallel) and not is_fsdp(model):
+        raise TypeError(f"model must be a DistributedDataParallel or made by fully_shard, got {type(model).__name__}")
     if not isinstance(code, Code | Audit):
         raise TypeError(f"code must be a RepetitionCode, a CyclicCode or an Audit, got {type(code).__name__}")
-    ranks = dist.get_world_size(model.process_group)
-    if ranks != code.workers:
-        raise ValueError(f"code must be for the {ranks} ranks of the model's process group, got {code!r}")
+    if isinstance(model, DistributedDataParallel):
+        workers, whose = dist.get_world_size(model.process_group), "ranks of the model's process group"
+    elif isinstance(code, Audit):
+        raise TypeError("code must be a RepetitionCode or a CyclicCode for a model made by fully_shard, got an Audit")
+    else:
+        from draco_ext.training.fsdp import check_sharded_model
+
+        workers, whose = check_sharded_model(model, code), "replicas of the model's mesh"
+    if workers != code.workers:
+        raise ValueError(f"code must be for the {workers} {whose}, got {code!r}")
     if on_failure not in ON_FAILURE:
         raise ValueError(f"on_failure must be {' or '.join(map(repr, ON_FAILURE))}, got {on_failure!r}")
     transport = FORMER_NAMES.get(transport, transport)
@@ -150,12 +168,20 @@ def protect(
         "check_state_every": check_state_every,
     }
     if isinstance(code, Audit):
+        assert isinstance(model, DistributedDataParallel)
         return _protect_by_audit(model, code, ranks_per_host, adversary, on_conviction, batch_of, settings)
     if on_conviction != "substitute" or batch_of is not None:
         raise ValueError("on_conviction and batch_of must be left out for a code: only an Audit takes them")
     if code.message_is_gradient and transport == "allreduce" and (atol > 0 or rtol > 0):
         raise ValueError("atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'verified'")
-    check_model(model, code)
+    if isinstance(model, DistributedDataParallel):
+        check_model(model, code)
+        _warn_of_collectives(model, transport)
+    module = cast(torch.nn.Module, model)
+    return Guard(module, code, adversary=cast("Adversary | None", adversary), ranks_per_host=ranks_per_host, **settings)
+
+
+def _warn_of_collectives(model: DistributedDataParallel, transport: str) -> None:
     if (
         dist.get_rank(model.process_group) == 0
         and transport == "server"
@@ -165,7 +191,6 @@ def protect(
             "a rank that dies or hangs will stop all: with buffers and broadcast_buffers, or with "
             "find_unused_parameters, DistributedDataParallel itself talks to all ranks in every step"
         )
-    return Guard(model, code, adversary=cast("Adversary | None", adversary), ranks_per_host=ranks_per_host, **settings)
 
 
 def _protect_by_audit(
@@ -186,6 +211,9 @@ def _protect_by_audit(
     if batch_of is not None and not callable(batch_of):
         raise TypeError(f"batch_of must be a function f(step, part), got {type(batch_of).__name__}")
     if model.static_graph:
-        raise ValueError("static_graph must be False with an Audit, whose passes differ in what they synchronise")
+        raise ValueError(
+            "static_graph must be False with an Audit: DistributedDataParallel records the graph in its first backward "
+            "pass, and fails if that does not synchronise, as an audit's first one"
+        )
     check_model(model, RepetitionCode(audit.workers, 0))
     return AuditGuard(model, audit, adversary=adversary, on_conviction=on_conviction, batch_of=batch_of, **settings)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext import _checks, ops
 from draco_ext.codes import Code
@@ -22,21 +21,24 @@ from draco_ext.protocol.transports import make_transport
 from draco_ext.reporting.ledger import Finding
 from draco_ext.reporting.recorder import Recorder, open_ledger
 from draco_ext.reporting.report import Report
-from draco_ext.training.ddp import Bucket, DDPAdapter, UnusedParameters
+from draco_ext.training.adapter import Adapter, Bucket
+from draco_ext.training.adapters import make_adapter
+from draco_ext.training.agreement import Agreement
+from draco_ext.training.ddp import UnusedParameters
 from draco_ext.training.failure import FailurePolicy
 from draco_ext.training.handshake import exchange_setup, sha256_of
 from draco_ext.training.record import StepRecord
-from draco_ext.training.reproducibility import SelfTest, self_test
+from draco_ext.training.reproducibility import SelfTest
 from draco_ext.training.state_check import StateCheck
 
 
 class GuardBase(abc.ABC):
-    """A guard between the gradients of a DistributedDataParallel model and its optimizer.
+    """A guard between the gradients of a data-parallel model and its optimizer.
 
     Args:
         model: the model.
         code: the code by which gradients are exchanged.
-        workers: the worker number of every rank.
+        workers: the worker number of every rank; with FSDP2 of every replica.
         setup: further settings that must be the same on all ranks.
         seed: the seed of keys that need not be secret.
         other: see `protect`.
@@ -46,7 +48,7 @@ class GuardBase(abc.ABC):
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        model: torch.nn.Module,
         code: Code,
         *,
         workers: tuple[int, ...],
@@ -64,13 +66,14 @@ class GuardBase(abc.ABC):
     ) -> None:
         self.code = code
         self.failed = False
-        self._adapter = DDPAdapter(model)
-        group, device = self._adapter.group, self._adapter.device
+        self._adapter: Adapter = make_adapter(model)
+        adapter = self._adapter
+        group, device = adapter.group, adapter.device
         self._workers = workers
         self._ranks = tuple(sorted(range(code.workers), key=workers.__getitem__))
         rank = dist.get_rank(group)
         self.worker = workers[rank]
-        opened, problem = open_ledger(ledger, rank)
+        opened, problem = open_ledger(ledger, dist.get_rank(adapter.world))
         everything = {
             **setup,
             "transport": transport,
@@ -82,26 +85,44 @@ class GuardBase(abc.ABC):
             "deadline": deadline,
             "check_state_every": check_state_every,
             "the number of process groups that a rank is in": membership(group),
-            **self._adapter.setup(),
+            **adapter.setup(),
         }
         if not code.exact and transport != "server" and device.type == "cpu":
             # Every rank decodes for itself, and different types of device round differently.
             everything["instruction set (DRACO_ISA)"] = ops.build_info()["instruction_set"]
-        self._hosts = exchange_setup(everything, socket.gethostname(), problem, group, device)
+        hosts = exchange_setup(everything, socket.gethostname(), problem, adapter.world, device)
+        self._hosts = [", ".join(sorted({hosts[rank] for rank in members})) for members in adapter.members]
+        self._agreement = Agreement(adapter)
 
-        communicator = ProcessGroupCommunicator(group, self._ranks)
+        names = [adapter.members[rank][adapter.shard] for rank in self._ranks]
+        communicator = ProcessGroupCommunicator(group, self._ranks, names=names)
         self._communicator = communicator
         self._seconds = communicator.seconds
         self._transport = make_transport(transport, code, communicator, deadline=deadline, atol=atol, rtol=rtol)
         self._scheduler = ExchangeScheduler(self._seconds)
-        self._recorder = Recorder(rank, self._ranks, self._hosts, ledger=opened, callback=callback)
-        self._policy = FailurePolicy(code, self._ranks, on_failure, self._recorder.log)
+        self._recorder = Recorder(
+            rank,
+            self._ranks,
+            self._hosts,
+            ledger=opened,
+            callback=callback,
+            unit=adapter.unit,
+            members=adapter.members if adapter.unit != "rank" else (),
+            speaks=adapter.shard == 0,
+        )
+        self._policy = FailurePolicy(code, self._ranks, on_failure, self._recorder.log, adapter.unit)
         self._state_check = StateCheck(
-            model, self._transport, self._recorder, every=check_state_every, seed=seed, helpers=helpers
+            adapter,
+            self._agreement,
+            self._transport,
+            self._recorder,
+            every=check_state_every,
+            seed=seed,
+            helpers=helpers,
         )
 
     def _attach(self, *, steps_after: str = "backward()") -> None:
-        """Register the hooks, when everything else is made; `steps_after`: see `DDPAdapter.attach`."""
+        """Register the hooks, when everything else is made; `steps_after`: see `Adapter.attach`."""
         # The server's threads communicate at any time, so the server cannot watch collectives; the other ranks do.
         is_server = self._transport.is_served and self.worker == self._communicator.root
         self._adapter.attach(
@@ -120,6 +141,37 @@ class GuardBase(abc.ABC):
     @abc.abstractmethod
     def step(self) -> int:
         """The number of the next step."""
+
+    @property
+    def data_replicas(self) -> int:
+        """The number of different mini-batches in a step: what a loader calls num_replicas, or world_size.
+
+        With a code it is ``code.parts``; with an `Audit` it is the number of ranks.
+        """
+        return self.code.parts
+
+    @property
+    def data_ranks(self) -> tuple[int, ...]:
+        """The shares of the data that this rank loads, of `data_replicas`, in the order of a step's mini-batches.
+
+        With the repetition code it is one, the same for all ranks of a group. With the cyclic code there are 2s+1: make
+        a loader for each, and let them take turns. With an `Audit` it is this rank's number in the process group.
+        """
+        return self.code.assignment(self.worker)
+
+    @property
+    def data_rank(self) -> int:
+        """The share of the data that this rank loads, of `data_replicas`: what a loader calls rank.
+
+        Raises:
+            RuntimeError: this rank loads several shares.
+        """
+        if len(self.data_ranks) > 1:
+            raise RuntimeError(
+                f"a rank loads {len(self.data_ranks)} shares of the data with {self.code!r}, and has no single "
+                "data_rank: make a loader for each of guard.data_ranks, and let them take turns"
+            )
+        return self.data_ranks[0]
 
     @abc.abstractmethod
     def steps(self, loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
@@ -170,7 +222,7 @@ class GuardBase(abc.ABC):
         Raises:
             ValueError: the batch's shapes or dtypes differ between ranks.
         """
-        result = self_test(self._adapter.model.module, self._adapter.group, batch, loss)
+        result = self._adapter.self_test(batch, loss)
         if not result.reproducible:
             self._recorder.log("%s", result)
         return result
@@ -237,6 +289,6 @@ class GuardBase(abc.ABC):
         """Return the suspects, with their steps and numbers of buckets, and the steps that failed.
 
         The report is the same on all ranks, except for `seconds`, `unwritten` and `undelivered`. It is a snapshot that
-        does not change afterwards.
+        does not change afterwards. Any thread may ask for it.
         """
         return self._recorder.report(trust=self._transport.trust, steps=self.step, seconds=self._seconds)

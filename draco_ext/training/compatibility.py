@@ -22,7 +22,7 @@ def check_model(model: DistributedDataParallel, code: Code) -> None:
     names = {parameter: name for name, parameter in model.named_parameters()}
     _check_options(model, names)
     for name, module in model.named_modules():
-        _check_module(name, module, code, model)
+        check_module(name, module, code, model)
     for parameter, name in names.items():
         if _is_a(parameter, "torch.distributed.tensor", "DTensor"):
             raise TypeError(f"parameters must be plain tensors, got a DTensor for {name}: no code spans its shards")
@@ -66,7 +66,18 @@ def _check_options(model: DistributedDataParallel, names: dict[nn.Parameter, str
         )
 
 
-def _check_module(name: str, module: nn.Module, code: Code, model: nn.Module) -> None:
+def check_module(name: str, module: nn.Module, code: Code, model: nn.Module | None) -> None:
+    """Refuse a module that a guard cannot protect.
+
+    Args:
+        name: its name.
+        module: the module.
+        code: the code.
+        model: the DistributedDataParallel model that it is in; None in one of FSDP, whose modules may contain others.
+
+    Raises:
+        ValueError: the module is one of those.
+    """
     if isinstance(module, nn.SyncBatchNorm):
         raise ValueError(
             f"{name} must not be a SyncBatchNorm: one rank's wrong activations would change everybody's gradient; use "
@@ -75,7 +86,7 @@ def _check_module(name: str, module: nn.Module, code: Code, model: nn.Module) ->
     if module is not model and (
         isinstance(module, DistributedDataParallel)
         or _is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
-        or _is_a(module, "torch.distributed.fsdp", "FSDPModule")
+        or (model is not None and _is_a(module, "torch.distributed.fsdp", "FSDPModule"))
     ):
         raise ValueError(
             f"{name} must not be a {type(module).__name__} within the model: it reduces gradients without the guard"

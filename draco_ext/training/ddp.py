@@ -5,7 +5,7 @@
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,43 +15,36 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext.protocol.messages import GradientBuffer
+from draco_ext.training.adapter import Adapter, Bucket
 from draco_ext.training.compatibility import reduced_parameters
 from draco_ext.training.handshake import digest_of_layout
 from draco_ext.training.record import StepRecord
+from draco_ext.training.reproducibility import SelfTest, self_test
 from draco_ext.training.watch import Watch
 
-
-@dataclass(frozen=True)
-class Bucket:
-    """One of DDP's buckets in a backward pass.
-
-    Attributes:
-        buffer: the bucket's gradients; the keys are the parameters.
-        index: the bucket's number. DDP makes new buckets after the first step.
-        is_last: whether it is the last bucket of the pass.
-        complete: must be called once, when the decoded gradient is in the buffer.
-    """
-
-    buffer: GradientBuffer
-    index: int
-    is_last: bool
-    complete: Callable[[], None]
+# The attributes of a module in which there are hooks of its forward pass, by number.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
-class DDPAdapter:
-    """An adapter with what a guard needs from a DistributedDataParallel model.
+class DDPAdapter(Adapter):
+    """The adapter for a DistributedDataParallel model.
 
-    Attributes:
-        group: the model's process group.
-        device: the device of its parameters.
-        parameters_may_be_unused: whether DDP allows parameters that a pass does not use.
+    Attributes: see `Adapter`.
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
         # DDP refers to its hook from C++, where Python's garbage collector cannot see it. If the guard had a strong
         # reference to the model, the model would never be freed.
         self._model = weakref.ref(model)
-        self.group = model.process_group
+        self._ignored = frozenset(model.parameters_to_ignore)
+        self.group = self.world = model.process_group
+        self.members = tuple((rank,) for rank in range(dist.get_world_size(self.group)))
         self.device = next(model.parameters()).device
         # DDP's own map of unused parameters covers only the last pass of a step, and trusts every rank.
         self.parameters_may_be_unused = model.find_unused_parameters or model.static_graph
@@ -68,8 +61,14 @@ class DDPAdapter:
             raise RuntimeError("the guarded model is gone")
         return model
 
+    @property
+    def module(self) -> torch.nn.Module:
+        """See `Adapter.module`."""
+        module: torch.nn.Module = self.model.module
+        return module
+
     def setup(self) -> dict[str, Any]:
-        """Return the settings that must be the same on all ranks; see `exchange_setup`."""
+        """See `Adapter.setup`."""
         model = self.model
         return {
             "the names, sizes and dtypes of the model's parameters (their digest)": digest_of_layout(
@@ -91,33 +90,52 @@ class DDPAdapter:
         watch_collectives: bool,
         steps_after: str,
     ) -> None:
-        """Register the hooks.
-
-        Args:
-            take: called with every bucket of a backward pass, in the same order on all ranks.
-            before_forward: called before every forward pass with the module, its arguments and keywords.
-            abort: called if a backward pass ends with an error.
-            watch_collectives: whether to look for collectives in forward and backward passes.
-            steps_after: what an optimizer must come after, for errors.
-        """
+        """See `Adapter.attach`."""
         model = self.model
         self._take, self._abort = take, abort
+        hooks = {*model._forward_pre_hooks, *model._forward_hooks}
         model.register_comm_hook(None, self._hook)  # first, since it raises if there is a hook already
         self._watch = Watch(model, self.drop_gradients, collectives=watch_collectives, steps_after=steps_after)
         model.register_forward_pre_hook(torch.compiler.disable(before_forward), with_kwargs=True)
+        hooks = {*model._forward_pre_hooks, *model._forward_hooks} - hooks
+        model.__getstate__ = functools.partial(_unguarded_state, weakref.ref(model), hooks)  # type: ignore[method-assign]
 
     def reduced(self) -> list[Tensor]:
-        """Return the parameters whose gradients go through buckets, in the model's order."""
+        """See `Adapter.reduced`."""
         model = self.model
         in_buckets = reduced_parameters(model)
         return [parameter for parameter in model.parameters() if parameter in in_buckets]
 
+    def flatten_gradients(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the gradients of some parameters as DDP would put them into a bucket; 0 where there is none."""
+        first = parameters[0]
+        values = torch.empty(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        write_gradients(values, parameters)
+        return values
+
+    def replicated_parameters(self) -> Iterable[Tensor]:
+        """Return the parameters that DistributedDataParallel does not ignore."""
+        model = self._model()
+        named = () if model is None else model.module.named_parameters()
+        return [parameter for name, parameter in named if name not in self._ignored]
+
+    def replicated_buffers(self) -> Iterable[Tensor]:
+        """Return the buffers that DistributedDataParallel does not ignore."""
+        model = self._model()
+        named = () if model is None else model.module.named_buffers()
+        return [buffer for name, buffer in named if name not in self._ignored]
+
+    @property
+    def synchronises(self) -> bool:
+        """See `Adapter.synchronises`."""
+        return bool(self.model.require_backward_grad_sync)
+
     def own_collectives(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which collectives are the guard's own."""
+        """See `Adapter.own_collectives`."""
         return self._watch.own()
 
     def begin_part(self) -> None:
-        """Begin another mini-batch; the gradients of the one before are in the messages."""
+        """See `Adapter.begin_part`."""
         self.model.zero_grad(set_to_none=True)
         self._watch.begin_part()
 
@@ -173,20 +191,24 @@ class DDPAdapter:
                 buffer.copy_(values[name])
 
     def finish_step(self) -> None:
-        """Note that all gradients are decoded or were dropped."""
+        """See `Adapter.finish_step`."""
         self._watch.finish()
 
     def drop_gradients(self) -> None:
-        """Set all gradients to None, so that optimizers do not change the parameters or their own state."""
+        """See `Adapter.drop_gradients`."""
         model = self._model()
         for parameter in () if model is None else model.parameters():
             parameter.grad = None
 
     def call_after_backward(self, finish: Callable[[], None]) -> None:
-        """Register a function to be called when the gradients are in place."""
+        """See `Adapter.call_after_backward`."""
         # DDP copies the gradients in a callback that it queues after this one; so queue the function from here.
         engine = torch.autograd.Variable._execution_engine
         engine.queue_callback(lambda: engine.queue_callback(finish))
+
+    def self_test(self, batch: Any, loss: Callable[[torch.nn.Module, Any], Tensor] | None) -> SelfTest:
+        """See `Adapter.self_test`."""
+        return self_test(self.module, self.group, batch, loss)
 
     def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """Take a bucket from DDP."""
@@ -209,6 +231,19 @@ class DDPAdapter:
         except BaseException:
             self._abort()
             raise
+
+
+def _unguarded_state(model: weakref.ref[DistributedDataParallel], hooks: Collection[int]) -> dict[str, Any]:
+    """Return what a copy of the model is made from (`copy.deepcopy`, `pickle`): a copy has no guard."""
+    guarded = model()
+    assert guarded is not None
+    state: dict[str, Any] = type(guarded).__getstate__(guarded)
+    for name in ("_run_ddp_forward", "__getstate__"):
+        del state[name]
+    state["_comm_hooks"] = []
+    for name in HOOKS:
+        state[name] = type(state[name])((key, hook) for key, hook in state[name].items() if key not in hooks)
+    return state
 
 
 def has_no_gaps(values: Tensor) -> bool:

@@ -17,9 +17,13 @@ class FailurePolicy:
         ranks: the rank of every worker.
         on_failure: "raise" or "skip".
         log: called to log a warning.
+        unit: what a rank is called in messages.
     """
 
-    def __init__(self, code: Code, ranks: Sequence[int], on_failure: str, log: Callable[..., None]) -> None:
+    def __init__(
+        self, code: Code, ranks: Sequence[int], on_failure: str, log: Callable[..., None], unit: str = "rank"
+    ) -> None:
+        self._unit = unit
         self._code = code
         self._ranks = ranks
         self._on_failure = on_failure
@@ -65,8 +69,10 @@ class FailurePolicy:
             "missing": missing,
         }
         named = {reason: sorted({self._ranks[j] for j in workers}) for reason, workers in reasons.items()}
-        return f"no gradient in step {step}, bucket {bucket}: more ranks are bad than {self._code!r} can correct; " + (
-            ", ".join(f"{reason}: {ranks}" for reason, ranks in named.items() if ranks) or "nobody can be named"
+        who = ", ".join(f"{reason}: {ranks}" for reason, ranks in named.items() if ranks) or "nobody can be named"
+        return (
+            f"no gradient in step {step}, bucket {bucket}: more {self._unit}s are bad than {self._code!r} can correct; "
+            f"{who}"
         )
 
     def explain_state(self, step: int, other_parameters: Collection[int]) -> str | None:
@@ -78,7 +84,7 @@ class FailurePolicy:
             wrong = sorted(self._ranks[j] for j in group if j in other_parameters)
             if len(wrong) > self._code.adversaries:
                 return (
-                    f"no gradient in step {step}: more ranks have other parameters than the majority than "
+                    f"no gradient in step {step}: more {self._unit}s have other parameters than the majority than "
                     f"{self._code!r} can correct: {wrong}"
                 )
         return None

@@ -8,38 +8,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext.codes import Code
 from draco_ext.protocol.encoder import GradientEncoder
 from draco_ext.protocol.messages import ExchangeOutcome
+from draco_ext.training.adapter import Bucket
+from draco_ext.training.agreement import BucketOutcome, StepFindings
 from draco_ext.training.base import GuardBase
-from draco_ext.training.ddp import Bucket
 from draco_ext.training.inputs import InputCheck
 from draco_ext.training.placement import place_ranks
 from draco_ext.training.record import Claims, majority
 from draco_ext.training.sampler import announce_guard, check_workers_of_samplers, step_taken
 from draco_ext.training.seeding import BATCH, LOADER
-from draco_ext.training.state import StateVerdict
 from draco_ext.training.step import Step
+from draco_ext.training.watch import is_training
 
 # A function that returns a bad rank's message: f(step, honest message) -> message. For tests and demonstrations.
 Adversary = Callable[[int, Tensor], Tensor]
 
 
 class Guard(GuardBase):
-    """A guard, which decodes the gradients of a DistributedDataParallel model; made by `protect`.
+    """A guard, which decodes the gradients of a data-parallel model; made by `protect`.
 
     Attributes:
         code: the code.
-        worker: this rank's worker number.
+        worker: this rank's worker number; with FSDP2 its replica's.
         failed: whether the last step failed. With ``on_failure="skip"`` do not call a GradScaler's ``step`` and
             ``update`` then, since it raises an error without gradients.
     """
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        model: torch.nn.Module,
         code: Code,
         *,
         adversary: Adversary | None,
@@ -58,10 +58,10 @@ class Guard(GuardBase):
         )
         self._adversary = adversary
         self._encoder = GradientEncoder(code, self.worker, scale_into_buffer=self._transport.needs_scaled_values)
-        self._step = Step(code, self.worker, seed)
+        self._step = Step(code, self.worker, seed, shard=self._adapter.shard, shards=self._adapter.shards)
         self._exchanges = 0  # the number of exchanges so far; 0 until the first step's messages are sent
         self._inputs = InputCheck(code, self._ranks)  # used in the first step
-        self._outcomes: list[tuple[ExchangeOutcome, int]] = []  # the current step's, each with its bucket's number
+        self._outcomes: list[BucketOutcome] = []  # the current step's
         self._claims: Claims | None = None  # the current step's
         self._elsewhere: set[int] = set()  # workers at another step, for which that was logged
 
@@ -77,18 +77,24 @@ class Guard(GuardBase):
     # ------------------------------------------------------------------------------------------------ a step
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
-        """Cut a loader over a `RedundantBatchSampler` into steps.
+        """Cut a loader into steps.
 
         ``for step in guard.steps(loader): for x, y in step: loss(x, y).backward()``, then the optimizer's step. Each
         step yields the mini-batches of this rank's parts. Every mini-batch needs one forward and backward pass. With
         several parts, each gradient is encoded when it is computed, into one buffer of the gradient's size.
 
+        Args:
+            loader: a loader over a `RedundantBatchSampler`, or any iterable of mini-batches that yields those of
+                `data_ranks` in order, step after step. Whatever is drawn while it makes one is drawn alike on ranks
+                with that part.
+
         Raises:
             RuntimeError: a step ended before all its mini-batches were taken and passed backward.
         """
-        iterator = iter(loader)
         self._step.in_loop = True
         try:
+            self._step.seed(LOADER, 0)  # a DataLoader now draws the seeds of its workers
+            iterator = iter(loader)
             while True:
                 before = self.step
                 self._step.seed(LOADER, 0)
@@ -135,10 +141,10 @@ class Guard(GuardBase):
         if self._exchanges == 0 and step.forwards == 0:
             check_workers_of_samplers(self.code, self._workers)
             self._inputs.see_inputs(step.index, (arguments, keywords))
-        if not module.training:
+        if not is_training(module):
             return
         step.check_loop()
-        step.accumulated += not module.require_backward_grad_sync
+        step.accumulated += not self._adapter.synchronises
         step.seed(step.forwards)
         step.forwards += 1
 
@@ -152,7 +158,9 @@ class Guard(GuardBase):
                 "mini-batch under model.no_sync()"
             )
         if step.in_last_part and self._exchanges == 0:
-            self._inputs.compare(self._adapter.group, self._adapter.device, self._recorder)
+            problem = self._inputs.compare(self._adapter.group, self._adapter.device, self._recorder)
+            if problem := self._agreement.first(problem):
+                raise ValueError(problem)
         with self._seconds.encoding():
             self._encoder.add(bucket.buffer, step.parts, step.index)
         if step.in_last_part and self._unused is not None:
@@ -171,12 +179,13 @@ class Guard(GuardBase):
         if bucket.is_last if self._unused is not None else bucket.index == 0:
             self._send_record()
         message = self._encoder.message(bucket.buffer)
-        if self._adversary is not None:
+        if self._adversary is not None and message.values.numel() > 0:
             altered = self._adversary(self.step, message.values.clone()).contiguous()
             message = replace(message, values=altered, buffer_holds_scaled_values=False)
 
         def complete(outcome: ExchangeOutcome) -> None:
-            self._outcomes.append((outcome, bucket.index))
+            shards: dict[int, tuple[int, ...]] = dict.fromkeys(outcome.suspects, (self._adapter.shard,))
+            self._outcomes.append(BucketOutcome(bucket.index, bucket.buffer.values.numel(), outcome, shards))
             bucket.complete()
 
         exchange = self._transport.exchange(message, self._exchanges)
@@ -184,8 +193,9 @@ class Guard(GuardBase):
         self._scheduler.start(
             exchange, name=f"no gradient in step {self.step}, {bucket.buffer.name}", complete=complete
         )
-        if bucket.is_last:
+        if bucket.is_last or bucket.at_once:
             self._scheduler.complete_all()
+        if bucket.is_last:
             self._adapter.call_after_backward(self._finish)
 
     def _send_record(self) -> None:
@@ -203,6 +213,7 @@ class Guard(GuardBase):
     def _forget_step(self) -> None:
         """Forget what a step has collected, whether it came to its end or not."""
         self._claims, self._outcomes = None, []
+        self._step.begin(self._step.number)  # its forward passes count anew
         self._record.begin()
         if self._unused is not None:
             self._unused.forget()
@@ -222,10 +233,20 @@ class Guard(GuardBase):
         assert claims is not None
         failure = self._agree_on_step(claims.steps)
         verdict = self._state_check.judge(claims.state)
-        failure = self._record_outcomes(claims, verdict, failure)
-        with self._adapter.own_collectives():
-            problem = self._state_check.repair(verdict, self.step) if claims.state else None
-        failure = failure or problem or self._policy.explain_state(self.step, verdict.with_wrong("parameters"))
+        found = StepFindings(failure, self._outcomes, frozenset(), frozenset(verdict.with_wrong("parameters")))
+        clean = failure is None and not verdict.wrong and all(each.outcome.is_clean for each in self._outcomes)
+        # The same on all ranks of this worker from here on.
+        said = self._agreement.numbers(not clean, bool(claims.state), self._step.number)
+        if any(unclean for unclean, _, _ in said):
+            found = self._agreement.merge(replace(found, other_data=frozenset(claims.with_other_data())))
+        if len({number for _, _, number in said}) > 1:
+            found = replace(found, failure="all ranks must be at the same step: all must call load_state_dict")
+        failure = self._record_outcomes(found)
+        problem = None
+        if any(with_state for _, with_state, _ in said):
+            with self._adapter.own_collectives():
+                problem = self._state_check.repair(verdict, self.step)
+        failure = failure or problem or self._policy.explain_state(self.step, found.other_parameters)
         step, accumulated = self._step.number, self._step.accumulated
         self._step.begin(step + 1)
         step_taken(self, self.code, 1 + accumulated)
@@ -262,12 +283,13 @@ class Guard(GuardBase):
         self._step.number = usual
         return None
 
-    def _record_outcomes(self, claims: Claims, state: StateVerdict, failure: str | None) -> str | None:
+    def _record_outcomes(self, found: StepFindings) -> str | None:
         """Record the findings of a step's exchanges; return why the step failed, or None."""
-        if all(outcome.is_clean for outcome, _ in self._outcomes):
-            return failure
-        other_data = claims.with_other_data()
-        for outcome, bucket in self._outcomes:
+        failure = found.failure
+        for each in found.outcomes:
+            outcome, bucket = each.outcome, each.bucket
+            if outcome.is_clean:
+                continue
             if not outcome.failed:
                 self._recorder.weigh(outcome.left_out, outcome.suspects, self.step)
             elif failure is None:
@@ -276,21 +298,23 @@ class Guard(GuardBase):
                     bucket,
                     suspects=outcome.suspects,
                     missing=outcome.missing,
-                    other_data=other_data,
-                    other_parameters=state.with_wrong("parameters"),
+                    other_data=found.other_data,
+                    other_parameters=found.other_parameters,
                 )
             for worker in (*outcome.suspects, *outcome.missing):
                 differs = outcome.suspects.get(worker)
                 finite = differs is not None and differs.largest < float("inf")
+                kind = "data" if worker in found.other_data else "gradient"
                 self._recorder.add_message(
                     worker,
-                    "missing" if worker in outcome.missing else "data" if worker in other_data else "gradient",
+                    "missing" if worker in outcome.missing else kind,
                     step=self.step,
                     bucket=bucket,
                     failed=outcome.failed,
                     elements=None if differs is None else differs.elements,
                     first=None if differs is None else differs.first,
                     largest=differs.largest if differs is not None and finite else None,
+                    shards=each.shards.get(worker, ()),
                 )
         return failure
 

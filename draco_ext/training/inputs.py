@@ -97,20 +97,21 @@ class InputCheck:
         batch, _ = self._seen.get(index, (UNKNOWN, UNKNOWN))
         self._seen[index] = [batch, fingerprint(inputs)]
 
-    def compare(self, group: dist.ProcessGroup, device: torch.device, recorder: Recorder) -> None:
+    def compare(self, group: dist.ProcessGroup, device: torch.device, recorder: Recorder) -> str | None:
         """Compare with the other ranks.
 
         Up to s ranks that differ may be bad. They are logged, but cannot stop the others.
 
-        Raises:
-            ValueError: more than s ranks differ in one part, which means a mistake in the script.
+        Returns:
+            An error message if more than s ranks differ in one part, which means a mistake in the script, else None.
         """
         own = torch.stack([torch.stack(self._seen[i]) for i in range(len(self._seen))])
         for other in compare_inputs(gather(own, group, device), self._code, self._ranks):
             ranks = sorted(self._ranks[j] for j in other.workers)
             if len(ranks) > self._code.adversaries:
-                raise ValueError(f"{other.cause}; got others of part {other.part} on ranks {ranks}")
+                return f"{other.cause}; got others of part {other.part} on {recorder.unit}s {ranks}"
             for rank in ranks:
                 recorder.log(
                     "%s has other inputs of part %d than others: %s", recorder.name(rank), other.part, other.cause
                 )
+        return None

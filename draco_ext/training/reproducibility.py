@@ -22,7 +22,7 @@ SAME_RANK = (
 )
 ACROSS_RANKS = (
     "within a group use the same kind of processor, the same torch and libraries, and the same number of threads "
-    "(OMP_NUM_THREADS); or accept small deviations with transport='allgather' or 'server' and atol=, rtol="
+    "(OMP_NUM_THREADS); or accept small deviations with transport='verified' or 'server' and atol=, rtol="
 )
 
 
@@ -134,15 +134,12 @@ def odd_ones_out(rows: Tensor) -> list[int]:
     return [i for i, key in enumerate(keys) if key != usual]
 
 
-def self_test(
-    module: torch.nn.Module,
-    group: dist.ProcessGroup,
-    batch: Any,
-    loss: Callable[[torch.nn.Module, Any], Tensor] | None = None,
-) -> SelfTest:
-    """Run rank 0's batch twice on every rank and compare all gradients; see `Guard.self_test`."""
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    device = next(iter(parameters.values())).device
+def share_batch(batch: Any, group: dist.ProcessGroup, device: torch.device) -> Any:
+    """Return rank 0's batch, on every rank.
+
+    Raises:
+        ValueError: the batch's shapes or dtypes differ between ranks.
+    """
     leaves, structure = pytree.tree_flatten(batch)
     # Check the shapes first, since gloo would abort if rank 0's tensor were longer.
     shapes = repr([(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in leaves])
@@ -153,7 +150,19 @@ def self_test(
         if isinstance(leaf, Tensor):
             leaves[i] = leaf.to(device, copy=True).contiguous()
             dist.broadcast(leaves[i], group=group, group_src=0)
-    batch = pytree.tree_unflatten(leaves, structure)
+    return pytree.tree_unflatten(leaves, structure)
+
+
+def self_test(
+    module: torch.nn.Module,
+    group: dist.ProcessGroup,
+    batch: Any,
+    loss: Callable[[torch.nn.Module, Any], Tensor] | None = None,
+) -> SelfTest:
+    """Run rank 0's batch twice on every rank and compare all gradients; see `Guard.self_test`."""
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    device = next(iter(parameters.values())).device
+    batch = share_batch(batch, group, device)
     if odd := odd_ones_out(gather(fingerprint(list(parameters.values())), group, device)):
         return SelfTest(False, "(the parameters themselves)", tuple(odd), "start all ranks from the same parameters")
 
@@ -162,7 +171,7 @@ def self_test(
     with kept_generators(device):
         for _ in range(2):
             seed_generators(0, 0, 0, 0)
-            value = (loss or _sum_of_squares)(module, batch)
+            value = (loss or sum_of_squares)(module, batch)
             gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
             runs.append(torch.stack([fingerprint(gradient) for gradient in gradients]))
             with torch.no_grad():
@@ -177,7 +186,7 @@ def self_test(
     return SelfTest(True)
 
 
-def _sum_of_squares(module: torch.nn.Module, batch: Any) -> Tensor:
+def sum_of_squares(module: torch.nn.Module, batch: Any) -> Tensor:
     """Return the sum of mean squares of the model's outputs for a batch, or for its first element if it is a tuple."""
     inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
     outputs = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)

@@ -5,18 +5,17 @@ All ranks have the same parameters, so those of the majority are the right ones.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from draco_ext import ops
 from draco_ext.protocol.communicator import Communicator
+from draco_ext.training.adapter import Adapter
 from draco_ext.training.record import SECTIONS, Digest, majority
 
 CHUNK = 2**20  # bytes; smaller tensors are digested and sent together
@@ -27,16 +26,15 @@ Number = int | float | None
 class ReplicatedState:
     """The parameters and buffers of a model, and the states of watched optimizers.
 
+    Of parameters and optimizer states that are sharded, this rank's shards are meant.
+
     Args:
-        model: the model. Parameters and buffers that DistributedDataParallel ignores are left out.
+        adapter: gives the parameters and buffers.
     """
 
-    def __init__(self, model: DistributedDataParallel) -> None:
-        self._ignored = frozenset(model.parameters_to_ignore)
-        self._module = weakref.ref(model.module)  # a strong reference would keep the model alive for ever
-        parameters = model.module.named_parameters()
-        self._parameters = _strided(p for name, p in parameters if name not in self._ignored)
-        self.device = self._parameters[0].device
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self.device = adapter.device
         self._optimizers: list[torch.optim.Optimizer] = []
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -50,7 +48,7 @@ class ReplicatedState:
 
     def digest(self, section: str, key: int) -> Tensor:
         """Return the digest (2,) of one section; 0 if it is empty."""
-        pieces = (_bytes(chunk, chunk[0].device) for chunk in _chunks(self._of(section)))
+        pieces = (_bytes(chunk, chunk[0].device) for chunk in chunks(self._of(section), CHUNK))
         return _join(pieces, key, self.device)
 
     def layout(self, section: str) -> Tensor:
@@ -62,51 +60,50 @@ class ReplicatedState:
 
     def send(self, section: str, communicator: Communicator, worker: int) -> None:
         """Send a section to one worker."""
-        for chunk in _chunks(self._of(section)):
+        for chunk in chunks(self._of(section), CHUNK):
             communicator.send(_bytes(chunk, self.device), worker)
 
     def receive(self, section: str, communicator: Communicator, worker: int) -> None:
         """Receive a section of the same layout from one worker, in place."""
         tensors = self._of(section)
-        for chunk in _chunks(tensors):
-            arrived = torch.empty(sum(map(_size, chunk)), dtype=torch.uint8, device=self.device)
+        for chunk in chunks(tensors, CHUNK):
+            arrived = torch.empty(_size(chunk), dtype=torch.uint8, device=self.device)
             communicator.receive(arrived, worker)
             _fill(chunk, arrived)
         self._put_numbers(section, tensors)
 
     def size(self, section: str) -> int:
         """Return the size of a section in bytes."""
-        return sum(map(_size, self._of(section)))
+        return _size(self._of(section))
 
     def to_bytes(self, section: str) -> Tensor:
         """Return a copy of a section as bytes on the CPU."""
-        pieces = [_bytes(chunk, torch.device("cpu")) for chunk in _chunks(self._of(section))]
+        pieces = [_bytes(chunk, torch.device("cpu")) for chunk in chunks(self._of(section), CHUNK)]
         return torch.cat([torch.empty(0, dtype=torch.uint8), *pieces])
 
     def from_bytes(self, section: str, values: Tensor) -> None:
         """Set a section from the result of `to_bytes` on a rank with the same layout."""
         tensors = self._of(section)
-        chunks = list(_chunks(tensors))
-        for chunk, piece in zip(chunks, values.split([sum(map(_size, chunk)) for chunk in chunks]), strict=True):
+        divided = list(chunks(tensors, CHUNK))
+        for chunk, piece in zip(divided, values.split(list(map(_size, divided))), strict=True):
             _fill(chunk, piece)
         self._put_numbers(section, tensors)
 
     def digest_of_bytes(self, section: str, values: Tensor, key: int) -> Tensor:
         """Return the `digest` of a section that is given as bytes."""
-        sizes = [sum(map(_size, chunk)) for chunk in _chunks(self._of(section))]
+        sizes = list(map(_size, chunks(self._of(section), CHUNK)))
         return _join((piece.clone() for piece in values.split(sizes)), key, self.device)
 
     def _of(self, section: str) -> list[Tensor]:
         if section == "parameters":
-            return self._parameters
+            return _strided(self._adapter.replicated_parameters())
         if section == "buffers":
             # Looked up every time, since a module may replace a buffer by another tensor.
-            buffers = () if (module := self._module()) is None else module.named_buffers()
-            return _strided(buffer for name, buffer in buffers if name not in self._ignored)
+            return _strided(self._adapter.replicated_buffers())
         tensors, numbers = [], []
         for leaf in (leaf for optimizer in self._optimizers for leaf in _leaves(optimizer)[0]):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-                tensors.append(leaf)
+                tensors.append(own_shard(leaf))
             elif _is_number(leaf):
                 numbers.append(leaf)
         # Adam's step counts may be on the CPU while its moments are on a GPU; sorting keeps each device together.
@@ -128,21 +125,32 @@ class ReplicatedState:
                     optimizer.state[parameter].update(values)
 
 
+def own_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor; any other tensor is returned as it is."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
+
+
 def _strided(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.layout == torch.strided]
 
 
-def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Divide tensors into lists. Each list is on one device, and has a single tensor or few bytes."""
+def chunks(
+    tensors: Iterable[Tensor], limit: int, kind: Callable[[Tensor], object] = lambda tensor: tensor.device
+) -> Iterator[list[Tensor]]:
+    """Divide tensors into lists. Each list is of one kind, and has a single tensor or at most `limit` bytes.
+
+    Every tensor is in a list, in the given order, also one without elements.
+    """
     chunk: list[Tensor] = []
     length = 0
     for tensor in tensors:
-        if chunk and (length + _size(tensor) > CHUNK or tensor.device != chunk[0].device):
+        if chunk and (length + tensor.nbytes > limit or kind(tensor) != kind(chunk[0])):
             yield chunk
             chunk, length = [], 0
         chunk.append(tensor)
-        length += _size(tensor)
-    if length:
+        length += tensor.nbytes
+    if chunk:
         yield chunk
 
 
@@ -153,8 +161,8 @@ def _join(pieces: Iterable[Tensor], key: int, device: torch.device) -> Tensor:
     return ops.digest(torch.cat(digests).view(torch.uint8), key)
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _bytes(chunk: list[Tensor], device: torch.device) -> Tensor:
@@ -164,7 +172,7 @@ def _bytes(chunk: list[Tensor], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _fill(chunk: list[Tensor], arrived: Tensor) -> None:
-    for tensor, piece in zip(chunk, arrived.split([_size(tensor) for tensor in chunk]), strict=True):
+    for tensor, piece in zip(chunk, arrived.split([tensor.nbytes for tensor in chunk]), strict=True):
         # Cloned, since a view with longer elements needs an aligned start.
         tensor.detach().copy_(piece.clone().view(tensor.dtype).view(tensor.shape))
 

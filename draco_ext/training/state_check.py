@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext import ops
 from draco_ext.codes import DecodingError
@@ -14,7 +13,9 @@ from draco_ext.protocol.exchange import run_alone
 from draco_ext.protocol.groups import Rendezvous
 from draco_ext.protocol.transports.base import Transport
 from draco_ext.reporting.recorder import Recorder
-from draco_ext.training.record import Digest, digests_in
+from draco_ext.training.adapter import Adapter
+from draco_ext.training.agreement import Agreement
+from draco_ext.training.record import SECTIONS, Digest, digests_in
 from draco_ext.training.repair import make_repair
 from draco_ext.training.state import ReplicatedState, StateVerdict, judge
 
@@ -23,7 +24,8 @@ class StateCheck:
     """A check that compares replicated state in some steps and repairs it.
 
     Args:
-        model: the model whose parameters and buffers are compared.
+        adapter: gives the parameters and buffers that are compared.
+        agreement: the agreement with the other ranks of this worker.
         transport: the transport that repairs use.
         recorder: records the findings.
         every: state is compared in steps whose number is a multiple of this; 0: in the first step only.
@@ -36,7 +38,8 @@ class StateCheck:
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        adapter: Adapter,
+        agreement: Agreement,
         transport: Transport,
         recorder: Recorder,
         *,
@@ -44,15 +47,18 @@ class StateCheck:
         seed: int,
         helpers: int,
     ) -> None:
-        self.state = ReplicatedState(model)
+        self.state = ReplicatedState(adapter)
+        self._adapter = adapter
+        self._agreement = agreement
         self._transport = transport
         self._recorder = recorder
         self._repair = make_repair(transport, self.state, helpers)
-        self._rendezvous = Rendezvous(model.process_group)
+        self._rendezvous = Rendezvous(adapter.world)
         self._every = every
         self._seed = seed
         self._unknown = True  # not compared yet, or without a majority in the last comparison
         self._comparisons = 0
+        self._wrong: list[int] = []  # the workers that were wrong in the last comparison
         # By worker, the workers that compute the same parts, and so have the same buffers.
         self._alike = {j: group for group in transport.code.replica_groups for j in group}
 
@@ -80,11 +86,32 @@ class StateCheck:
             repaired = self._repair.run(verdict, self._alike)
         except RuntimeError as error:
             raise RuntimeError(f"no comparison of parameters in step {step}: {error}") from error
-        for worker, sections in verdict.wrong.items():
-            self._recorder.add_state(worker, sections, step=step, repaired=repaired[worker])
-        if not verdict.undecided:
+        wrong = {worker: (sections, repaired[worker]) for worker, sections in verdict.wrong.items()}
+        undecided = verdict.undecided
+        if self._agreement.any(wrong or undecided):
+            wrong, undecided = self._merge(wrong, undecided)
+        for worker, (sections, whole) in wrong.items():
+            self._recorder.add_state(worker, sections, step=step, repaired=whole)
+        if wrong:
+            self._adapter.parameters_changed()
+        self._wrong = list(wrong)
+        if not undecided:
             return None
-        return f"no gradient in step {step}: no majority of the ranks has the same {' and '.join(verdict.undecided)}"
+        return f"no gradient in step {step}: no majority of the ranks has the same {' and '.join(undecided)}"
+
+    def _merge(
+        self, wrong: Mapping[int, tuple[tuple[str, ...], bool]], undecided: tuple[str, ...]
+    ) -> tuple[dict[int, tuple[tuple[str, ...], bool]], tuple[str, ...]]:
+        """Return the wrong sections of each worker in any shard, whether all were repaired, and those undecided."""
+        found = self._agreement.gather([list(wrong.items()), undecided])
+        merged: dict[int, tuple[tuple[str, ...], bool]] = {}
+        for of_shard, _ in found:
+            for worker, (sections, whole) in of_shard:
+                others, all_whole = merged.get(worker, ((), True))
+                both = tuple(section for section in SECTIONS if section in (*others, *sections))
+                merged[worker] = (both, all_whole and whole)
+        without_majority = {section for _, of_shard in found for section in of_shard}
+        return dict(sorted(merged.items())), tuple(section for section in SECTIONS if section in without_majority)
 
     def run(self, step: int, present: Collection[int], timeout: float) -> list[int]:
         """Compare and repair now, between steps, on all ranks; return the workers that were wrong.
@@ -98,7 +125,8 @@ class StateCheck:
             DecodingError: there is no majority.
             RuntimeError: another rank does not call it.
         """
-        if absent := self._rendezvous.wait(sorted(present), timeout):
+        members = sorted(rank for worker in present for rank in self._adapter.members[worker])
+        if absent := self._rendezvous.wait(members, timeout):
             raise RuntimeError(
                 f"check_state and state_dict must be called on all ranks, but rank {absent[0]} has not called it "
                 f"within {timeout:g} s; state_dict(check=False) may be called on one rank alone"
@@ -108,7 +136,7 @@ class StateCheck:
         self._recorder.deliver()
         if problem:
             raise DecodingError(problem)
-        return list(verdict.wrong)
+        return self._wrong
 
     def digests(self, step: int) -> Tensor:
         """Return the digests (3, 2) of this rank's state under a key that all ranks know.

@@ -13,6 +13,8 @@ class Step:
         code: the assignment of parts to workers.
         worker: this rank's worker number.
         seed: the seed of the generators.
+        shard: the number of this rank among those that make up the worker, which divide its parts among themselves.
+        shards: the number of these ranks.
 
     Attributes:
         number: the number of the step, from 0.
@@ -24,10 +26,12 @@ class Step:
         awaited: whether `Guard.steps` has yielded a mini-batch that was not yet passed backward.
     """
 
-    def __init__(self, code: Code, worker: int, seed: int) -> None:
+    def __init__(self, code: Code, worker: int, seed: int, *, shard: int = 0, shards: int = 1) -> None:
         self._code = code
         self._worker = worker
         self._seed = seed
+        self._shard = shard
+        self._shards = shards
         self.in_loop = self.awaited = False
         self.begin(0)
 
@@ -49,7 +53,7 @@ class Step:
     def seed(self, stage: int, index: int | None = None) -> None:
         """Seed the global generators for a stage of a part, by default the current one."""
         part = self.parts[self.index if index is None else index]
-        seed_generators(self._seed, self.number, part, stage)
+        seed_generators(self._seed, self.number, part * self._shards + self._shard, stage)
 
     def seed_loading(self) -> None:
         """Seed the global generators when a sampler is asked for a mini-batch."""

@@ -27,6 +27,16 @@ EVERY_CODE = [RepetitionCode(9, 1), CyclicCode(9, 2)]
 VOTE_ON_CPU = torch.ops.draco_ext.majority_vote.default
 
 
+@pytest.fixture(autouse=True)
+def several_threads(request):
+    """Have kernels divide columns among threads, also where this is one of several processes and has one."""
+    before = torch.get_num_threads()
+    if hasattr(request.config, "workerinput"):
+        torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
 def test_on_a_gpu():
     """Stands for all tests on a GPU where there is none."""
     if not with_cuda():
@@ -608,6 +618,20 @@ def test_digests_of_many_seeds(device, generator):
     for kind in (list, tuple):
         assert torch.equal(on(device, ops.digest, values, kind(seeds)), wanted)
     assert len(set(map(tuple, wanted.tolist()))) == len(seeds)
+
+
+@pytest.mark.parametrize("length", [0, 5, 70_001])
+def test_seeds_that_the_host_need_not_know(length, device, generator):
+    """They lie on the device, and give what the same numbers on the host do."""
+    values = torch.randn(length, generator=generator)
+    numbers = torch.randint(-(2**62), 2**62, (19,), generator=generator)
+    expected = ops.digest(values, numbers.tolist())
+    assert torch.equal(on(device, ops.digest, values, numbers), expected)
+    assert on(device, ops.digest, values, numbers[:0]).shape == (0, 2)
+    messages = torch.randn(5, length + length % 2, generator=generator)
+    of_numbers = on(device, ops.cyclic_project, messages, int(numbers[0]))
+    for there, expected in zip(on(device, ops.cyclic_project, messages, numbers[:1]), of_numbers, strict=True):
+        assert torch.equal(there, expected)
 
 
 def test_digest_tells_all_bits_places_and_lengths(generator):

@@ -591,7 +591,7 @@ def _mistakes(rank, report):
 
 def test_mistakes_are_named():
     assert list(run_local(_mistakes, 3)) == [
-        "TypeError: model must be a DistributedDataParallel, got Sequential",
+        "TypeError: model must be a DistributedDataParallel or made by fully_shard, got Sequential",
         "TypeError: code must be a RepetitionCode, a CyclicCode or an Audit, got int",
         "ValueError: code must be for the 3 ranks of the model's process group, got "
         "RepetitionCode(workers=4, adversaries=1)",

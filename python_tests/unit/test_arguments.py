@@ -11,6 +11,20 @@ GOOD = {R: torch.zeros(6, 8), C: torch.zeros(7, 8)}
 CODES = [pytest.param(R, id="repetition"), pytest.param(C, id="cyclic")]
 
 
+@pytest.mark.parametrize(
+    "call", [lambda seed: ops.digest(torch.ones(3), seed), lambda seed: ops.cyclic_project(torch.ones(3, 4), seed)]
+)
+def test_seeds_in_a_tensor(call):
+    with pytest.raises(TypeError, match="seed must have dtype int64, got float32"):
+        call(torch.ones(1))
+    with pytest.raises(ValueError, match="seed must have 1 dimension"):
+        call(torch.ones(1, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="seed must be contiguous"):
+        call(torch.ones(4, dtype=torch.int64)[::2])
+    with pytest.raises(ValueError, match="seed must have 1 element"):
+        ops.cyclic_project(torch.ones(3, 4), torch.ones(2, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("make", [RepetitionCode, CyclicCode])
 @pytest.mark.parametrize(
     ("workers", "adversaries", "error", "message"),

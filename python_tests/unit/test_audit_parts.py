@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from draco_ext import ops
 from draco_ext.protocol.messages import GradientBuffer
 from draco_ext.testing.communicator import run_workers
-from draco_ext.training.audit import convictions, shipping
+from draco_ext.training.audit import convictions, gradients, shipping
 from draco_ext.training.audit.convictions import Convictions
 from draco_ext.training.audit.gradients import GradientMeasure
 from draco_ext.training.audit.measures import CALIBRATION, MARGIN, Bits, Projections
@@ -466,3 +466,28 @@ def test_inputs_are_shifted_and_broadcast(distance):
         return [shipping.unpack(data, like, cpu)[0] for data in (shifted, broadcast)]
 
     assert run_workers(run, 5) == [[(j + distance) % 5, 3] for j in range(5)]
+
+
+# ------------------------------------------------------------------------------------------------ hand-overs
+
+
+def test_every_gradient_is_handed_over(monkeypatch):
+    """Of every dtype and length, one without elements included that is alone of its dtype; 0 where there is none."""
+    monkeypatch.setattr(gradients, "CHUNK", 100)
+    shapes = [(torch.float32, 7), (torch.float64, 40), (torch.float64, 0), (torch.float32, 3), (torch.float16, 0)]
+    parameters = [nn.Parameter(torch.randn(length).to(dtype)) for dtype, length in shapes]
+    for parameter in parameters[:3]:
+        parameter.grad = torch.randn_like(parameter)
+
+    def work(communicator):
+        if communicator.worker == 0:
+            return gradients.hand_over(parameters, b"\x05", {"buffer": torch.ones(2)}, communicator, 1)
+        return gradients.take_over(parameters, communicator, 0)
+
+    _, result = run_workers(work, 2)
+    assert result.used == b"\x05"
+    assert torch.equal(result.buffers["buffer"], torch.ones(2))
+    assert result.gradients.keys() == set(parameters)
+    for parameter in parameters:
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert torch.equal(result.gradients[parameter], expected.flatten())
