@@ -26,7 +26,7 @@ _VERDICT_COLUMNS = 7  # numbers that a server tells of each rank
 
 @dataclass(frozen=True)
 class Network:
-    """The speed of links and processors.
+    """Speeds of links and processors.
 
     Attributes:
         latency: the seconds that a short message takes from one rank to another.
@@ -45,7 +45,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Traffic:
-    """The cost of an exchange without bad ranks. The sum of two is the one after the other.
+    """Traffic of an exchange, without bad ranks. The sum of two is that of one after the other.
 
     Attributes:
         payload: the bytes of messages and gradients that all ranks together send.

@@ -18,11 +18,11 @@ from draco_ext.protocol.messages import GradientBuffer
 from draco_ext.testing.communicator import run_workers
 from draco_ext.training.audit import convictions, gradients, shipping
 from draco_ext.training.audit.convictions import Convictions
-from draco_ext.training.audit.gradients import GradientMeasure
+from draco_ext.training.audit.gradients import GradientMeasure, digest_and_statistics
 from draco_ext.training.audit.measures import CALIBRATION, MARGIN, Bits, Projections
 from draco_ext.training.audit.opinions import Row, disputed_parts, opinions_of_others, read_row, settle
 from draco_ext.training.audit.triggers import WINDOW, Triggers
-from draco_ext.training.ddp import Bucket
+from draco_ext.training.ddp import Bucket, write_gradients
 
 # ------------------------------------------------------------------------------------------------ opinions
 
@@ -246,6 +246,12 @@ def test_bits_see_every_bit():
     assert len(bits.of(values, key)) == bits.length([1000]) == len(bits.of_nothing(1000))
 
 
+def flatten(parameters):
+    values = torch.empty(sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype)
+    write_gradients(values, parameters)
+    return values
+
+
 @pytest.mark.parametrize(
     ("measure", "by_parameter", "scaled"),
     [(Bits(), False, True), (Bits(), True, False), (Projections(0.0, 1e-3), False, False)],
@@ -255,7 +261,7 @@ def test_a_bucket_is_scaled_where_its_bits_are_read_whole(measure, by_parameter,
     parameters = [torch.zeros(1000), torch.zeros(70_001)]
     rest, found = torch.zeros(2, dtype=torch.int64), []
     for factor in (None, 1 / 3):
-        gradients = GradientMeasure(parameters, torch.device("cpu"), measure)
+        gradients = GradientMeasure(parameters, torch.device("cpu"), measure, flatten)
         gradients.begin_step(SEED, 5, by_parameter=by_parameter)
         gradients.begin_own_pass(measured=True)
         values = torch.randn(71_001, generator=torch.Generator().manual_seed(SEED))
@@ -481,7 +487,7 @@ def test_every_gradient_is_handed_over(monkeypatch):
 
     def work(communicator):
         if communicator.worker == 0:
-            return gradients.hand_over(parameters, b"\x05", {"buffer": torch.ones(2)}, communicator, 1)
+            return gradients.hand_over(parameters, flatten, b"\x05", {"buffer": torch.ones(2)}, communicator, 1)
         return gradients.take_over(parameters, communicator, 0)
 
     _, result = run_workers(work, 2)
@@ -491,3 +497,13 @@ def test_every_gradient_is_handed_over(monkeypatch):
     for parameter in parameters:
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         assert torch.equal(result.gradients[parameter], expected.flatten())
+
+
+def test_a_bucket_without_elements_has_a_digest_and_triggers_nothing():
+    digest, statistics = digest_and_statistics(torch.empty(0), SEED)
+    assert torch.equal(digest, ops.digest(torch.empty(0), SEED))
+    triggers = Triggers(3)
+    for _ in range(40):
+        rows = [[statistics.tolist()]] * 3
+        assert triggers.judge(rows, [0]) == {}
+        triggers.observe(rows, [0])
