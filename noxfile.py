@@ -5,7 +5,20 @@ import nox
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "unit"]
 
-STAGES = ("lint", "types", "unit", "ranks", "kernels", "sanitize", "bench", "cuda", "sdist", "docs", "oldest")
+STAGES = (
+    "lint",
+    "types",
+    "unit",
+    "ranks",
+    "kernels",
+    "integrations",
+    "sanitize",
+    "bench",
+    "cuda",
+    "sdist",
+    "docs",
+    "oldest",
+)
 
 
 def _add(stage: str) -> None:

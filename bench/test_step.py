@@ -111,6 +111,7 @@ class Variant:
     def audit_step(self, alone: float) -> Step:
         before = self.guard_seconds()
         passes, seconds, sent = 0, 0.0, 0
+        self.model.zero_grad()  # no optimizer uses them
         mini_batches = next(self.steps)
         while True:
             more, spent, sent_between = self.measured(lambda: next(mini_batches, None))

@@ -72,6 +72,14 @@ inline int64_t check_digest(const char* op, const Tensor& values) {
   return values.size(0) * values.element_size();
 }
 
+// Seeds that lie beside the values, where the host need not know them; `count`: how many there must be.
+inline const int64_t* check_seeds(const char* op, const Tensor& seeds, const Tensor& values, int64_t count = -1) {
+  STD_TORCH_CHECK(seeds.dim() == 1 && seeds.is_contiguous() && seeds.scalar_type() == ScalarType::Long &&
+                      (count < 0 || seeds.size(0) == count) && seeds.get_device_index() == values.get_device_index(),
+                  op, ": seeds must be a contiguous int64 vector on the values' device");
+  return static_cast<const int64_t*>(seeds.data_ptr());
+}
+
 // Messages of the cyclic code, pairs of real columns, and how many elements of the gradient they stand for.
 inline void check_pairs(const char* op, const Tensor& messages, int64_t length) {
   check_matrix(op, "messages", messages);

@@ -13,7 +13,8 @@ STABLE_TORCH_LIBRARY(DRACO_LIBRARY, m) {
       "bool mean, Tensor(a!) out) -> (Tensor suspects, Tensor failed)");
 
   // What ranks compare instead of whole messages.
-  m.def("digest(Tensor values, int[] seeds) -> Tensor");
+  m.def("digest(Tensor values, int[] seed) -> Tensor");
+  m.def("digest_by_keys(Tensor values, Tensor seeds) -> Tensor");
   m.def("digest_and_stats(Tensor values, int seed) -> (Tensor digest, Tensor stats)");
   m.def("digest_stats_and_scale_(Tensor(a!) values, int seed, float factor) -> (Tensor digest, Tensor stats)");
 
@@ -24,6 +25,7 @@ STABLE_TORCH_LIBRARY(DRACO_LIBRARY, m) {
       "cyclic_encode_add_(Tensor(a!) message, Tensor(b!) carry, Tensor gradient, int workers, int adversaries, "
       "int worker, int part, bool first=False) -> ()");
   m.def("cyclic_project(Tensor messages, Tensor? missing, int seed) -> (Tensor projections, Tensor norms)");
+  m.def("cyclic_project_by_key(Tensor messages, Tensor? missing, Tensor seed) -> (Tensor projections, Tensor norms)");
   m.def(
       "cyclic_locate(Tensor projections, Tensor norms, Tensor? missing, int adversaries, int length, bool float64, "
       "float atol, float rtol, bool mean) -> (Tensor weights, Tensor suspects, Tensor failed)");

@@ -17,7 +17,7 @@ from draco_ext.training.api import protect
 from draco_ext.training.audit.guard import AuditGuard, AuditStep
 from draco_ext.training.guard import Guard
 from draco_ext.training.reproducibility import SelfTest
-from draco_ext.training.sampler import RedundantBatchSampler
+from draco_ext.training.sampler import RedundantBatchSampler, RedundantSampler
 
 __all__ = [
     "Audit",
@@ -32,6 +32,7 @@ __all__ = [
     "Finding",
     "Guard",
     "RedundantBatchSampler",
+    "RedundantSampler",
     "RepetitionCode",
     "Report",
     "SelfTest",

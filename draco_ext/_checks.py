@@ -112,6 +112,14 @@ def check_messages(messages: Any, dtypes: Sequence[torch.dtype]) -> None:
         raise ValueError(f"messages must have at least one row, got shape {tuple(messages.shape)}")
 
 
+def check_seeds(name: str, seeds: Tensor, like: Tensor, count: int | None = None) -> None:
+    """Raise unless seeds are a contiguous int64 vector, of this many elements if given, on like's device."""
+    check_tensor(name, seeds, 1, (torch.int64,), like=like)
+    check_contiguous(name, seeds)
+    if count is not None and seeds.size(0) != count:
+        raise ValueError(f"{name} must have {count} element(s), got {seeds.size(0)}")
+
+
 def check_mask(name: str, mask: Any, messages: Tensor) -> None:
     """Raise unless mask is None or a bool vector with an entry for each message."""
     if mask is None:

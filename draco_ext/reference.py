@@ -73,8 +73,10 @@ def _failed(d: int, suspects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------------ digest
 
 
-def digest(values: Tensor, seed: int) -> Tensor:
+def digest(values: Tensor, seed: int | Sequence[int]) -> Tensor:
     """As `ops.digest`, in numpy's unsigned integers."""
+    if isinstance(seed, Sequence):
+        return torch.stack([digest(values, one) for one in seed]) if seed else torch.zeros(0, 2, dtype=torch.int64)
     data = values.contiguous().view(torch.uint8).numpy() if len(values) else np.zeros(0, np.uint8)
     line, columns, groups, rows, lanes = 16, 8, 16, 8, 4  # words in a line
     row_cells, low, high = columns + 1, np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -86,7 +88,8 @@ def digest(values: Tensor, seed: int) -> Tensor:
 
     def nh(parts: np.ndarray, key: np.ndarray) -> np.uint64:
         keyed = (parts.flatten() + key[: parts.size]).astype(np.uint64)
-        return np.uint64((keyed[::2] * keyed[1::2]).sum(dtype=np.uint64))
+        total: np.uint64 = (keyed[::2] * keyed[1::2]).sum(dtype=np.uint64)
+        return total
 
     def weigh(number: int, sums: np.ndarray) -> np.ndarray:
         w = philox(seed, number * lanes + np.arange(lanes), 5).astype(np.uint64)
@@ -100,7 +103,7 @@ def digest(values: Tensor, seed: int) -> Tensor:
         extra = np.zeros_like(parts[0])
         for part in parts:
             extra[: len(part)] ^= part
-        hashes = []
+        hashes: list[np.uint64] = []
         for part in (*parts, extra):
             columns_of_part = [*part.swapaxes(0, 1), np.bitwise_xor.reduce(part, axis=1)]
             hashes += [nh(column, key[(len(hashes) + j) * line :]) for j, column in enumerate(columns_of_part)]
@@ -119,6 +122,13 @@ def digest_and_stats(values: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         largest = finite.abs().max().item() if len(finite) else 0.0
         rows.append([finite.square().sum().item(), largest, len(tile) - len(finite), int((tile == 0).sum())])
     return digest(values, seed), torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+
+
+def digest_stats_and_scale_(values: Tensor, seed: int, factor: float) -> tuple[Tensor, Tensor]:
+    """As `ops.digest_stats_and_scale_`."""
+    found = digest_and_stats(values, seed)
+    values.mul_(factor)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ cyclic code

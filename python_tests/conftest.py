@@ -3,6 +3,9 @@
 A test's folder is its layer, and its marker. Tests and cases that are marked `long` are left out without `--long`, and
 the fixture `long` tells tests which size to take.
 
+Whole folders run on all cores, by pytest-xdist; files, selections (-k, -m) and whatever else a debugger may look into
+in one process, and everything with ``-n 0``. Tests that share the result of a fixture are run by the same process.
+
 Tests that use the fixture `device` run on the CPU and on a GPU where there is one, or, with `--simt LIBRARY`, they
 alone run, on kernels written for the GPU that were compiled for the host: the library registers every op again for CPU
 tensors, as `torch.ops.draco_ext_simt`. With FAIL_WITHOUT_CUDA=1 the tests on a GPU fail where there is none.
@@ -51,7 +54,28 @@ def pytest_addoption(parser):
     )
 
 
+MOST_PROCESSES = 8  # each imports torch, and starts ranks of its own
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Take all cores, where whole folders are to be run and the command says nothing else."""
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    alone = option.usepdb or option.capture == "no" or option.collectonly or option.simt or option.keyword
+    if option.numprocesses is None and not alone and not option.markexpr and all(map(os.path.isdir, config.args)):
+        option.numprocesses = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    if option.numprocesses and option.dist == "no":
+        option.dist = "loadgroup"
+        option.loadscopereorder = False
+
+
 def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # its share of the cores; threads that wait for each other's core are slow
+        threads = max(1, len(os.sched_getaffinity(0)) // config.workerinput["workercount"])
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of processes that tests start
+        torch.set_num_threads(threads)
     for layer, meaning in LAYERS.items():
         config.addinivalue_line("markers", f"{layer}: {meaning}")
     config.addinivalue_line("markers", "long: takes long, and runs with --long alone")
@@ -86,6 +110,14 @@ def pytest_itemcollected(item):
         item.add_marker(layer)
     if _uses_gpu(item):
         item.add_marker(pytest.mark.gpu)
+    if item.config.pluginmanager.hasplugin("xdist") and _shares(item):
+        item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
+def _shares(item):
+    """Whether a fixture of the test's own module is made once for several tests."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    return any(fixture[-1].scope == "module" for fixture in fixtures)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -218,6 +218,10 @@ def digest_arguments(draw):
     return {"values": floats(draw, (length,), draw.choice(ops.DIGEST_DTYPES)), "seed": draw.getrandbits(64) - 2**63}
 
 
+def digests_arguments(draw):
+    return {**digest_arguments(draw), "seed": [draw.getrandbits(64) - 2**63 for _ in range(draw.randrange(4))]}
+
+
 def stats_arguments(draw):
     length = columns(draw) + draw.randrange(2)
     return {"values": floats(draw, (length,), draw.choice(ops.VOTE_DTYPES)), "seed": draw.getrandbits(64) - 2**63}
@@ -351,6 +355,7 @@ def leak(number, kept=[]):  # noqa: B006
 TARGETS = {
     "majority_vote": (ops.majority_vote, vote_arguments, ()),
     "digest": (ops.digest, digest_arguments, ()),
+    "digest of seeds": (ops.digest, digests_arguments, ()),
     "digest_and_stats": (ops.digest_and_stats, stats_arguments, ()),
     "cyclic_encode": (ops.cyclic_encode, encode_arguments, ()),
     "cyclic_encode_add_": (ops.cyclic_encode_add_, encode_add_arguments, ()),
@@ -379,6 +384,8 @@ def raw(function):
             arguments["length"] = arguments["messages"].size(1)
         if "dtype" in arguments:
             arguments["float64"] = arguments.pop("dtype") == torch.float64
+        if function is ops.digest and isinstance(arguments["seed"], int):
+            arguments["seed"] = [arguments["seed"]]
         return op(*(arguments[name] for name in names))
 
     return call

@@ -4,8 +4,8 @@
 namespace draco {
 namespace {
 
-std::tuple<Tensor, Tensor> cyclic_project(const Tensor& messages, const OptionalTensor& missing, int64_t seed) {
-  const char* op = "cyclic_project";
+std::tuple<Tensor, Tensor> project(const char* op, const Tensor& messages, const OptionalTensor& missing,
+                                   int64_t seed) {
   const FloatingPointMode mode;
   const int64_t n = messages.size(0), length = messages.size(1);
   check_pairs(op, messages, length);
@@ -31,7 +31,20 @@ std::tuple<Tensor, Tensor> cyclic_project(const Tensor& messages, const Optional
   return {projections, norms};
 }
 
+std::tuple<Tensor, Tensor> cyclic_project(const Tensor& messages, const OptionalTensor& missing, int64_t seed) {
+  return project("cyclic_project", messages, missing, seed);
+}
+
+std::tuple<Tensor, Tensor> cyclic_project_by_key(const Tensor& messages, const OptionalTensor& missing,
+                                                 const Tensor& seed) {
+  const char* op = "cyclic_project_by_key";
+  return project(op, messages, missing, *check_seeds(op, seed, messages, 1));
+}
+
 }  // namespace
 }  // namespace draco
 
-STABLE_TORCH_LIBRARY_IMPL(draco_ext, CPU, m) { m.impl("cyclic_project", TORCH_BOX(&draco::cyclic_project)); }
+STABLE_TORCH_LIBRARY_IMPL(draco_ext, CPU, m) {
+  m.impl("cyclic_project", TORCH_BOX(&draco::cyclic_project));
+  m.impl("cyclic_project_by_key", TORCH_BOX(&draco::cyclic_project_by_key));
+}

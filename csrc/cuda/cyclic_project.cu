@@ -189,8 +189,9 @@ __global__ void gather_kernel(Gather gather) {
 
 __global__ void set_seed(uint64_t* to, uint64_t seed) { *to = seed; }
 
-std::tuple<Tensor, Tensor> cyclic_project(const Tensor& messages, const OptionalTensor& missing, int64_t seed) {
-  const char* op = "cyclic_project";
+// `there`: the seed on the device, or null if it is `seed`.
+std::tuple<Tensor, Tensor> project(const char* op, const Tensor& messages, const OptionalTensor& missing, int64_t seed,
+                                   const int64_t* there) {
   const int64_t n = messages.size(0), length = messages.size(1);
   check_pairs(op, messages, length);
   check_mask(op, "missing", missing, messages);
@@ -204,8 +205,9 @@ std::tuple<Tensor, Tensor> cyclic_project(const Tensor& messages, const Optional
   Tensor scratch = new_scratch(messages, sizeof(uint64_t) + partials.groups * n * slots(per_tile) * sizeof(double));
   auto* seed_at = static_cast<uint64_t*>(scratch.data_ptr());
   partials.sums = reinterpret_cast<double*>(seed_at + 1);
-  DRACO_LAUNCH(device, set_seed, 1, 1, 0, seed_at, static_cast<uint64_t>(seed));
-  sweep(device, messages, Sweep{Mask(missing), seed_at, nullptr, nullptr, nullptr, 0}, partials);
+  if (there == nullptr) DRACO_LAUNCH(device, set_seed, 1, 1, 0, seed_at, static_cast<uint64_t>(seed));
+  const auto* used = there == nullptr ? seed_at : reinterpret_cast<const uint64_t*>(there);
+  sweep(device, messages, Sweep{Mask(missing), used, nullptr, nullptr, nullptr, 0}, partials);
   const Gather gather{partials,
                       n,
                       tiles,
@@ -217,6 +219,16 @@ std::tuple<Tensor, Tensor> cyclic_project(const Tensor& messages, const Optional
       std::min(ceil_div(n * tiles * slots(per_tile), kThreads), int64_t{16} * device.multiprocessors);
   DRACO_LAUNCH(device, gather_kernel, blocks, kThreads, 0, gather);
   return {projections, norms};
+}
+
+std::tuple<Tensor, Tensor> cyclic_project(const Tensor& messages, const OptionalTensor& missing, int64_t seed) {
+  return project("cyclic_project", messages, missing, seed, nullptr);
+}
+
+std::tuple<Tensor, Tensor> cyclic_project_by_key(const Tensor& messages, const OptionalTensor& missing,
+                                                 const Tensor& seed) {
+  const char* op = "cyclic_project_by_key";
+  return project(op, messages, missing, 0, check_seeds(op, seed, messages, 1));
 }
 
 }  // namespace
@@ -260,4 +272,7 @@ void sweep(const Device& device, const Tensor& messages, const Sweep& sweep, con
 
 }  // namespace draco
 
-DRACO_CUDA_OPS(m) { m.impl("cyclic_project", TORCH_BOX(&draco::cyclic_project)); }
+DRACO_CUDA_OPS(m) {
+  m.impl("cyclic_project", TORCH_BOX(&draco::cyclic_project));
+  m.impl("cyclic_project_by_key", TORCH_BOX(&draco::cyclic_project_by_key));
+}

@@ -15,8 +15,9 @@ __global__ void __launch_bounds__(kDigestThreads)
   digest_blocks(from, bytes, seeds, aligned, state, out, none);
 }
 
-Tensor digest(const Tensor& values, std::vector<int64_t> seeds) {
-  const int64_t bytes = check_digest("digest", values), count = static_cast<int64_t>(seeds.size());
+// Under `count` seeds: `seeds`, or `there` on the device.
+Tensor digests(const char* op, const Tensor& values, const int64_t* seeds, const int64_t* there, int64_t count) {
+  const int64_t bytes = check_digest(op, values);
   const Device device(values);
   Tensor out = torch::stable::new_empty(values, {count, 2}, ScalarType::Long);
   Tensor scratch = new_scratch(values, sizeof(DigestState));
@@ -24,7 +25,11 @@ Tensor digest(const Tensor& values, std::vector<int64_t> seeds) {
   for (int64_t first = 0; first < count; first += kDigestSeeds) {
     DigestSeeds some = {};
     some.count = static_cast<int>(std::min<int64_t>(kDigestSeeds, count - first));
-    std::copy_n(seeds.begin() + first, some.count, some.at);
+    if (there != nullptr) {
+      some.there = there + first;
+    } else {
+      std::copy_n(seeds + first, some.count, some.at);
+    }
     DRACO_LAUNCH(device, digest_begin, 1, 1, 0, state);
     DRACO_LAUNCH(device, digest_kernel, digest_grid(device, bytes, some.count), kDigestThreads, 0,
                  static_cast<const unsigned char*>(values.data_ptr()), bytes, some,
@@ -34,7 +39,19 @@ Tensor digest(const Tensor& values, std::vector<int64_t> seeds) {
   return out;
 }
 
+Tensor digest(const Tensor& values, std::vector<int64_t> seeds) {
+  return digests("digest", values, seeds.data(), nullptr, static_cast<int64_t>(seeds.size()));
+}
+
+Tensor digest_by_keys(const Tensor& values, const Tensor& seeds) {
+  const char* op = "digest_by_keys";
+  return digests(op, values, nullptr, check_seeds(op, seeds, values), seeds.numel());
+}
+
 }  // namespace
 }  // namespace draco
 
-DRACO_CUDA_OPS(m) { m.impl("digest", TORCH_BOX(&draco::digest)); }
+DRACO_CUDA_OPS(m) {
+  m.impl("digest", TORCH_BOX(&draco::digest));
+  m.impl("digest_by_keys", TORCH_BOX(&draco::digest_by_keys));
+}

@@ -18,7 +18,12 @@ constexpr int kDigestSeeds = 16;   // of a launch, at most
 struct DigestSeeds {
   uint64_t at[kDigestSeeds];
   int count;
+  const int64_t* there;  // where they are on the device, if the host does not know them
 };
+
+DRACO_DEVICE uint64_t seed_at(const DigestSeeds& seeds, int i) {
+  return static_cast<uint64_t>(seeds.there == nullptr ? seeds.at[i] : seeds.there[i]);
+}
 
 struct DigestState {
   unsigned long long sum[kDigestSeeds][kDigestSums];
@@ -95,7 +100,7 @@ DRACO_DEVICE void digest_blocks(const unsigned char* from, int64_t bytes, const 
   const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
   const int group = thread / kDigestLineThreads, part = thread % kDigestLineThreads;
   const int own = static_cast<int>(blockIdx.x) % seeds.count;
-  const uint64_t seed = seeds.at[own];
+  const uint64_t seed = seed_at(seeds, own);
   for (int i = thread; i < kDigestKey / 4; i += kDigestThreads)
     key_vectors[i] = bit_cast<Vector<uint32_t>>(digest_key(seed, i));
   const auto* const key = reinterpret_cast<const uint32_t*>(key_vectors);
@@ -141,7 +146,7 @@ DRACO_DEVICE void digest_blocks(const unsigned char* from, int64_t bytes, const 
   uint64_t sums[kDigestSums];
 #pragma unroll
   for (int i = 0; i < kDigestSums; ++i) sums[i] = atomicAdd(&state->sum[thread][i], 0ull);
-  digest_finish(seeds.at[thread], bytes, sums, out + 2 * thread);
+  digest_finish(seed_at(seeds, thread), bytes, sums, out + 2 * thread);
 }
 
 // Blocks of the grid for a vector of this many bytes and so many keys: as many for each key.

@@ -11,6 +11,8 @@
 namespace draco {
 namespace {
 
+// Per multiprocessor, at least: where the compiler chooses, it spills registers for a few more.
+constexpr int kStatsBlocks = 4;
 constexpr int kTileStatsThreads = 128;
 
 // Takes the statistics of each block of the digest; kScale: and then writes the values times a factor.
@@ -55,7 +57,7 @@ struct StatsObserver {
 };
 
 template <typename T, bool kScale>
-__global__ void __launch_bounds__(kDigestThreads)
+__global__ void __launch_bounds__(kDigestThreads, kStatsBlocks)
     digest_stats_kernel(unsigned char* values, int64_t bytes, const __grid_constant__ DigestSeeds seeds, bool aligned,
                         typename Element<T>::Sum factor, DigestState* state, int64_t* out, Stats* of_block) {
   DRACO_SHARED(Stats, of_warp, kDigestWarps);

@@ -16,7 +16,7 @@ HOT = {
     "sweep_kernel": 8,
     "gather_kernel": 1,
     "digest_kernel": 1,
-    "digest_stats_kernel": 4,
+    "digest_stats_kernel": 8,
     "weighted_sum": 2,
     "encode_kernel": 2,
 }

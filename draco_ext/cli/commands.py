@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import inf, isfinite, lcm
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from draco_ext._version import __version__
 from draco_ext.baselines import AGGREGATORS
 from draco_ext.cli import doctor as doctors
-from draco_ext.cli import ledger_report, planning, train_report
+from draco_ext.cli import ledger_report, network_model, planning, train_report
 from draco_ext.cli.bench import report as bench_report
 from draco_ext.cli.bench import suites as bench_suites
 from draco_ext.cli.bench.timing import keep_memory
 from draco_ext.cli.digits import TRAIN_SAMPLES
 from draco_ext.cli.faults import BAD_CHOICES
-from draco_ext.cli.options import Count
+from draco_ext.cli.options import BYTES_PER_SECOND, SECONDS, Count
 from draco_ext.cli.training import (
     AUDIT,
     AUDIT_RATE,
@@ -271,10 +271,24 @@ def _run_with_progress(config: Config, console: Console) -> list[Outcome]:
             raise click.ClickException(str(error)) from error
 
 
+def _network_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of `network_model.Network` to a command."""
+    options = (
+        click.option("--latency", type=SECONDS, default="20us", help="Time of a short message from rank to rank."),
+        click.option("--bandwidth", type=BYTES_PER_SECOND, default="25GB/s", help="Of a rank's link, each way."),
+        click.option("--overhead", type=SECONDS, default="1us", help="Time that each message costs its sender."),
+        click.option("--memory", type=BYTES_PER_SECOND, default="50GB/s", help="Speed of digests and of decoding."),
+        click.option("--tree", is_flag=True, help="Collectives wait as in a tree, not as in a ring."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @draco.command(context_settings={"show_default": True})
 @click.option("--workers", type=Count(), required=True, help="Number of workers, n.")
 @click.option("--adversaries", type=Count(), required=True, help="Bad workers to survive, s.")
-@click.option("--parameters", type=Count(1), required=True, help="Size of the model, d.")
+@click.option("--parameters", type=Count(1), help="Size of the model, d: print what each code costs.")
 @click.option(
     "--dtype",
     type=click.Choice([*planning.ITEM_BYTES]),
@@ -282,22 +296,64 @@ def _run_with_progress(config: Config, console: Console) -> list[Outcome]:
     help="What gradients are sent in.",
 )
 @click.option(
+    "--batch-size",
+    type=Count(1),
+    help="Samples in a rank's mini-batch of the script as it is: print what becomes of it.",
+)
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(0, inf, min_open=True, max_open=True),
+    help="Learning rate of the script as it is; with --batch-size.",
+)
+@click.option("--samples", type=Count(1), help="Size of the data set; with --batch-size.")
+@click.option(
     "--audit",
     "audit_rate",
     type=click.FloatRange(0, 1, min_open=True),
     help="Rate of draco_ext.Audit, to see it beside the codes.",
 )
-def plan(workers: int, adversaries: int, parameters: int, dtype: str, audit_rate: float | None) -> None:
-    """Print what each code costs at this size, and what it cannot survive.
+@_network_options
+def plan(
+    workers: int,
+    adversaries: int,
+    parameters: int | None,
+    dtype: str,
+    batch_size: int | None,
+    learning_rate: float | None,
+    samples: int | None,
+    audit_rate: float | None,
+    **network: Any,
+) -> None:
+    """Print what each code costs at this size, what it cannot survive, and what becomes of a script's batches.
 
-    With --audit also what it costs to recompute parts in some steps only, and how many wrong updates that lets pass.
+    With --parameters what each code costs, and a model of the bytes and the time of a step's exchange in a network of
+    the given speed; with --batch-size what becomes of a script's batch size, learning rate and number of steps. With
+    --audit also what it costs to recompute parts in some steps only, and how many wrong updates that lets pass.
     """
     _check_workers(workers, adversaries)
+    if parameters is None and batch_size is None:
+        raise click.UsageError("plan needs --parameters for the costs, or --batch-size for the batches, or both")
+    for option, value in (("--learning-rate", learning_rate), ("--samples", samples)):
+        if batch_size is None and value is not None:
+            raise click.UsageError(f"{option} needs --batch-size")
+    if learning_rate is not None and not isfinite(learning_rate):
+        raise click.UsageError(f"--learning-rate must be finite, got {learning_rate}")
+    tables = []
     try:
-        table = planning.make_table(workers, adversaries, parameters, dtype, audit_rate)
+        if parameters is not None:
+            tables.append(planning.make_table(workers, adversaries, parameters, dtype, audit_rate))
+        if batch_size is not None:
+            tables.append(
+                planning.make_batch_table(workers, adversaries, batch_size, learning_rate, samples, audit_rate)
+            )
     except ValueError as error:
         raise click.UsageError(f"--audit: {error}") from error
-    Console().print(table)
+    if parameters is not None:
+        item, speeds = planning.ITEM_BYTES[dtype], network_model.Network(**network)
+        tables.append(network_model.make_table(workers, adversaries, parameters, item, speeds))
+    console = Console()
+    for table in tables:
+        console.print(table)
 
 
 @draco.command(context_settings={"show_default": True})

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from draco_ext.codes.audit import FIRST_STEPS
 from draco_ext.testing import attacks
 
 # The ways to choose the bad workers, and their descriptions.
@@ -81,28 +82,32 @@ class Corruption:
 class Fault:
     """A persistent fault of one worker, for an `Audit`.
 
-    Every gradient that the worker computes, of whatever part, is `FACTOR` times the right one. The factor ruins plain
-    averaging over few workers, but only after some steps. Statistics compare a worker with the spread of recent steps,
-    so they do not notice a fault that was there from the beginning.
+    From step `BEGIN` on, every gradient that the worker computes, of whatever part, is `FACTOR` times the right one.
+    That ruins plain averaging over few workers, but only after some steps. The steps before are audited at any rate.
+    Statistics compare a worker with the spread of recent steps, so they do not notice a fault that begins so early.
 
     Args:
         faulty: whether this worker has the fault.
 
     Attributes:
         seconds: the seconds spent on an attack in a step, which are none.
-        change: the norm of the change relative to that of the right gradient.
-        changed: whether this worker's gradients are wrong.
+        change: the norm of the change relative to that of the right gradient, in the last step.
+        changed: whether this worker's gradients were wrong in the last step.
     """
 
+    BEGIN = FIRST_STEPS
     FACTOR = -10.0
 
     def __init__(self, faulty: bool) -> None:
         self.seconds = 0.0
-        self.change = abs(self.FACTOR - 1) if faulty else 0.0
-        self.changed = faulty
+        self.change = 0.0
+        self.changed = False
+        self._faulty = faulty
 
     def __call__(self, step: int, gradient: Tensor, kind: str) -> Tensor:
         """Return the gradient of a parameter that this worker computes, whatever kind of pass it is for."""
+        self.changed = self._faulty and step >= self.BEGIN
+        self.change = abs(self.FACTOR - 1) if self.changed else 0.0
         return self.FACTOR * gradient if self.changed else gradient
 
 

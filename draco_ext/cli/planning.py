@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from rich.table import Table
 
+from draco_ext.cli.network_model import buckets, traffic
 from draco_ext.codes import Audit, Code, CyclicCode, RepetitionCode
+from draco_ext.codes.audit import FIRST_STEPS
 from draco_ext.protocol.transports import TRANSPORTS
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
@@ -22,8 +25,8 @@ class Cost:
 
     Attributes:
         compute: the number of samples that a worker computes, in multiples of plain data-parallel training's.
-        sent: the bytes that all ranks together send per step, by transport, without digests and projections, which are
-            at most about 1e-3 of them.
+        sent: the bytes of messages and gradients that all ranks together send per step, by transport. What is added to
+            verify them is in the table of `draco_ext.cli.network_model`.
         messages: the bytes of all messages and the decoded gradient, for a rank that decodes them at once.
         amplification: the amplification of the messages' rounding noise; None if not computed.
     """
@@ -40,22 +43,10 @@ def cost(code: Code, parameters: int, dtype: str) -> Cost:
     n, gradient, message = code.workers, parameters * item, code.message_length(parameters) * item
     return Cost(
         compute=len(code.assignment(0)) * n / code.parts,
-        sent={
-            "allreduce": _all_reduced(code) * gradient,
-            "verified": n * (n - 1) * message,
-            "server": (n - 1) * (message + gradient),
-        },
+        sent={name: traffic(code, name, buckets(parameters, item), item).payload for name in TRANSPORTS},
         messages=n * message + gradient,
         amplification=code.noise_amplification() if code.exact or n <= _MOST_WORKERS_ANALYSED else None,
     )
-
-
-def _all_reduced(code: Code) -> int:
-    """Return the number of gradients that all ranks together send in the all-reduce; see `AllReduceRepetition`."""
-    n, groups = code.workers, code.parts
-    if not code.message_is_gradient:
-        return 2 * (n - 1)
-    return 0 if groups == 1 else 2 * (groups - 1) + n - groups
 
 
 def make_table(workers: int, adversaries: int, parameters: int, dtype: str, audit_rate: float | None = None) -> Table:
@@ -97,6 +88,95 @@ def make_table(workers: int, adversaries: int, parameters: int, dtype: str, audi
     return table
 
 
+@dataclass(frozen=True)
+class Batches:
+    """The batches of one way to train.
+
+    Attributes:
+        mini_batch: the samples in a mini-batch of a rank.
+        mini_batches: the mini-batches of a rank in a step.
+        global_batch: the samples in a step.
+    """
+
+    mini_batch: int
+    mini_batches: int
+    global_batch: int
+
+
+def batches(workers: int, adversaries: int, batch_size: int, audit_rate: float | None = None) -> dict[str, Batches]:
+    """Return what becomes of a DistributedDataParallel script's batches, by way to train.
+
+    Args:
+        workers: n.
+        adversaries: s.
+        batch_size: the samples in a rank's mini-batch of the plain script.
+        audit_rate: the rate of an audit; None: without an audit.
+    """
+    n, s, b = workers, adversaries, batch_size
+    parts = RepetitionCode(n, s).parts
+    ways = {
+        "plain DDP": Batches(b, 1, n * b),
+        "repetition, batch per rank kept": Batches(b, 1, parts * b),
+        "repetition, global batch kept": Batches(n * b // parts, 1, n * b // parts * parts),
+        "cyclic, global batch kept": Batches(b, len(CyclicCode(n, s).assignment(0)), n * b),
+    }
+    if audit_rate is not None:
+        Audit(n, s, audit_rate)
+        ways[f"audit, rate {audit_rate:g}"] = Batches(b, 1, n * b)
+    return ways
+
+
+def make_batch_table(
+    workers: int,
+    adversaries: int,
+    batch_size: int,
+    learning_rate: float | None = None,
+    samples: int | None = None,
+    audit_rate: float | None = None,
+) -> Table:
+    """Return a table of what becomes of a script's batch size, learning rate and number of steps.
+
+    Args:
+        workers: n.
+        adversaries: s.
+        batch_size: the samples in a rank's mini-batch of the plain script.
+        learning_rate: the plain script's.
+        samples: the size of the data set.
+        audit_rate: the rate of an audit, to see it beside the codes.
+
+    Raises:
+        ValueError: a code, or Audit, cannot have these arguments.
+    """
+    ways = batches(workers, adversaries, batch_size, audit_rate)
+    plain = ways["plain DDP"].global_batch
+    table = Table(
+        title=f"A script with mini-batches of {batch_size:,} on {workers} workers, {adversaries} of them bad",
+        title_style="bold",
+        caption="A smaller global batch needs a lower learning rate: in proportion with SGD, by the square root with "
+        "Adam, as rules of thumb. Schedules and warm-ups that count steps grow with the steps in an epoch. If a larger "
+        "mini-batch does not fit into memory, accumulate gradients over several.",
+    )
+    columns: dict[str, list[str]] = {
+        "": list(ways),
+        "a rank's samples in a step": [
+            f"{way.mini_batches} x {way.mini_batch:,}" if way.mini_batches > 1 else f"{way.mini_batch:,}"
+            for way in ways.values()
+        ],
+        "global batch": [f"{way.global_batch:,}" for way in ways.values()],
+    }
+    if samples is not None:
+        columns["steps in an epoch"] = [f"{math.ceil(samples / way.global_batch):,}" for way in ways.values()]
+    if learning_rate is not None:
+        shares = [way.global_batch / plain for way in ways.values()]
+        columns["learning rate, SGD"] = [f"{learning_rate * share:.4g}" for share in shares]
+        columns["learning rate, Adam"] = [f"{learning_rate * math.sqrt(share):.4g}" for share in shares]
+    for name in columns:
+        table.add_column(name)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
 def _costs(code: Code, parameters: int, dtype: str) -> dict[str, str]:
     """Return a code's cells in the rows of costs."""
     costs = cost(code, parameters, dtype)
@@ -120,18 +200,22 @@ def _audit(audit: Audit, parameters: int, dtype: str) -> dict[str, str]:
     n, s = audit.workers, audit.adversaries
     plain = _bytes(_sent_by_plain(n, parameters, dtype))
     chance, auditors = f"{100 * audit.rate:.3g}%", f"{s} other worker{'s' if s > 1 else ''}"
+    beginning = f"; once {audit.cost(0, FIRST_STEPS) * FIRST_STEPS:.4g} passes more in the first {FIRST_STEPS} steps"
     if audit.rate == 1:
         when, audited, updates, once = "every step", "gradient", "0", ""
+        beginning = ""
     else:
-        when, audited = f"{chance} of steps", "audited gradient"
+        when, audited = f"the first {FIRST_STEPS} steps and {chance} of the others", "audited gradient"
         updates = (
-            f"{audit.expected_wrong_updates():.4g} expected, at most {audit.wrong_updates_quantile(0.99):,} with a "
+            f"0 if it is wrong in the first step; else {audit.expected_wrong_updates():.4g} expected, at most "
+            f"{audit.wrong_updates_quantile(0.99):,} with a "
             "probability of 99%, however rarely it is wrong; fewer if its errors trigger audits"
         )
         once = f"a fault that occurs once: corrected with a probability of {chance} only; "
     return {
         "who computes what": f"{n} parts, a worker each; in {when} each part again by {auditors}",
-        "compute per worker": f"{1 + audit.cost():.4g}x plain data-parallel, with false triggers in 0.1% of steps",
+        "compute per worker": f"{1 + audit.cost():.4g}x plain data-parallel, with false triggers in 0.1% of steps"
+        + beginning,
         "sent per step, plain data-parallel": plain,
         **dict.fromkeys((f"sent per step, {name}" for name in TRANSPORTS), "not offered"),
         "sent per step, allreduce": f"{plain}, and if it is audited each part's inputs to {auditors}",

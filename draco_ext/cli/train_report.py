@@ -81,8 +81,8 @@ _TIMES_CAPTION = (
 
 def _audit_caption(config: Config) -> str:
     return (
-        f" Audit has one bad worker, whose gradients are all {Fault.FACTOR:g} times the right ones from the first step "
-        f"on; steps are audited with a chance of {config.audit_rate:g}."
+        f" Audit has one bad worker, whose gradients are all {Fault.FACTOR:g} times the right ones from the "
+        f"{Fault.BEGIN + 1}rd step on; steps are audited with a chance of {config.audit_rate:g}."
     )
 
 
@@ -124,7 +124,7 @@ def _named(outcome: Outcome) -> str:
     if not outcome.named:
         return "nobody"
     if outcome.audit is not None and outcome.audit.found is not None:
-        return f"{', '.join(map(str, outcome.named))} (after {outcome.audit.found})"
+        return f"{', '.join(map(str, outcome.named))} (after {outcome.audit.wrong_updates})"
     counts = set(outcome.named.values())
     if len(counts) == 1:
         return f"{', '.join(map(str, outcome.named))} ({counts.pop()})"

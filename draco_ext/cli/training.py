@@ -90,10 +90,12 @@ class Config:
         return Audit(self.workers, 1, self.audit_rate)
 
     def bad_workers(self, training: Training, step: int) -> tuple[int, ...]:
-        """Return the bad workers of a training's step; an audit has one, the same in every step."""
+        """Return the bad workers of a training's step; an audit has one, always the same, from `Fault.BEGIN` on."""
         if not training.attacked:
             return ()
         if training.rule == AUDIT:
+            if step < Fault.BEGIN:
+                return ()
             return bad_workers("fixed", self.workers, 1, 0, self.seed)
         return bad_workers(self.bad, self.workers, self.adversaries, step, self.seed)
 
@@ -117,7 +119,7 @@ class Audited:
 
     Attributes:
         rate: the chance that a step is audited.
-        first: the first step on which the coin fell; None if it fell on none.
+        first: the first step from `Fault.BEGIN` on on which the coin fell; None if it fell on none.
         passes: the passes of every step, where plain averaging has one.
         report: the findings.
     """
@@ -133,11 +135,19 @@ class Audited:
         return min((dispute.step for dispute in self.report.disputes), default=None)
 
     @property
+    def wrong_updates(self) -> int | None:
+        """The number of wrong updates before the fault was found; None if it was not."""
+        return None if self.found is None else self.found - Fault.BEGIN
+
+    @property
     def passes_around(self) -> tuple[float, float] | None:
-        """The mean passes of a step before and after a fault was found; None if there are no steps before or after."""
+        """The mean passes of a step before and after the fault was found; None if there are no steps before or after.
+
+        The first steps, which are audited at any rate, are left out.
+        """
         if self.found is None:
             return None
-        before, after = self.passes[: self.found], self.passes[self.found + 1 :]
+        before, after = self.passes[Fault.BEGIN : self.found], self.passes[self.found + 1 :]
         return (float(np.mean(before)), float(np.mean(after))) if before and after else None
 
 
@@ -320,7 +330,7 @@ class Learner:
         loader = DataLoader(data.train, batch_sampler=batches)
         bad = s if training.attacked else 0
         self._corruption: Corruption | Fault = (
-            Fault(rank in config.bad_workers(training, 0))
+            Fault(rank in config.bad_workers(training, Fault.BEGIN))
             if audited
             else Corruption(config.attack, config.bad, bad, config.seed, self._workers)
         )
@@ -431,7 +441,7 @@ class Learner:
         if report is None:
             return None
         config = self._config
-        audited = (t for t in range(config.steps) if config.audit.is_audited(config.seed + COIN, t))
+        audited = (t for t in range(Fault.BEGIN, config.steps) if config.audit.is_audited(config.seed + COIN, t))
         return Audited(config.audit_rate, next(audited, None), np.diff(self._passes).tolist(), report)
 
 

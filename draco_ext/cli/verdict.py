@@ -8,6 +8,7 @@ from math import inf
 
 import numpy as np
 
+from draco_ext.cli.faults import Fault
 from draco_ext.cli.training import CODES, PROTECTED, Audited, Config, Outcome
 
 # The cyclic code may not notice a change that is smaller than this, relative to the message.
@@ -119,18 +120,19 @@ def _audit_checks(config: Config, outcome: Outcome, audit: Audited, learns: bool
     if not attacked:
         yield Check(f"{name}: names nobody", not outcome.named, f"named are {sorted(outcome.named)}")
         return
-    wrong = steps if audit.found is None else audit.found
+    steps -= Fault.BEGIN
+    wrong = steps if audit.wrong_updates is None else audit.wrong_updates
     most = config.audit.wrong_updates_quantile(1 - UNLIKELY)
     yield Check(
         f"{name}: at most {most} wrong updates, except with a probability of {UNLIKELY:g}", wrong <= most, f"{wrong}"
     )
-    drawn = steps if audit.first is None else audit.first
+    drawn = steps if audit.first is None else audit.first - Fault.BEGIN
     if min(wrong, drawn) < steps:
-        bad = set(outcome.bad[0])
+        bad = set(outcome.bad[-1])
         yield Check(
             f"{name}: convicts worker {', '.join(map(str, bad))} and no other, in the first audited step at the latest",
             outcome.named.keys() == audit.report.convicted.keys() == bad and wrong <= drawn,
-            f"convicted are {sorted(audit.report.convicted)}, after {wrong} steps; a step was drawn after {drawn}",
+            f"convicted are {sorted(audit.report.convicted)}, after {wrong} wrong steps; one was drawn after {drawn}",
         )
     if wrong == 0:
         distance = inf if outcome.distance is None else outcome.distance

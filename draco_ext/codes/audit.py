@@ -12,22 +12,26 @@ import numpy as np
 
 from draco_ext import _checks
 
+# So many steps at the beginning of a training are audited at any rate: a mistake in the loop shows at once, and so does
+# a rank that is bad from the beginning. A resumed training goes on at a later step, so it does not do this again.
+FIRST_STEPS = 2
+
 
 @dataclass(frozen=True)
 class Audit:
     """Plain data parallelism in which workers sometimes recompute each other's parts.
 
-    Part k belongs to worker k. In an audited step `adversaries` other workers recompute each part, and a part on which
-    they disagree is put right before the optimizer steps. This is reactive redundancy: Gupta and Vaidya, "Randomized
-    Reactive Redundancy for Byzantine Fault-Tolerance in Parallelized Learning", arXiv 1912.09528. It is not a `Code`:
-    no message is decoded.
+    Part k belongs to worker k. The first two steps are audited, and of the others those that are drawn by chance. In an
+    audited step `adversaries` other workers recompute each part, and a part on which they disagree is put right before
+    the optimizer steps. This is reactive redundancy: Gupta and Vaidya, "Randomized Reactive Redundancy for Byzantine
+    Fault-Tolerance in Parallelized Learning", arXiv 1912.09528. It is not a `Code`: no message is decoded.
 
     All methods are functions of their arguments alone, so every rank gets the same answers without communication.
 
     Args:
         workers: n.
         adversaries: s, how many workers may be wrong in the same step; at least 1, and 2 * s + 1 <= n.
-        rate: q, the chance that a step is audited. With 1 every step is.
+        rate: q, the chance that a later step is audited. With 1 every step is.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -47,7 +51,7 @@ class Audit:
     # ------------------------------------------------------------------------------------------ what is audited
 
     def is_audited(self, seed: int, step: int, passes: int = 1) -> bool:
-        """Return whether a step is audited, with a chance of min(1, rate * passes).
+        """Return whether a step is audited: the first two are, and others with a chance of min(1, rate * passes).
 
         The coin is a hash of seed and step. It has no period that a fault could have too.
 
@@ -55,9 +59,15 @@ class Audit:
             seed: the same on all ranks, at least 0.
             step: counted from 0.
             passes: A, the number of micro-batches whose gradients the step accumulates. The first of them is audited,
-                so that the cost per micro-batch does not depend on A; with a rate of 1 all of them are.
+                so that the cost per micro-batch does not depend on A. In step 0, and with a rate of 1, all of them are.
         """
-        return _uniform("coin", *_check_draw(seed, step)) < self._chance(passes)
+        seed, step = _check_draw(seed, step)
+        chance = self._chance(passes)
+        return step < FIRST_STEPS or _uniform("coin", seed, step) < chance
+
+    def covers_all(self, step: int) -> bool:
+        """Return whether an audit of this step covers all micro-batches that it accumulates, and not the first only."""
+        return step == 0 or self.rate == 1
 
     def shifts(
         self, seed: int, step: int, hosts: Sequence[str] | None = None, avoid: Collection[int] = ()
@@ -107,6 +117,9 @@ class Audit:
         of wrong updates before is geometric with the mean (1 - p) / p, however often the worker is wrong. A worker that
         is found, and wrong again when it computes its part again, is convicted.
 
+        This is for a worker that is right in the first two steps, which are audited. One that is wrong in the first
+        step is found there, before any wrong update.
+
         Args:
             trigger_chance: c, the chance that a wrong step triggers an audit by its statistics.
             passes: A, the number of micro-batches that a step accumulates, all of them wrong. Then q is
@@ -133,15 +146,22 @@ class Audit:
         steps = math.log1p(-level) / math.log1p(-found)
         return math.ceil(steps * (1 - 1e-12)) - 1  # the factor: where steps is an integer, but for rounding
 
-    def cost(self, false_triggers: float = 0.001) -> float:
+    def cost(self, false_triggers: float = 0.001, steps: int | None = None) -> float:
         """Return the mean number of extra passes per step while no worker is wrong: q * s + 2 * false_triggers.
 
         An audit costs s passes, and a false trigger an audit pass and the own pass again. A plain step is one pass.
 
         Args:
             false_triggers: the share of steps in which statistics trigger an audit though nothing is wrong.
+            steps: the length of the training, to include its beginning: the first two steps are audited at any rate,
+                and the first one makes its own pass twice. Default: any; the beginning does not count.
         """
-        return self.rate * self.adversaries + 2 * _check_chance("false_triggers", false_triggers)
+        often = 2 * _check_chance("false_triggers", false_triggers)
+        if steps is None:
+            return self.rate * self.adversaries + often
+        first = min(FIRST_STEPS, _checks.check_int("steps", steps, 1))
+        audited = first + self.rate * (steps - first)
+        return (1 + audited * self.adversaries) / steps + often
 
     def _chance(self, passes: int) -> float:
         """Return the chance that a step is audited."""

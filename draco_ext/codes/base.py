@@ -203,12 +203,13 @@ class Code(abc.ABC):
                 bits. Default: from the operating system. A code without projections ignores it.
         """
 
-    def project(self, messages: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def project(self, messages: Tensor, seed: int | Tensor) -> tuple[Tensor, Tensor]:
         """Return random projections of messages and their norms, where the code `uses_projections`.
 
         Args:
             messages: (m, L), any messages of this code.
-            seed: the same for all messages, 64 bits; not known to the workers before their messages are in.
+            seed: the same for all messages, 64 bits; not known to the workers before their messages are in. A tensor
+                (1,) int64 on the messages' device, if the host need not know it.
 
         Returns:
             projections (m, tiles, k) complex128; norms (m, tiles) float64.

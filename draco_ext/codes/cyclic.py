@@ -109,7 +109,7 @@ class CyclicCode(Code):
         )
         return Decoded(*result, self)
 
-    def project(self, messages: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def project(self, messages: Tensor, seed: int | Tensor) -> tuple[Tensor, Tensor]:
         """Return random projections of messages and their norms; see `Code.project`."""
         return ops.cyclic_project(messages, seed)
 

@@ -126,7 +126,7 @@ def _(message, carry, gradient, workers, adversaries, worker, part, first=False)
     return None
 
 
-def cyclic_project(messages: Tensor, seed: int, *, missing: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def cyclic_project(messages: Tensor, seed: int | Tensor, *, missing: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Project the messages at random, a few times for every tile of `TILE` columns (see `projections_shape`).
 
     The weights are products of two numbers of +-[1, 2), drawn by Philox4x32-10 from the seed (csrc/core/random.h). They
@@ -135,7 +135,8 @@ def cyclic_project(messages: Tensor, seed: int, *, missing: Tensor | None = None
 
     Args:
         messages: (n, L), L even, float32 or float64.
-        seed: key of the random weights, 64 bits.
+        seed: key of the random weights, 64 bits. A tensor (1,) int64 on the messages' device is one that the host need
+            not know, and does not wait for.
         missing: (n,) bool, rows that are not to be read; their projections are 0.
 
     Returns:
@@ -145,11 +146,17 @@ def cyclic_project(messages: Tensor, seed: int, *, missing: Tensor | None = None
     _checks.check_messages(messages, CYCLIC_DTYPES)
     _checks.check_pairs(messages)
     _checks.check_mask("missing", missing, messages)
+    result: tuple[Tensor, Tensor]
+    if isinstance(seed, Tensor):
+        _checks.check_seeds("seed", seed, messages, 1)
+        result = torch.ops.draco_ext.cyclic_project_by_key(messages, missing, seed)
+        return result
     _checks.check_int("seed", seed, -(2**63), 2**63 - 1)
-    result: tuple[Tensor, Tensor] = torch.ops.draco_ext.cyclic_project(messages, missing, seed)
+    result = torch.ops.draco_ext.cyclic_project(messages, missing, seed)
     return result
 
 
+@torch.library.register_fake("draco_ext::cyclic_project_by_key")
 @torch.library.register_fake("draco_ext::cyclic_project")
 def _(messages, missing, seed):  # type: ignore[no-untyped-def]
     n, (tiles, k) = messages.size(0), projections_shape(messages.size(1))

@@ -14,7 +14,7 @@ from draco_ext.ops.vote import VOTE_DTYPES
 DIGEST_DTYPES = (*VOTE_DTYPES, torch.uint8)
 
 
-def digest(values: Tensor, seed: int | Sequence[int]) -> Tensor:
+def digest(values: Tensor, seed: int | Sequence[int] | Tensor) -> Tensor:
     """Return 128 bits that stand for all bits of a vector: ranks compare them instead of whole messages.
 
     Vectors of the same bits and seed have the same digest, on every device and machine; -0 and +0 differ, so do NaNs of
@@ -28,13 +28,18 @@ def digest(values: Tensor, seed: int | Sequence[int]) -> Tensor:
 
     Args:
         values: (d,) contiguous; float32, float64, float16, bfloat16, or uint8, as which other types can be viewed.
-        seed: the key, 64 bits, or a sequence of keys.
+        seed: the key, 64 bits, or a sequence of keys. A tensor (k,) int64 on the values' device is a sequence that the
+            host need not know, and does not wait for.
 
     Returns:
         (2,) int64; for a sequence of k seeds (k, 2), in row i the digest under seed i.
     """
     _checks.check_tensor("values", values, 1, DIGEST_DTYPES)
     _checks.check_contiguous("values", values)
+    if isinstance(seed, Tensor):
+        _checks.check_seeds("seed", seed, values)
+        by_keys: Tensor = torch.ops.draco_ext.digest_by_keys(values, seed)
+        return by_keys
     if isinstance(seed, Sequence):
         for i, one in enumerate(seed):
             _checks.check_int(f"seed[{i}]", one, -(2**63), 2**63 - 1)
@@ -43,6 +48,11 @@ def digest(values: Tensor, seed: int | Sequence[int]) -> Tensor:
     _checks.check_int("seed", seed, -(2**63), 2**63 - 1)
     result: Tensor = torch.ops.draco_ext.digest(values, [seed])[0]
     return result
+
+
+@torch.library.register_fake("draco_ext::digest_by_keys")
+def _(values, seeds):  # type: ignore[no-untyped-def]
+    return values.new_empty((seeds.size(0), 2), dtype=torch.int64)
 
 
 @torch.library.register_fake("draco_ext::digest")

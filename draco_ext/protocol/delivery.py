@@ -147,7 +147,7 @@ class Delivery:
         answers: dict[int, Tensor] = {}
         for workers in alike.values():
             seeds = [keys[worker] for worker in workers]
-            digests = torch.stack([_digests(piece, seeds) for piece in self._pieces_for(workers[0])], 1)
+            digests = torch.stack([ops.digest(piece, seeds) for piece in self._pieces_for(workers[0])], 1)
             known = torch.full((len(workers), 1), int(self._is_known), device=self._device)
             answers.update(zip(workers, torch.cat([known, digests.flatten(1)], 1), strict=True))
         return answers
@@ -256,10 +256,6 @@ class Delivery:
 
     def _numbers(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int64, device=self._device)
-
-
-def _digests(values: Tensor, seeds: Sequence[int]) -> Tensor:
-    return torch.stack([ops.digest(values, seed) for seed in seeds])
 
 
 def _digest(values: Tensor, seed: int) -> Digest:

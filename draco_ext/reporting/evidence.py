@@ -53,7 +53,7 @@ class Evidence:
         """
         if self._decodes < LEAST_DECODES:
             return {}
-        bounds = {rank: wilson(count, self._decodes) for rank, count in self._alone.items()}
+        bounds = {rank: wilson(count, self._decodes) for rank, count in dict(self._alone).items()}
         return {rank: bound for rank, bound in bounds.items() if bound > 0.5}
 
     def state_dict(self) -> EvidenceState:

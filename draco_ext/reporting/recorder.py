@@ -11,7 +11,7 @@ from typing import Any
 
 from draco_ext.reporting.evidence import Evidence
 from draco_ext.reporting.ledger import Finding, Ledger
-from draco_ext.reporting.report import Report, Seconds, Suspect
+from draco_ext.reporting.report import Report, Seconds, Suspect, copied_steps
 
 logger = logging.getLogger("draco_ext")
 
@@ -185,20 +185,20 @@ class Recorder:
                     logger.exception("callback raised an error; training goes on, and others of its kind are counted")
 
     def report(self, *, trust: str, steps: int, seconds: Seconds) -> Report:
-        """Return a snapshot of all findings; see `Report`."""
+        """Return a snapshot of all findings, for any thread; see `Report`."""
         suspects = {
             rank: replace(
                 suspect, steps=list(suspect.steps), other_data=list(suspect.other_data), ranks=list(suspect.ranks)
             )
-            for rank, suspect in self._suspects.items()
+            for rank, suspect in dict(self._suspects).items()  # dict(): another thread may add to it meanwhile
         }
         return Report(
             trust,
             steps,
             suspects,
             tuple(self._failed_steps),
-            _copied(self._missing),
-            _copied(self._repaired),
+            copied_steps(self._missing),
+            copied_steps(self._repaired),
             self.evidence.probable,
             0 if self._ledger is None else self._ledger.unwritten,
             self._undelivered,
@@ -210,8 +210,8 @@ class Recorder:
         return {
             "suspects": {rank: asdict(suspect) for rank, suspect in self._suspects.items()},
             "failed_steps": list(self._failed_steps),
-            "missing": _copied(self._missing),
-            "repaired": _copied(self._repaired),
+            "missing": copied_steps(self._missing),
+            "repaired": copied_steps(self._repaired),
             "evidence": self.evidence.state_dict(),
         }
 
@@ -219,8 +219,8 @@ class Recorder:
         """Restore the findings that `state_dict` returned."""
         self._suspects = {rank: Suspect(**suspect) for rank, suspect in state["suspects"].items()}
         self._failed_steps = list(state["failed_steps"])
-        self._missing = _copied(state["missing"])
-        self._repaired = _copied(state.get("repaired", {}))
+        self._missing = copied_steps(state["missing"])
+        self._repaired = copied_steps(state.get("repaired", {}))
         if "evidence" in state:  # not in checkpoints of earlier versions
             self.evidence.load_state_dict(state["evidence"])
 
@@ -269,7 +269,3 @@ class Recorder:
         if finding.step not in suspect.steps[-1:]:
             suspect.steps.append(finding.step)
         suspect.ranks = sorted({*suspect.ranks, *finding.ranks})
-
-
-def _copied(steps_of_ranks: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
-    return {rank: list(steps) for rank, steps in steps_of_ranks.items()}

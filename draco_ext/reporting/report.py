@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from draco_ext.reporting.metrics import read_metrics
 
 
 @dataclass
@@ -125,6 +127,17 @@ class AuditReport:
     passes: float = 0.0
     sees: float | None = None
 
+    def snapshot(self) -> AuditReport:
+        """Return a copy that does not change afterwards; another thread may add to the original meanwhile."""
+        return replace(
+            self,
+            triggers=list(self.triggers),
+            disputes=list(self.disputes),
+            convicted=dict(self.convicted),
+            acquitted=copied_steps(self.acquitted),
+            last_clean_audit=dict(self.last_clean_audit),
+        )
+
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> AuditReport:
         """Return the report that `dataclasses.asdict` has made the state of."""
@@ -169,3 +182,23 @@ class Report:
     undelivered: int = field(default=0, compare=False)
     seconds: Seconds = field(default_factory=Seconds, compare=False)
     audit: AuditReport | None = None
+
+    def metrics(self, prefix: str = "draco/") -> dict[str, float]:
+        """Return the report as numbers by name, as loggers of scalars take them.
+
+        A metric of a rank has a name such as ``draco/wrong_steps/rank3``, and is there only if there is something to
+        tell of this rank. Those of an audit are there only with an `Audit`. The page on metrics lists all names.
+
+        Args:
+            prefix: the beginning of all names.
+        """
+        return {
+            f"{prefix}{metric.name}" + ("" if rank is None else f"/rank{rank}"): value
+            for metric, values in read_metrics(self)
+            for rank, value in values.items()
+        }
+
+
+def copied_steps(steps_of_ranks: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    """Return a deep copy; another thread may add to the original meanwhile."""
+    return {rank: list(steps) for rank, steps in dict(steps_of_ranks).items()}

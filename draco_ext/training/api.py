@@ -49,16 +49,18 @@ def protect(
 
     It registers DDP's communication hook, or that of each module of FSDP2. Gradients are then exchanged and decoded,
     bucket by bucket, instead of being averaged. Up to s bad ranks change nothing, and all ranks end every step with the
-    same bits. All ranks of the model's process group must call it. The mini-batches must come from a
-    `RedundantBatchSampler` with the same code.
+    same bits. All ranks of the model's process group must call it. The mini-batches come from a `RedundantBatchSampler`
+    or `RedundantSampler` with the same code, or from any loader that is given `GuardBase.data_rank` of
+    `GuardBase.data_replicas`.
 
     The transports differ in whom they trust:
 
     * "allreduce": up to s ranks may compute anything, but messages must not be altered on the way. The repetition code
       votes on digests and sends about 60% of DDP's traffic. The cyclic code checks projections and sends as much as
       DDP.
-    * "allgather": up to s ranks may compute and send anything, but a rank must send the same message to all. No other
-      rank is trusted. Every rank receives n messages.
+    * "verified": no rank is trusted. Up to s ranks of each group of the repetition code may compute and send anything,
+      to every rank something else. It sends less than DDP. With the cyclic code, or with atol or rtol, every rank
+      receives n messages, and a rank must send the same message to all. "allgather" is its former name.
     * "server": rank 0 is trusted and must live. Up to s ranks may compute and send anything, or twice as many may be
       missing (e bad and f missing while 2e + f <= 2s). One message per rank goes to the server and one back. From the
       third step on, a rank that hangs, dies or is late is an erasure and does not end the job. In the first two steps
@@ -75,6 +77,8 @@ def protect(
     With find_unused_parameters or static_graph, a parameter is unused if the majority of each part's holders say so.
     Its ``grad`` then stays unchanged, as under plain DDP.
 
+    A copy of the model (`copy.deepcopy`, as for a moving average) is a plain DistributedDataParallel without a guard.
+
     Ranks compare digests of their parameters, buffers and watched optimizers (`Guard.watch`) in the first step, in
     every step whose number is a multiple of `check_state_every`, and before `Guard.state_dict`. Ranks that differ from
     the majority are named, and receive the majority's values before the optimizer steps. Without a majority the step
@@ -86,7 +90,7 @@ def protect(
             ``code.workers`` replicas and any number of shards; a replica is then what is called a rank here.
         code: the assignment of parts to ranks. A code with several parts for each rank (cyclic) needs `Guard.steps`,
             and an `Audit` needs `AuditGuard.steps`, which takes any loader.
-        transport: "allreduce", "allgather" or "server".
+        transport: "allreduce", "verified" or "server".
         on_failure: what happens if too many messages are wrong for the code's guarantee. All gradients become None on
             all ranks, so that an optimizer changes nothing. Then "raise" makes ``backward()`` raise DecodingError, and
             "skip" logs a warning.
@@ -207,6 +211,9 @@ def _protect_by_audit(
     if batch_of is not None and not callable(batch_of):
         raise TypeError(f"batch_of must be a function f(step, part), got {type(batch_of).__name__}")
     if model.static_graph:
-        raise ValueError("static_graph must be False with an Audit, whose passes differ in what they synchronise")
+        raise ValueError(
+            "static_graph must be False with an Audit: DistributedDataParallel records the graph in its first backward "
+            "pass, and fails if that does not synchronise, as an audit's first one"
+        )
     check_model(model, RepetitionCode(audit.workers, 0))
     return AuditGuard(model, audit, adversary=adversary, on_conviction=on_conviction, batch_of=batch_of, **settings)

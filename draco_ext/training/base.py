@@ -142,6 +142,37 @@ class GuardBase(abc.ABC):
     def step(self) -> int:
         """The number of the next step."""
 
+    @property
+    def data_replicas(self) -> int:
+        """The number of different mini-batches in a step: what a loader calls num_replicas, or world_size.
+
+        With a code it is ``code.parts``; with an `Audit` it is the number of ranks.
+        """
+        return self.code.parts
+
+    @property
+    def data_ranks(self) -> tuple[int, ...]:
+        """The shares of the data that this rank loads, of `data_replicas`, in the order of a step's mini-batches.
+
+        With the repetition code it is one, the same for all ranks of a group. With the cyclic code there are 2s+1: make
+        a loader for each, and let them take turns. With an `Audit` it is this rank's number in the process group.
+        """
+        return self.code.assignment(self.worker)
+
+    @property
+    def data_rank(self) -> int:
+        """The share of the data that this rank loads, of `data_replicas`: what a loader calls rank.
+
+        Raises:
+            RuntimeError: this rank loads several shares.
+        """
+        if len(self.data_ranks) > 1:
+            raise RuntimeError(
+                f"a rank loads {len(self.data_ranks)} shares of the data with {self.code!r}, and has no single "
+                "data_rank: make a loader for each of guard.data_ranks, and let them take turns"
+            )
+        return self.data_ranks[0]
+
     @abc.abstractmethod
     def steps(self, loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
         """Cut a loader into steps."""
@@ -258,6 +289,6 @@ class GuardBase(abc.ABC):
         """Return the suspects, with their steps and numbers of buckets, and the steps that failed.
 
         The report is the same on all ranks, except for `seconds`, `unwritten` and `undelivered`. It is a snapshot that
-        does not change afterwards.
+        does not change afterwards. Any thread may ask for it.
         """
         return self._recorder.report(trust=self._transport.trust, steps=self.step, seconds=self._seconds)

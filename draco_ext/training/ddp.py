@@ -5,7 +5,7 @@
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,15 @@ from draco_ext.training.handshake import digest_of_layout
 from draco_ext.training.record import StepRecord
 from draco_ext.training.reproducibility import SelfTest, self_test
 from draco_ext.training.watch import Watch
+
+# The attributes of a module in which there are hooks of its forward pass, by number.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 class DDPAdapter(Adapter):
@@ -84,15 +93,25 @@ class DDPAdapter(Adapter):
         """See `Adapter.attach`."""
         model = self.model
         self._take, self._abort = take, abort
+        hooks = {*model._forward_pre_hooks, *model._forward_hooks}
         model.register_comm_hook(None, self._hook)  # first, since it raises if there is a hook already
         self._watch = Watch(model, self.drop_gradients, collectives=watch_collectives, steps_after=steps_after)
         model.register_forward_pre_hook(torch.compiler.disable(before_forward), with_kwargs=True)
+        hooks = {*model._forward_pre_hooks, *model._forward_hooks} - hooks
+        model.__getstate__ = functools.partial(_unguarded_state, weakref.ref(model), hooks)  # type: ignore[method-assign]
 
     def reduced(self) -> list[Tensor]:
         """See `Adapter.reduced`."""
         model = self.model
         in_buckets = reduced_parameters(model)
         return [parameter for parameter in model.parameters() if parameter in in_buckets]
+
+    def flatten_gradients(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the gradients of some parameters as DDP would put them into a bucket; 0 where there is none."""
+        first = parameters[0]
+        values = torch.empty(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        write_gradients(values, parameters)
+        return values
 
     def replicated_parameters(self) -> Iterable[Tensor]:
         """Return the parameters that DistributedDataParallel does not ignore."""
@@ -212,6 +231,19 @@ class DDPAdapter(Adapter):
         except BaseException:
             self._abort()
             raise
+
+
+def _unguarded_state(model: weakref.ref[DistributedDataParallel], hooks: Collection[int]) -> dict[str, Any]:
+    """Return what a copy of the model is made from (`copy.deepcopy`, `pickle`): a copy has no guard."""
+    guarded = model()
+    assert guarded is not None
+    state: dict[str, Any] = type(guarded).__getstate__(guarded)
+    for name in ("_run_ddp_forward", "__getstate__"):
+        del state[name]
+    state["_comm_hooks"] = []
+    for name in HOOKS:
+        state[name] = type(state[name])((key, hook) for key, hook in state[name].items() if key not in hooks)
+    return state
 
 
 def has_no_gaps(values: Tensor) -> bool:

@@ -21,6 +21,7 @@ from draco_ext.training.record import Claims, majority
 from draco_ext.training.sampler import announce_guard, check_workers_of_samplers, step_taken
 from draco_ext.training.seeding import BATCH, LOADER
 from draco_ext.training.step import Step
+from draco_ext.training.watch import is_training
 
 # A function that returns a bad rank's message: f(step, honest message) -> message. For tests and demonstrations.
 Adversary = Callable[[int, Tensor], Tensor]
@@ -76,18 +77,24 @@ class Guard(GuardBase):
     # ------------------------------------------------------------------------------------------------ a step
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
-        """Cut a loader over a `RedundantBatchSampler` into steps.
+        """Cut a loader into steps.
 
         ``for step in guard.steps(loader): for x, y in step: loss(x, y).backward()``, then the optimizer's step. Each
         step yields the mini-batches of this rank's parts. Every mini-batch needs one forward and backward pass. With
         several parts, each gradient is encoded when it is computed, into one buffer of the gradient's size.
 
+        Args:
+            loader: a loader over a `RedundantBatchSampler`, or any iterable of mini-batches that yields those of
+                `data_ranks` in order, step after step. Whatever is drawn while it makes one is drawn alike on ranks
+                with that part.
+
         Raises:
             RuntimeError: a step ended before all its mini-batches were taken and passed backward.
         """
-        iterator = iter(loader)
         self._step.in_loop = True
         try:
+            self._step.seed(LOADER, 0)  # a DataLoader now draws the seeds of its workers
+            iterator = iter(loader)
             while True:
                 before = self.step
                 self._step.seed(LOADER, 0)
@@ -134,7 +141,7 @@ class Guard(GuardBase):
         if self._exchanges == 0 and step.forwards == 0:
             check_workers_of_samplers(self.code, self._workers)
             self._inputs.see_inputs(step.index, (arguments, keywords))
-        if not module.training:
+        if not is_training(module):
             return
         step.check_loop()
         step.accumulated += not self._adapter.synchronises

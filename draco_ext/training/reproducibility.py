@@ -22,7 +22,7 @@ SAME_RANK = (
 )
 ACROSS_RANKS = (
     "within a group use the same kind of processor, the same torch and libraries, and the same number of threads "
-    "(OMP_NUM_THREADS); or accept small deviations with transport='allgather' or 'server' and atol=, rtol="
+    "(OMP_NUM_THREADS); or accept small deviations with transport='verified' or 'server' and atol=, rtol="
 )
 
 

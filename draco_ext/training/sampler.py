@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from draco_ext import _checks
 from draco_ext.codes import Code
@@ -247,6 +248,75 @@ class _Pass(Iterator[list[int]]):
         return self._rest_of_step.pop()
 
 
+class RedundantSampler(DistributedSampler[Any]):
+    """A drop-in replacement for `torch.utils.data.DistributedSampler` with a repetition code.
+
+    ``DataLoader(dataset, batch_size, sampler=RedundantSampler(dataset, code))``: a rank gets the samples that a
+    DistributedSampler would give to rank `part` of ``code.parts``, where `part` is its part. So ranks of a group get
+    the same. `set_epoch`, the padding without `drop_last`, and the loader's last incomplete batch are as they are
+    there. The batch size stays that of a rank, so the global batch is ``code.parts`` times as large.
+
+    A `RedundantBatchSampler` takes the global batch's size, any code, and resumes within an epoch.
+
+    Args:
+        dataset: the data set, with a length.
+        code: a code with one part for each rank, such as a `RepetitionCode`.
+        rank: the rank of this process. Default: that in torch.distributed's default group.
+        shuffle: whether each epoch has another order.
+        seed: the seed of the orders, the same on all ranks.
+        drop_last: whether samples that do not divide evenly among the parts are left out; else some are repeated.
+        ranks_per_host: see `RedundantBatchSampler`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a wrong value; the code has several parts for each rank.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        code: Code,
+        *,
+        rank: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        ranks_per_host: int | Sequence[int] | None = None,
+    ) -> None:
+        if not isinstance(code, Code):
+            raise TypeError(f"code must be a RepetitionCode, got {type(code).__name__}")
+        if len(code.assignment(0)) > 1:
+            raise ValueError(f"code must have one part for each rank, got {code!r}: take a RedundantBatchSampler")
+        _checks.check_int("seed", seed, 0)
+        rank = dist.get_rank() if rank is None else rank
+        _checks.check_int("rank", rank, 0, code.workers - 1)
+        super().__init__(dataset, code.parts, 0, shuffle, seed, drop_last)
+        self._code = code
+        self._rank_of_process = rank
+        self._workers = None if ranks_per_host is None else place_ranks(code, ranks_per_host)
+        if ranks_per_host is None:
+            announce_host(code)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return the samples of an epoch."""
+        if self._workers is None:  # as late as possible; see `RedundantBatchSampler.workers`
+            self._workers = place_ranks(self._code)
+        self.rank = self._code.assignment(self._workers[self._rank_of_process])[0]
+        seeded = None
+        for index in super().__iter__():
+            # Only when a guard has taken a step: a rank may have drawn numbers alone since then.
+            if (steps := _steps_of_guards(self._code)) != seeded:
+                _seed(self._code)
+                seeded = steps
+            yield index
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; to be called before a pass over the loader."""
+        _checks.check_int("epoch", epoch, 0)
+        super().set_epoch(epoch)
+        _seed(self._code)  # the DataLoader draws its workers' seeds before it asks for the first sample
+
+
 # Samplers and guards find each other by their code.
 _passes: weakref.WeakSet[_Pass] = weakref.WeakSet()
 _guards: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()
@@ -267,6 +337,10 @@ def _seed(code: Code) -> None:
     for guard, other in list(_guards.items()):
         if other == code:
             guard.seed_mini_batch()
+
+
+def _steps_of_guards(code: Code) -> list[int]:
+    return [guard.step for guard, other in list(_guards.items()) if other == code]
 
 
 def check_workers_of_samplers(code: Code, workers: tuple[int, ...]) -> None:

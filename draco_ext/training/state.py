@@ -5,7 +5,7 @@ All ranks have the same parameters, so those of the majority are the right ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class ReplicatedState:
 
     def digest(self, section: str, key: int) -> Tensor:
         """Return the digest (2,) of one section; 0 if it is empty."""
-        pieces = (_bytes(chunk, chunk[0].device) for chunk in _chunks(self._of(section)))
+        pieces = (_bytes(chunk, chunk[0].device) for chunk in chunks(self._of(section), CHUNK))
         return _join(pieces, key, self.device)
 
     def layout(self, section: str) -> Tensor:
@@ -60,38 +60,38 @@ class ReplicatedState:
 
     def send(self, section: str, communicator: Communicator, worker: int) -> None:
         """Send a section to one worker."""
-        for chunk in _chunks(self._of(section)):
+        for chunk in chunks(self._of(section), CHUNK):
             communicator.send(_bytes(chunk, self.device), worker)
 
     def receive(self, section: str, communicator: Communicator, worker: int) -> None:
         """Receive a section of the same layout from one worker, in place."""
         tensors = self._of(section)
-        for chunk in _chunks(tensors):
-            arrived = torch.empty(sum(map(_size, chunk)), dtype=torch.uint8, device=self.device)
+        for chunk in chunks(tensors, CHUNK):
+            arrived = torch.empty(_size(chunk), dtype=torch.uint8, device=self.device)
             communicator.receive(arrived, worker)
             _fill(chunk, arrived)
         self._put_numbers(section, tensors)
 
     def size(self, section: str) -> int:
         """Return the size of a section in bytes."""
-        return sum(map(_size, self._of(section)))
+        return _size(self._of(section))
 
     def to_bytes(self, section: str) -> Tensor:
         """Return a copy of a section as bytes on the CPU."""
-        pieces = [_bytes(chunk, torch.device("cpu")) for chunk in _chunks(self._of(section))]
+        pieces = [_bytes(chunk, torch.device("cpu")) for chunk in chunks(self._of(section), CHUNK)]
         return torch.cat([torch.empty(0, dtype=torch.uint8), *pieces])
 
     def from_bytes(self, section: str, values: Tensor) -> None:
         """Set a section from the result of `to_bytes` on a rank with the same layout."""
         tensors = self._of(section)
-        chunks = list(_chunks(tensors))
-        for chunk, piece in zip(chunks, values.split([sum(map(_size, chunk)) for chunk in chunks]), strict=True):
+        divided = list(chunks(tensors, CHUNK))
+        for chunk, piece in zip(divided, values.split(list(map(_size, divided))), strict=True):
             _fill(chunk, piece)
         self._put_numbers(section, tensors)
 
     def digest_of_bytes(self, section: str, values: Tensor, key: int) -> Tensor:
         """Return the `digest` of a section that is given as bytes."""
-        sizes = [sum(map(_size, chunk)) for chunk in _chunks(self._of(section))]
+        sizes = list(map(_size, chunks(self._of(section), CHUNK)))
         return _join((piece.clone() for piece in values.split(sizes)), key, self.device)
 
     def _of(self, section: str) -> list[Tensor]:
@@ -135,17 +135,22 @@ def _strided(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.layout == torch.strided]
 
 
-def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Divide tensors into lists. Each list is on one device, and has a single tensor or few bytes."""
+def chunks(
+    tensors: Iterable[Tensor], limit: int, kind: Callable[[Tensor], object] = lambda tensor: tensor.device
+) -> Iterator[list[Tensor]]:
+    """Divide tensors into lists. Each list is of one kind, and has a single tensor or at most `limit` bytes.
+
+    Every tensor is in a list, in the given order, also one without elements.
+    """
     chunk: list[Tensor] = []
     length = 0
     for tensor in tensors:
-        if chunk and (length + _size(tensor) > CHUNK or tensor.device != chunk[0].device):
+        if chunk and (length + tensor.nbytes > limit or kind(tensor) != kind(chunk[0])):
             yield chunk
             chunk, length = [], 0
         chunk.append(tensor)
-        length += _size(tensor)
-    if length:
+        length += tensor.nbytes
+    if chunk:
         yield chunk
 
 
@@ -156,8 +161,8 @@ def _join(pieces: Iterable[Tensor], key: int, device: torch.device) -> Tensor:
     return ops.digest(torch.cat(digests).view(torch.uint8), key)
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _bytes(chunk: list[Tensor], device: torch.device) -> Tensor:
@@ -167,7 +172,7 @@ def _bytes(chunk: list[Tensor], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _fill(chunk: list[Tensor], arrived: Tensor) -> None:
-    for tensor, piece in zip(chunk, arrived.split([_size(tensor) for tensor in chunk]), strict=True):
+    for tensor, piece in zip(chunk, arrived.split([tensor.nbytes for tensor in chunk]), strict=True):
         # Cloned, since a view with longer elements needs an aligned start.
         tensor.detach().copy_(piece.clone().view(tensor.dtype).view(tensor.shape))
 

@@ -124,7 +124,7 @@ class Watch:
 
         handles = [parameter.register_post_accumulate_grad_hook(accumulated) for parameter in self._reduced]
         this = weakref.ref(self)
-        handles.append(register_optimizer_step_pre_hook(lambda optimizer, *_: _before_step(this(), optimizer)))
+        handles.append(register_optimizer_step_pre_hook(lambda *step: _before_step(this(), *step)))
         weakref.finalize(self, _remove, handles).atexit = False
 
     def own(self) -> contextlib.AbstractContextManager[None]:
@@ -191,7 +191,7 @@ class Watch:
             if not torch.is_grad_enabled():
                 return DistributedDataParallel._run_ddp_forward(wrapped, *arguments, **keywords)
             self._excuse()
-            if self._baseline is None or not wrapped.training:
+            if self._baseline is None or not is_training(wrapped):
                 self._baseline = self._collectives.count()
             self._check("the forward passes of a step")
             output = DistributedDataParallel._run_ddp_forward(wrapped, *arguments, **keywords)
@@ -247,12 +247,36 @@ class Watch:
                 )
 
 
+def is_training(model: torch.nn.Module) -> bool:
+    """Return whether a model, or the module that it wraps, is in training mode; a script may switch only one of them.
+
+    Lightning does: after a validation the module is in training mode again, and DistributedDataParallel is not.
+    """
+    return model.training or bool(getattr(model, "module", model).training)
+
+
 def _remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
 
 
-def _before_step(watch: Watch | None, optimizer: Optimizer) -> None:
+def _before_step(
+    watch: Watch | None, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Check an optimizer's step, or, if it takes a closure that makes the gradients, each call of the closure."""
     # A compiled optimizer step cannot run the check.
-    if watch is not None and not torch.compiler.is_compiling():
+    if watch is None or torch.compiler.is_compiling():
+        return None
+    closure = arguments[1] if len(arguments) > 1 else keywords.get("closure")
+    if closure is None:
         watch.check_optimizer(optimizer)
+        return None
+
+    def checked() -> Any:
+        loss = closure()
+        watch.check_optimizer(optimizer)
+        return loss
+
+    if len(arguments) > 1:
+        return (arguments[0], checked, *arguments[2:]), keywords
+    return arguments, {**keywords, "closure": checked}

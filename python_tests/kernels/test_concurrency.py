@@ -149,7 +149,9 @@ def test_threads_with_small_stacks(dtype):
             yield ops.majority_vote(votes[:, :3], [511, 511], 1, atol=atol)
             yield ops.majority_vote(votes[:9], [4, 5], 1, atol=atol)
         yield ops.digest(votes[0], 1)
+        yield ops.digest(votes[0], [1, 2, 3])
         yield ops.digest_and_stats(votes[0], 1)
+        yield ops.digest_stats_and_scale_(votes[0].clone(), 1, 0.5)
         sent = honest_messages(CyclicCode(9, 2), rounds)
         for bad in (0, 1, 2):
             sent[:bad, -5:] = 7

@@ -27,6 +27,16 @@ EVERY_CODE = [RepetitionCode(9, 1), CyclicCode(9, 2)]
 VOTE_ON_CPU = torch.ops.draco_ext.majority_vote.default
 
 
+@pytest.fixture(autouse=True)
+def several_threads(request):
+    """Have kernels divide columns among threads, also where this is one of several processes and has one."""
+    before = torch.get_num_threads()
+    if hasattr(request.config, "workerinput"):
+        torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
 def test_on_a_gpu():
     """Stands for all tests on a GPU where there is none."""
     if not with_cuda():
@@ -588,14 +598,40 @@ def check_digest(d, dtype, offset, seed, device, generator):
         first, again = (on(device, ops.digest, row, seed) for _ in range(2))
         assert torch.equal(first, again)
         assert torch.equal(first, reference.digest(values, seed))
+        seeds = [seed, 5, seed][: d % 4]
+        assert torch.equal(on(device, ops.digest, row, seeds), reference.digest(values, seeds))
 
 
 @pytest.mark.parametrize("dtype", ops.DIGEST_DTYPES, ids=str)
 def test_digest(dtype, device, generator):
     seeds = itertools.cycle([0, 1, -1, 2**63 - 1, -(2**63), 20180327])
-    for d in (*LENGTHS, 3, 4, 5, 7, 8, 9, 16383, 16384, 16385, LONG[-1]):
+    for d in (*LENGTHS, 3, 4, 5, 7, 8, 9, 127, 128, 129, 2049, 16383, 16384, 16385, LONG[-1]):
         for offset in (0, 1):
             check_digest(d, dtype, offset, next(seeds), device, generator)
+
+
+def test_digests_of_many_seeds(device, generator):
+    """More than a launch of the CUDA kernel takes, in more than one block, in any kind of sequence."""
+    values = torch.rand(2 * 16384 + 100, generator=generator)
+    seeds = [(-1) ** i * (2**63 - 1 - i) for i in range(19)]
+    wanted = reference.digest(values, seeds)
+    for kind in (list, tuple):
+        assert torch.equal(on(device, ops.digest, values, kind(seeds)), wanted)
+    assert len(set(map(tuple, wanted.tolist()))) == len(seeds)
+
+
+@pytest.mark.parametrize("length", [0, 5, 70_001])
+def test_seeds_that_the_host_need_not_know(length, device, generator):
+    """They lie on the device, and give what the same numbers on the host do."""
+    values = torch.randn(length, generator=generator)
+    numbers = torch.randint(-(2**62), 2**62, (19,), generator=generator)
+    expected = ops.digest(values, numbers.tolist())
+    assert torch.equal(on(device, ops.digest, values, numbers), expected)
+    assert on(device, ops.digest, values, numbers[:0]).shape == (0, 2)
+    messages = torch.randn(5, length + length % 2, generator=generator)
+    of_numbers = on(device, ops.cyclic_project, messages, int(numbers[0]))
+    for there, expected in zip(on(device, ops.cyclic_project, messages, numbers[:1]), of_numbers, strict=True):
+        assert torch.equal(there, expected)
 
 
 def test_digest_tells_all_bits_places_and_lengths(generator):
@@ -608,11 +644,22 @@ def test_digest_tells_all_bits_places_and_lengths(generator):
         for places in ((0,), (1,), (4095,), (4096,), (8999,), (0, 512), (0, 3584), (7, 7 + 4096)):
             variants.append(values.clone())
             variants[-1][list(places)] ^= flip
-    for i, j in ((0, 512), (511, 4095), (1024, 3584), (8192, 8704)):  # a block's sums of words stay as they were
+    line, group, row = 16, 128, 2048
+    # XORs of rows, of columns, and of both stay as they were.
+    for places in (
+        (0, line),
+        (3 * line, 7 * line),
+        (0, row),
+        (group, group + 3 * row),
+        (0, line, row, row + line),
+        (5 + line, 5 + 7 * line, 5 + line + 3 * row, 5 + 7 * line + 3 * row),
+    ):
         variants.append(values.clone())
-        variants[-1][i] += 12345
-        variants[-1][j] -= 12345
-    for i, j, count in ((0, 1, 1), (0, 2, 1), (0, 4, 4), (0, 512, 1), (0, 512, 512), (0, 4096, 1), (0, 4096, 4096)):
+        variants[-1][list(places)] ^= 12345
+    for i, j, count in (
+        *((0, 1, 1), (0, 2, 1), (0, line, 1), (0, line, line), (0, group, group), (0, row, 1), (0, row, row)),
+        *((0, row + group, group), (line, row, line), (0, 4096, 4096)),
+    ):
         variants.append(values.clone())
         variants[-1][i : i + count], variants[-1][j : j + count] = values[j : j + count], values[i : i + count]
     zeros = torch.zeros(9000, dtype=torch.int32)
@@ -662,6 +709,26 @@ def check_digest_and_stats(d, dtype, offset, scene, seed, device, generator):
         assert torch.equal(digest, on(device, ops.digest, row, seed))
         torch.testing.assert_close(stats[:, 0], wanted[:, 0], rtol=1e-13 * max(1, d) ** 0.5, atol=1e-300)
         assert torch.equal(stats[:, 1:], wanted[:, 1:])
+        check_scaled(buffer, row, (digest, stats), seed, next(FACTORS), device)
+
+
+FACTORS = itertools.cycle([1 / 3, -1.0, 0.0, 1 / 8, 1e-30, 1e30])
+
+
+def check_scaled(buffer, row, wanted, seed, factor, device):
+    """Products are those of torch, to the last bit but for the bits of a NaN; nothing beside the row is written."""
+    before, scaled = buffer.clone(), buffer.clone().copy_(buffer)
+    before[row.storage_offset() : row.storage_offset() + len(row)].mul_(factor)
+    own = scaled[row.storage_offset() : row.storage_offset() + len(row)]
+    found = on(device, ops.digest_stats_and_scale_, own, seed, factor)
+    for got, of_values in zip(found, wanted, strict=True):
+        assert torch.equal(got, of_values)
+    if row.dtype.itemsize > 2:
+        assert torch.equal(scaled.view(torch.uint8), before.view(torch.uint8))
+    else:
+        numbers = ~before.isnan()
+        assert torch.equal(scaled.isnan(), ~numbers)
+        assert torch.equal(scaled[numbers].view(torch.uint8), before[numbers].view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", VOTE_DTYPES, ids=str)

@@ -17,11 +17,14 @@ NAMES = [
     "majority_vote",
     "majority_vote_out",
     "digest",
+    "digest_by_keys",
     "digest_and_stats",
+    "digest_stats_and_scale_",
     "cyclic_encode",
     "cyclic_encode_out",
     "cyclic_encode_add_",
     "cyclic_project",
+    "cyclic_project_by_key",
     "cyclic_locate",
     "cyclic_combine",
     "cyclic_combine_out",
@@ -65,13 +68,16 @@ def test_opcheck_vote(dtype, tolerance, masked, real_device):
 
 @pytest.mark.parametrize("dtype", ops.DIGEST_DTYPES, ids=str)
 def test_opcheck_digest(dtype, real_device):
-    torch.library.opcheck(op("digest"), (torch.randint(0, 99, (50,)).to(real_device, dtype), 3))
+    values = torch.randint(0, 99, (50,)).to(real_device, dtype)
+    torch.library.opcheck(op("digest"), (values, [3, -4]))
+    torch.library.opcheck(op("digest_by_keys"), (values, torch.tensor([3, -4], device=real_device)))
 
 
 @pytest.mark.parametrize("dtype", VOTE_DTYPES, ids=str)
 @pytest.mark.parametrize("d", [0, 50, ops.TILE + 1])
 def test_opcheck_digest_and_stats(d, dtype, real_device):
     torch.library.opcheck(op("digest_and_stats"), (torch.randn(d).to(real_device, dtype), 3))
+    torch.library.opcheck(op("digest_stats_and_scale_"), (torch.randn(d).to(real_device, dtype), 3, 0.5))
 
 
 def test_digest_and_stats_compiles_for_any_length(real_device):
@@ -93,6 +99,7 @@ def test_opcheck_cyclic(dtype, masked, real_device):
     check(op("cyclic_encode"), (torch.randn(5, 33, **like), n, s, 1))
     check(op("cyclic_encode_add_"), (messages[0].clone(), messages[1].clone(), torch.randn(50, **like), n, s, 0, 0))
     check(op("cyclic_project"), (messages, mask, 3))
+    check(op("cyclic_project_by_key"), (messages, mask, torch.tensor([3], device=real_device)))
     projections, norms = ops.cyclic_project(messages, 3, missing=mask)
     check(
         op("cyclic_locate"),
@@ -217,6 +224,7 @@ def other_instruction_sets(request, tmp_path_factory):
 
 DIGEST_TESTS = [
     "test_digest",
+    "test_digests_of_many_seeds",
     "test_digest_and_stats",
     "test_digest_and_stats_of_tiles_and_their_edges",
     "test_each_place_of_a_tile_counts",
@@ -278,11 +286,14 @@ def every_call(messages, projections, norms):
         "majority_vote": (lambda x: ops.majority_vote(x, (5, 4), 1)[0], messages),
         "majority_vote_out": (lambda x: ops.majority_vote(messages, (5, 4), 1, out=x)[0], torch.zeros(50)),
         "digest": (lambda x: ops.digest(x, 1), messages[0]),
+        "digest_by_keys": (lambda x: ops.digest(x, torch.ones(1, dtype=torch.int64)), messages[0]),
         "digest_and_stats": (lambda x: ops.digest_and_stats(x, 1)[1], messages[0]),
+        "digest_stats_and_scale_": (lambda x: ops.digest_stats_and_scale_(x, 1, 0.5)[1], messages[0]),
         "cyclic_encode": (lambda x: ops.cyclic_encode(x, 9, 1, 0), messages[:3]),
         "cyclic_encode_out": (lambda x: ops.cyclic_encode(messages[:3], 9, 1, 0, out=x), torch.zeros(50)),
         "cyclic_encode_add_": (lambda x: ops.cyclic_encode_add_(torch.zeros(50), carry, x, 9, 1, 0, 0), messages[0]),
         "cyclic_project": (lambda x: ops.cyclic_project(x, 1)[0], messages),
+        "cyclic_project_by_key": (lambda x: ops.cyclic_project(x, torch.ones(1, dtype=torch.int64))[0], messages),
         "cyclic_locate": (lambda x: ops.cyclic_locate(projections, x, 2, 50)[0], norms),
         "cyclic_combine": (lambda x: ops.cyclic_combine(x, ones), messages),
         "cyclic_combine_out": (lambda x: ops.cyclic_combine(messages, ones, out=x), torch.zeros(50)),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 
+import pytest
 import torch
 import torch.distributed as dist
 from test_audit_compose import (
@@ -163,6 +164,19 @@ WHOEVER_IT_IS = {
     for step in range(3)
     for kind in ("own", "audit")
 }
+# The same of five ranks, in opinions too, which another rank's wrong gradient causes.
+WHOEVER_OF_FIVE = {
+    f"rank {rank}, step {step}, {kind}": (
+        SMALL,
+        {
+            rank: when(lambda t, number, k, step=step, kind=kind: (t, k) == (step, kind), flip_one_bit),
+            (rank + 1 + step) % 5: when(lambda t, number, k, step=step: (t, k) == (step, "own")),
+        },
+    )
+    for rank in range(5)
+    for step in range(3)
+    for kind in ("own", "audit", "opinion")
+}
 # With on_failure="skip": the last step fails, the others do not.
 TOO_MANY = {
     "two owners": {0: only_in_step_2("own"), 1: only_in_step_2("own")},
@@ -223,13 +237,21 @@ def test_two_ranks_of_five():
         )
 
 
-def test_any_rank_in_any_step_and_kind_of_pass():
-    """One wrong bit in every gradient of a pass."""
-    for name, expected, bits, report in run_local(_attack, 3, Audit(3, 1, 1.0), "WHOEVER_IT_IS"):
+@pytest.mark.parametrize(
+    ("audit", "table"),
+    [
+        (Audit(3, 1, 1.0), "WHOEVER_IT_IS"),
+        pytest.param(Audit(5, 2, 1.0), "WHOEVER_OF_FIVE", marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_any_rank_in_any_step_and_kind_of_pass(audit, table):
+    """One wrong bit in every gradient of a pass; of five ranks two are wrong in the same step."""
+    for name, expected, bits, report in run_local(_attack, audit.workers, audit, table):
         assert bits == expected, name
-        (rank,) = WHOEVER_IT_IS[name][1]
+        step = name.split(", ")[1]
         assert {(dispute.rank, f"step {dispute.step}") for dispute in report.disputes} == {
-            (rank, name.split(", ")[1])
+            (rank, step) for rank in globals()[table][name][1]
         }, name
 
 

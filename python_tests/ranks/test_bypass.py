@@ -298,6 +298,16 @@ def _never_reduced(model, optimizer):
     optimizer.step()
 
 
+def _never_reduced_in_a_closure(model, optimizer):
+    def closure():
+        with model.no_sync():
+            loss = model(X).sum()
+            loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
 def _around_the_model(model, optimizer):
     model(X).sum().backward()
     model.module(X).sum().backward()
@@ -343,6 +353,7 @@ STOPPED = {
     _twice_backward: UNREDUCED,
     _two_forwards_two_backwards: UNREDUCED,
     _never_reduced: UNREDUCED,
+    _never_reduced_in_a_closure: UNREDUCED,
     _around_the_model: UNREDUCED,
     _unused: UNREDUCED,
     _step_in_backward: UNREDUCED,
@@ -415,6 +426,22 @@ def _no_pass_for_a_part(model, guard, code, rank):
                 model(x).sum().backward()
 
 
+def _accumulate_with_a_closure(model, guard, code, rank):
+    """An optimizer that makes the last backward pass itself, as in Lightning."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def closure():
+        model(X).sum().backward()
+
+    for arguments, keywords in ([(closure,), {}], [(), {"closure": closure}]):
+        optimizer.zero_grad()
+        with model.no_sync():
+            model(X).sum().backward()
+        optimizer.step(*arguments, **keywords)
+    decoded = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    return decoded, 2 * gradient_by_hand(X)
+
+
 def _harmless(model, guard, code, rank):
     """What scripts do, and is none of the guard's business."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -484,20 +511,22 @@ def _exact(rank, report):
             report(
                 (error, error is None and torch.allclose(decoded, expected, rtol=1e-5), sorted(guard.report().suspects))
             )
-    model = DistributedDataParallel(Head())
-    guard = draco_ext.protect(model, CODE)
-    decoded, expected = _harmless(model, guard, CODE, rank)
-    report(torch.allclose(decoded, expected))
+    for case in (_accumulate_with_a_closure, _harmless):
+        model = DistributedDataParallel(Head())
+        guard = draco_ext.protect(model, CODE)
+        decoded, expected = case(model, guard, CODE, rank)
+        report(torch.allclose(decoded, expected))
     _two_models(rank, report)
 
 
 def test_what_is_protected_exactly():
-    *parts, harmless, two_models = run_local(_exact, RANKS)
+    *parts, closure, harmless, two_models = run_local(_exact, RANKS)
     for accumulated, second, none in (parts[:3], parts[3:]):
         assert accumulated == (None, True, [1])
         assert re.match(
             "RuntimeError: guard.steps.. takes one backward pass for each mini-batch, got another", second[0]
         )
         assert re.match("RuntimeError: step 0 is not complete: each of its . mini-batches needs one backward", none[0])
+    assert closure
     assert harmless
     assert two_models

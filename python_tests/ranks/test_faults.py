@@ -395,11 +395,11 @@ def _keys_of(rank, code):
 
     def spy_digest(values, seed):
         if values.dtype == torch.float32:  # others are of inputs, and public
-            keys.append(seed)
+            keys.append(int(seed))
         return digest(values, seed)
 
     def spy_project(values, seed, **options):
-        keys.append(seed)
+        keys.append(int(seed))
         return project(values, seed, **options)
 
     def spy_draw(device):

@@ -386,3 +386,23 @@ def test_doctor_says_what_is_wrong(monkeypatch):
     run = CliRunner().invoke(commands.draco, ["doctor"])
     assert run.exit_code == 1
     assert "the gradient of 0.weight is not bit-reproducible on ranks [2]: use the same number of threads" in run.output
+
+
+def _switched(rank, report):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)))
+    guard = draco_ext.protect(model, RepetitionCode(3, 1))
+    model.eval()
+    model.module.train()  # as Lightning does after a validation
+    for _ in range(4):
+        torch.rand(rank + 1)  # what ranks draw alone
+        model(torch.ones(8, 4)).sum().backward()
+    report(guard.report())
+
+
+def test_a_model_of_which_only_the_module_trains_draws_alike():
+    [report] = run_local(_switched, 3)
+    assert report.steps == 4
+    assert report.suspects == {}
+    assert not report.failed_steps

@@ -13,7 +13,7 @@ from draco_ext import CyclicCode, DecodingError, RepetitionCode
 from draco_ext.protocol.transports import verified
 from draco_ext.testing.local import run_local
 from draco_ext.training.record import Claims, StepRecord, _pack, _unpack, majority
-from draco_ext.training.state import SECTIONS, ReplicatedState, judge
+from draco_ext.training.state import SECTIONS, ReplicatedState, chunks, judge
 
 verified.SMALL = 0  # messages of small models in pieces, too
 
@@ -355,7 +355,7 @@ class LowRank(nn.Module):
         return y + self.branch(x) if branch else y
 
 
-def _low_rank(rank, report, codes):
+def _low_rank(rank, report, codes, setups):
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
 
@@ -388,33 +388,36 @@ def _low_rank(rank, report, codes):
             opt.step()
         return bits(model.parameters()), seen
 
-    for options in ({"find_unused_parameters": True}, {"static_graph": True}):
-        for view in (False, True):
-            options = options | {"gradient_as_bucket_view": view}
-            plain = run(None, options)
-            report((plain, [run(code, options) for code in codes]))
-    options = {"find_unused_parameters": True}
-    report((run(None, options, accumulate=True), [run(code, options, accumulate=True) for code in codes]))
-    report((run(None, options, compiled=True), [run(code, options, compiled=True) for code in codes]))
+    for setup in setups:
+        report((run(None, **setup), [run(code, **setup) for code in codes]))
     # With a liar, against the same code without.
+    options = {"find_unused_parameters": True}
     for code in (RepetitionCode(3, 1), CyclicCode(3, 1)):
         for transport in TRANSPORTS:
             honest = run(code, options, transport)
             report((honest, [run(code, options, transport, claims=claims) for claims in (0, 1)]))
 
 
-def test_a_gradient_of_zero_is_not_unused():
+def test_a_gradient_of_zero_is_not_unused(long):
     """Low-rank adapters end where plain DistributedDataParallel ends, whatever a liar says of what it used."""
     codes = (RepetitionCode(3, 0), CyclicCode(3, 0))
-    results = list(run_local(_low_rank, 3, codes))
+    unused = {"find_unused_parameters": True}
+    setups = [
+        {"options": {**options, "gradient_as_bucket_view": view}}
+        for options in (unused, {"static_graph": True})
+        for view in (False, True)
+    ]
+    setups += [{"options": unused, "accumulate": True}]
+    setups += [{"options": unused, "compiled": True}] * long
+    results = list(run_local(_low_rank, 3, codes, setups))
     (_, with_gradient), _ = results[0]
     used = [False, False, True, True]  # the base, frozen; the adapter
     assert with_gradient == [used + [step in (1, 3)] * 2 for step in range(STEPS)]
-    for plain, others in results[:6]:
+    for plain, others in results[: len(setups)]:
         for _, seen in others:
             assert seen == plain[1]
         assert others[0][0] == plain[0]
-    for honest, lied in results[6:]:
+    for honest, lied in results[len(setups) :]:
         assert lied == [honest, honest]
 
 
@@ -554,6 +557,16 @@ class Stub(nn.Module):
 
     def replicated_buffers(self):
         return self.module.buffers()
+
+
+def test_chunks_have_every_tensor():
+    sizes = (0, 3, 4, 5, 0, 100, 1, 0)
+    tensors = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    assert [[t.nbytes for t in chunk] for chunk in chunks(tensors, 10)] == [[0, 3, 4], [5, 0], [100], [1, 0]]
+    tensors[1] = torch.empty(0, dtype=torch.bfloat16)
+    assert [len(chunk) for chunk in chunks(tensors, 10**6, lambda t: t.dtype)] == [1, 1, 6]
+    assert [len(chunk) for chunk in chunks(tensors[:2], 10**6, lambda t: t.dtype)] == [1, 1]  # nothing but empty ones
+    assert list(chunks([], 10)) == []
 
 
 OPTIMIZERS = {

@@ -51,16 +51,16 @@ def test_the_command_with_every_rule_side_by_side(tmp_path):
     assert work == {"repetition": 5, "cyclic": 3, "krum": 1}
     assert lines["mean", True]["steps"]["suspects"] == [None] * 8
 
-    # With this seed the first coin of the audit falls on the sixth step.
-    audit, (bad,) = lines["audit", True]["audit"], lines["audit", True]["steps"]["bad"][0]
-    assert lines["audit", True]["steps"]["bad"] == [[bad]] * 8
+    # The fault begins with the third step, and with this seed the first coin of the audit falls on the sixth.
+    audit, (bad,) = lines["audit", True]["audit"], lines["audit", True]["steps"]["bad"][2]
+    assert lines["audit", True]["steps"]["bad"] == [[], []] + [[bad]] * 6
     assert audit["first"] == 5
     assert audit["report"]["convicted"] == {str(bad): 5}
-    assert audit["passes"] == [1, 1, 1, 1, 1, 5, 2, 2]
-    assert lines["audit", False]["audit"]["passes"] == [1, 1, 1, 1, 1, 2, 1, 1]
+    assert audit["passes"] == [3, 2, 1, 1, 1, 5, 2, 2]
+    assert lines["audit", False]["audit"]["passes"] == [3, 2, 1, 1, 1, 2, 1, 1]
     assert lines["audit", False]["named"] == {}
     assert lines["audit", True]["named"] == {str(bad): 1}
-    assert lines["audit", True]["distance"] > 0.01  # five wrong updates
+    assert lines["audit", True]["distance"] > 0.01  # three wrong updates
 
     bad = lines["cyclic", True]["steps"]["bad"]
     assert len({tuple(step) for step in bad}) > 1
@@ -132,8 +132,8 @@ def test_an_audit_of_every_step_trains_the_parameters_of_the_run_without_faults(
     outcomes = run(config, lambda training: None)
     _, clean, faulty = outcomes
     assert clean.audit.passes[1:] == [2] * 3
-    assert faulty.audit.found == 0
-    assert faulty.audit.report.convicted.keys() == set(faulty.bad[0])
+    assert faulty.audit.found == 2  # where it begins
+    assert faulty.audit.report.convicted.keys() == set(faulty.bad[2])
     assert faulty.parameters.tobytes() == clean.parameters.tobytes()
     checks = judge(config, outcomes, learns=False)
     assert all(check.holds for check in checks)

@@ -11,6 +11,20 @@ GOOD = {R: torch.zeros(6, 8), C: torch.zeros(7, 8)}
 CODES = [pytest.param(R, id="repetition"), pytest.param(C, id="cyclic")]
 
 
+@pytest.mark.parametrize(
+    "call", [lambda seed: ops.digest(torch.ones(3), seed), lambda seed: ops.cyclic_project(torch.ones(3, 4), seed)]
+)
+def test_seeds_in_a_tensor(call):
+    with pytest.raises(TypeError, match="seed must have dtype int64, got float32"):
+        call(torch.ones(1))
+    with pytest.raises(ValueError, match="seed must have 1 dimension"):
+        call(torch.ones(1, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="seed must be contiguous"):
+        call(torch.ones(4, dtype=torch.int64)[::2])
+    with pytest.raises(ValueError, match="seed must have 1 element"):
+        ops.cyclic_project(torch.ones(3, 4), torch.ones(2, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("make", [RepetitionCode, CyclicCode])
 @pytest.mark.parametrize(
     ("workers", "adversaries", "error", "message"),
@@ -187,6 +201,7 @@ def test_seeds_have_64_bits():
     for function in (
         lambda seed: ops.digest(x[0], seed),
         lambda seed: ops.digest_and_stats(x[0], seed),
+        lambda seed: ops.digest_stats_and_scale_(x[0], seed, 1),
         lambda seed: ops.cyclic_project(x, seed),
         lambda seed: ops.cyclic_decode(x, 1, seed=seed),
     ):
@@ -195,6 +210,26 @@ def test_seeds_have_64_bits():
         for seed in (-(2**63) - 1, 2**63):
             with pytest.raises(ValueError, match="seed must be from -9223372036854775808 to 9223372036854775807, got"):
                 function(seed)
+
+
+def test_sequences_of_seeds():
+    values = torch.zeros(8)
+    assert ops.digest(values, []).shape == (0, 2)
+    assert torch.equal(ops.digest(values, seed=(3,))[0], ops.digest(values, seed=3))
+    with pytest.raises(ValueError, match=r"seed\[1\] must be from -9223372036854775808 to .*, got 9223372036854775808"):
+        ops.digest(values, [0, 2**63])
+    with pytest.raises(TypeError, match=r"seed\[0\] must be an int, got float"):
+        ops.digest(values, [1.0])
+    with pytest.raises(TypeError, match="seed must be an int, got NoneType"):
+        ops.digest(values, None)
+
+
+def test_factor_is_a_number():
+    values = torch.ones(8)
+    for bad in ("1", None, True, values):
+        with pytest.raises(TypeError, match=f"factor must be a number, got {type(bad).__name__}"):
+            ops.digest_stats_and_scale_(values, 1, bad)
+    assert torch.equal(values, torch.ones(8))
 
 
 def test_tiles_of_a_length():

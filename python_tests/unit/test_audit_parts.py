@@ -14,12 +14,15 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from draco_ext import ops
+from draco_ext.protocol.messages import GradientBuffer
 from draco_ext.testing.communicator import run_workers
-from draco_ext.training.audit import convictions, shipping
+from draco_ext.training.audit import convictions, gradients, shipping
 from draco_ext.training.audit.convictions import Convictions
+from draco_ext.training.audit.gradients import GradientMeasure
 from draco_ext.training.audit.measures import CALIBRATION, MARGIN, Bits, Projections
 from draco_ext.training.audit.opinions import Row, disputed_parts, opinions_of_others, read_row, settle
 from draco_ext.training.audit.triggers import WINDOW, Triggers
+from draco_ext.training.ddp import Bucket
 
 # ------------------------------------------------------------------------------------------------ opinions
 
@@ -243,6 +246,27 @@ def test_bits_see_every_bit():
     assert len(bits.of(values, key)) == bits.length([1000]) == len(bits.of_nothing(1000))
 
 
+@pytest.mark.parametrize(
+    ("measure", "by_parameter", "scaled"),
+    [(Bits(), False, True), (Bits(), True, False), (Projections(0.0, 1e-3), False, False)],
+)
+def test_a_bucket_is_scaled_where_its_bits_are_read_whole(measure, by_parameter, scaled):
+    """With a factor the measures are those of the bucket as it was, and the bucket says whether it was multiplied."""
+    parameters = [torch.zeros(1000), torch.zeros(70_001)]
+    rest, found = torch.zeros(2, dtype=torch.int64), []
+    for factor in (None, 1 / 3):
+        gradients = GradientMeasure(parameters, torch.device("cpu"), measure)
+        gradients.begin_step(SEED, 5, by_parameter=by_parameter)
+        gradients.begin_own_pass(measured=True)
+        values = torch.randn(71_001, generator=torch.Generator().manual_seed(SEED))
+        buffer = GradientBuffer(values.clone(), (1000, 70_001), tuple(parameters), "bucket 0")
+        assert gradients.add(Bucket(buffer, 0, True, lambda: None), factor=factor) == (scaled and factor is not None)
+        gradients.end_own_pass(rest, rest)
+        found.append((*gradients.of_own_pass(), gradients.statistics()))
+        assert torch.equal(buffer.values, values.mul(1 / 3) if scaled and factor is not None else values)
+    assert all(torch.equal(plain, beside) for plain, beside in zip(*found, strict=True))
+
+
 def projected(measure, pieces, key=SEED):
     return measure.read(measure.join([measure.of(piece, key) for piece in pieces], key))
 
@@ -442,3 +466,28 @@ def test_inputs_are_shifted_and_broadcast(distance):
         return [shipping.unpack(data, like, cpu)[0] for data in (shifted, broadcast)]
 
     assert run_workers(run, 5) == [[(j + distance) % 5, 3] for j in range(5)]
+
+
+# ------------------------------------------------------------------------------------------------ hand-overs
+
+
+def test_every_gradient_is_handed_over(monkeypatch):
+    """Of every dtype and length, one without elements included that is alone of its dtype; 0 where there is none."""
+    monkeypatch.setattr(gradients, "CHUNK", 100)
+    shapes = [(torch.float32, 7), (torch.float64, 40), (torch.float64, 0), (torch.float32, 3), (torch.float16, 0)]
+    parameters = [nn.Parameter(torch.randn(length).to(dtype)) for dtype, length in shapes]
+    for parameter in parameters[:3]:
+        parameter.grad = torch.randn_like(parameter)
+
+    def work(communicator):
+        if communicator.worker == 0:
+            return gradients.hand_over(parameters, b"\x05", {"buffer": torch.ones(2)}, communicator, 1)
+        return gradients.take_over(parameters, communicator, 0)
+
+    _, result = run_workers(work, 2)
+    assert result.used == b"\x05"
+    assert torch.equal(result.buffers["buffer"], torch.ones(2))
+    assert result.gradients.keys() == set(parameters)
+    for parameter in parameters:
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert torch.equal(result.gradients[parameter], expected.flatten())

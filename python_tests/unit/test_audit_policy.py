@@ -80,6 +80,7 @@ def test_bad_fields(arguments, error, said):
         (lambda a: a.wrong_updates_quantile(1), ValueError, "level must be above 0 and below 1, got 1"),
         (lambda a: a.wrong_updates_quantile(0.9, passes=0), ValueError, "passes must be at least 1, got 0"),
         (lambda a: a.cost(-0.1), ValueError, "false_triggers must be from 0 to 1, got -0.1"),
+        (lambda a: a.cost(0, 0), ValueError, "steps must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments(call, error, said):
@@ -97,6 +98,14 @@ def test_the_coin_falls_at_the_rate(rate, passes):
     assert_binomial(fallen, 20_000, rate * passes)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_steps_are_audited_at_any_rate(seed):
+    audit = Audit(3, 1, 1e-12)
+    assert [step for step in range(1000) if audit.is_audited(seed, step)] == [0, 1]
+    assert [step for step in range(3) if audit.covers_all(step)] == [0]
+    assert all(Audit(3, 1, 1).covers_all(step) for step in range(3))
+
+
 def test_every_step_is_audited_at_a_rate_of_1():
     assert all(Audit(3, 1, 1).is_audited(SEED, step) for step in range(10_000))
     assert all(Audit(3, 1, 0.3).is_audited(SEED, step, 4) for step in range(10_000))
@@ -105,7 +114,7 @@ def test_every_step_is_audited_at_a_rate_of_1():
 def test_what_is_drawn_depends_on_seed_and_step_alone():
     """Machines and Python's own hash seed make no difference: these are the values of the machine it was written on."""
     audit = Audit(7, 3, 0.02)
-    assert [step for step in range(300) if audit.is_audited(0, step)] == [1, 54, 75, 154]
+    assert [step for step in range(300) if audit.is_audited(0, step)] == [0, 1, 54, 75, 154]
     assert [audit.shifts(0, step) for step in range(3)] == [(1, 3, 6), (2, 3, 5), (1, 6, 2)]
 
 
@@ -344,6 +353,18 @@ def test_cost_is_that_of_a_simulated_run(adversaries, rate, false_triggers):
             extra += 2
     deviation = math.sqrt(adversaries**2 * rate * (1 - rate) + 4 * false_triggers * (1 - false_triggers))
     assert abs(extra / steps - audit.cost(false_triggers)) <= 5 * deviation / math.sqrt(steps) + 1e-12
+
+
+@pytest.mark.parametrize(("adversaries", "rate"), [(1, 0.008), (2, 0.3), (3, 1)])
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+def test_cost_with_the_beginning(adversaries, rate, steps):
+    """Counted over seeds: s passes in an audited step, and the own pass of the first step twice."""
+    audit, seeds = Audit(7, adversaries, rate), 400
+    audited = sum(audit.is_audited(seed, step) for seed in range(seeds) for step in range(steps))
+    found = (adversaries * audited / seeds + 1) / steps
+    deviation = adversaries * math.sqrt(rate * (1 - rate) / seeds)
+    assert abs(found - audit.cost(0, steps)) <= 5 * deviation + 1e-12
+    assert audit.cost(0, 10**9) == pytest.approx(audit.cost(0), rel=1e-6)
 
 
 def test_the_default_rate_of_false_triggers_makes_one_percent():

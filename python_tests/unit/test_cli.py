@@ -12,8 +12,8 @@ from click.testing import CliRunner
 import draco_ext
 from draco_ext import cli
 from draco_ext.cli import commands, doctor
-from draco_ext.cli.faults import BAD_CHOICES, bad_workers
-from draco_ext.cli.planning import cost, make_table
+from draco_ext.cli.faults import BAD_CHOICES, Fault, bad_workers
+from draco_ext.cli.planning import batches, cost, make_batch_table, make_table
 from draco_ext.cli.training import Audited, Config, Outcome, Training, list_trainings
 from draco_ext.cli.verdict import judge
 from draco_ext.codes import CyclicCode, RepetitionCode
@@ -97,7 +97,16 @@ def runs(monkeypatch):
         ("plan --workers 9 --adversaries -1 --parameters 10", "must be at least 0, got -1"),
         ("plan --workers 40000 --adversaries 1 --parameters 10", "got 40000"),
         ("plan --workers 9 --adversaries 1 --parameters 0", "0 is not in the range x>=1"),
-        ("plan --workers 9 --adversaries 1", "Missing option '--parameters'"),
+        ("plan --workers 9 --adversaries 1", "plan needs --parameters for the costs, or --batch-size"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --samples 9", "--samples needs --batch-size"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --learning-rate 9", "--learning-rate needs --batch-size"),
+        ("plan --workers 9 --adversaries 1 --batch-size 9 --learning-rate nan", "--learning-rate must be finite, got"),
+        ("plan --workers 9 --adversaries 1 --batch-size 0", "0 is not in the range x>=1"),
+        ("plan --workers 9 --adversaries 0 --batch-size 9 --audit 1", "--audit: adversaries must be at least 1"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --latency 20", "'20' is not a positive number with one of"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --latency 0us", "'0us' is not a positive number with one of"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --bandwidth 1e400GB/s", "is not a positive number"),
+        ("plan --workers 9 --adversaries 1 --parameters 9 --memory 25us", "units GB/s, MB/s"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --dtype int8", "'int8' is not one of"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --audit 1.5", "1.5 is not in the range 0<x<=1"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --audit nan", "--audit: rate must be above 0"),
@@ -229,7 +238,7 @@ def test_cost_by_hand():
     assert repetition.amplification == 1
     cyclic = cost(CyclicCode(9, 1), 1001, "float32")
     assert cyclic.compute == 3
-    assert cyclic.sent == {"allreduce": 16 * 4004, "verified": 72 * 4008, "server": 8 * (4008 + 4004)}
+    assert cyclic.sent == {"allreduce": 16 * 4004, "verified": 72 * 4008, "server": 16 * 4008}
     assert cyclic.messages == 9 * 4008 + 4004
     # Weights 1/3, 1/3, 1/3; one condition on two unknowns: ||b||^2 / n = 1 + 1/2.
     assert cyclic.amplification == pytest.approx(math.sqrt(1.5 / 3))
@@ -266,11 +275,58 @@ def test_plan_prints_it():
     result = invoke("plan", "--workers=9", "--adversaries=1", "--parameters=1001")
     assert result.exit_code == 0
     words = " ".join(result.output.replace("│", " ").split())
-    for said in ("3x", "64,064 B", "40,040 B", "288,576 B", "64,096 B", "40,076 B", "0.707", "0 to 2"):
+    for said in ("3x", "64,064 B", "40,040 B", "288,576 B", "64,128 B", "40,076 B", "0.707", "0 to 2"):
         assert said in words
     result = invoke("plan", "--workers=5", "--adversaries=2", "--parameters=6", "--dtype=float16")
     assert result.exit_code == 0
     assert "float16 messages" in result.output
+
+
+def test_plan_of_the_batches_of_a_script():
+    table = make_batch_table(9, 1, 32, learning_rate=0.1, samples=50000, audit_rate=0.008)
+    names, *columns = [[column.header, *column.cells] for column in table.columns]
+    plain, same_per_rank, same_global, cyclic, audit = zip(*(column[1:] for column in columns), strict=True)
+    assert [column[0] for column in columns] == [
+        *("a rank's samples in a step", "global batch", "steps in an epoch"),
+        *("learning rate, SGD", "learning rate, Adam"),
+    ]
+    # 9 workers in 3 groups: a third of the global batch, 3 times the steps.
+    assert plain == audit == ("32", "288", "174", "0.1", "0.1")
+    assert same_per_rank == ("32", "96", "521", "0.03333", "0.05774")
+    assert same_global == ("96", "288", "174", "0.1", "0.1")
+    assert cyclic == ("3 x 32", "288", "174", "0.1", "0.1")
+    assert names[-1] == "audit, rate 0.008"
+
+
+def test_batches_that_do_not_divide_evenly():
+    # 10 workers in 3 groups: 330 samples make 3 parts of 110.
+    assert batches(10, 1, 33)["repetition, global batch kept"].global_batch == 330
+    # 121 samples make 3 parts of 40, and one is left out.
+    uneven = batches(11, 1, 11)["repetition, global batch kept"]
+    assert (uneven.mini_batch, uneven.global_batch) == (40, 120)
+
+
+def test_plan_prints_batches_and_costs():
+    batch = ("--batch-size=32", "--samples=5e4")
+    result = invoke("plan", "--workers=9", "--adversaries=1", *batch)
+    assert result.exit_code == 0
+    assert "174" in result.output
+    assert "learning rate, SGD" not in " ".join(result.output.split())
+    both = invoke("plan", "--workers=9", "--adversaries=1", *batch, "--parameters=1001")
+    assert both.exit_code == 0
+    assert "64,064 B" in both.output
+    assert result.output in both.output
+
+
+def test_plan_models_an_exchange_in_the_given_network():
+    arguments = ("plan", "--workers=9", "--adversaries=1", "--parameters=1e6")
+    times = []
+    for network in (("--latency=1s",), ("--latency=1s", "--tree"), ("--latency=1ns", "--bandwidth=8Mbit/s")):
+        result = invoke(*arguments, *network)
+        assert result.exit_code == 0
+        (row,) = (line for line in result.output.splitlines() if line.startswith("│ plain DDP"))
+        times.append(float(row.split("│")[6].split()[0]) / 1e3)
+    assert times == pytest.approx([32, 16, 2 * 8 / 9 * 4e6 / 1e6], rel=1e-2)  # two buckets; 16 rounds, or 8
 
 
 def planned(*arguments):
@@ -289,7 +345,11 @@ def test_plan_of_an_audit_stands_beside_the_codes():
     assert audit["sent per step, server"] == audit["sent per step, verified"] == "not offered"
     # 99 is (1 - p) / p; 0.99^459 is the first power below 0.01.
     named = audit["wrong updates before a bad worker is named"]
-    assert named.startswith("99 expected, at most 458 with a probability of 99%")
+    assert named.startswith(
+        "0 if it is wrong in the first step; else 99 expected, at most 458 with a probability of 99%"
+    )
+    # The first two steps are audited, and the first one makes its own pass twice.
+    assert audit["compute per worker"].endswith("; once 5 passes more in the first 2 steps")
     assert repetition["wrong updates before a bad worker is named"] == "0"
     assert "every audited gradient is right" in audit["what holds"]
     assert audit["cannot survive"].startswith("a fault that occurs once: corrected with a probability of 1% only; ")
@@ -340,8 +400,12 @@ def outcome(rule, attacked, **changes):
     return dataclasses.replace(perfect, **changes)
 
 
-def audited(found=1, *, first=1, worker=3, steps=4):
-    """What an audit has done that found a fault, or None, in a step, where the first coin fell on another."""
+def audited(found=1, *, first=1, worker=3, steps=6):
+    """What an audit has done that found a fault, or None, in a step, where the first coin fell on another.
+
+    Steps are counted from the one in which the fault begins.
+    """
+    found, first = (None if step is None else Fault.BEGIN + step for step in (found, first))
     disputes = [] if found is None else [Dispute(found, worker, worker, "owner", persistent=True)]
     report = AuditReport(disputes=disputes, convicted={d.rank: d.step for d in disputes})
     passes = [1.0 if found is None or step < found else 5.0 if step == found else 2.0 for step in range(steps)]
@@ -350,7 +414,7 @@ def audited(found=1, *, first=1, worker=3, steps=4):
 
 def audit_outcome(attacked, **changes):
     """The outcome of a perfect audit, or of another."""
-    suspects = [(), (3,), (), ()] if attacked else [()] * 4
+    suspects = [(), (), (), (3,), (), ()] if attacked else [()] * 6
     perfect = {"audit": audited() if attacked else audited(None), "suspects": suspects, "distance": 0.4}
     evaluations = [(0, 0.1, 2.3), (4, 0.97, 0.2)]
     return outcome("audit", attacked, **{**perfect, "evaluations": evaluations, **changes})
@@ -429,7 +493,7 @@ def test_an_audit_that_lets_more_pass_than_chance_explains_is_noticed():
     "changes",
     [
         {"audit": audited(1, first=3)},  # a trigger may find it before
-        {"audit": audited(None, first=None), "suspects": [()] * 4},  # no coin fell
+        {"audit": audited(None, first=None), "suspects": [()] * 6},  # no coin fell
         {"audit": audited(0, first=0), "distance": 0.0},
     ],
 )

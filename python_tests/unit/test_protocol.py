@@ -106,6 +106,20 @@ def test_too_many_bad_workers_are_a_failure(name):
     assert run_workers(work, 3) == [(True, True)] * 3
 
 
+def test_a_buffer_that_is_scaled_already_is_added_up_as_it_is():
+    """The sum of messages that somebody else has scaled has the bits of that of messages that the transport scales."""
+
+    def work(communicator):
+        transport = transport_of("allreduce", RepetitionCode(3, 0), communicator)
+        values = torch.randn(1001, generator=torch.Generator().manual_seed(communicator.worker))
+        plain, scaled = buffer_of(values.clone()), buffer_of(values.mul(1 / 3))
+        run_alone(transport.exchange(Message(plain.values, plain), 0))
+        run_alone(transport.exchange(Message(scaled.values, scaled, buffer_holds_scaled_values=True), 1))
+        return torch.equal(plain.values, scaled.values) and not torch.equal(plain.values, values)
+
+    assert run_workers(work, 3) == [True] * 3
+
+
 def _records(communicator, name):
     transport = transport_of(name, RepetitionCode(3, 1), communicator)
     gathered = []

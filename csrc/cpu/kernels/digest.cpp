@@ -48,11 +48,12 @@ DRACO_HD uint64_t sum_of(Vector<uint64_t> x) {
 }
 
 // Writes the hashes of the cells of a row. The groups from number `whole` on are a single one, `rest`. The words of the
-// first row are written to `xors`, and those of other rows added there; kXors: they are those themselves.
+// first row are written to `xors`, and those of other rows added there; kXors: they are those themselves. Takes the
+// statistics of the whole groups, one by one, so that the memory works all the time.
 enum class Row { kFirst, kOther, kXors };
-template <Row kRow>
+template <Row kRow, typename Statistics>
 DRACO_HD void digest_row(const uint32_t* key, const unsigned char* from, int whole, const unsigned char* rest,
-                         int groups, unsigned char* xors, uint64_t* hashes) {
+                         int groups, unsigned char* xors, uint64_t* hashes, Statistics& statistics) {
   Vector<uint64_t> sums[kDigestRowCells] = {};
   for (int g = 0; g < groups; ++g, from += kDigestGroup, key += kDigestLineWords, xors += kDigestGroup) {
     const unsigned char* const group = g < whole ? from : rest;
@@ -80,6 +81,9 @@ DRACO_HD void digest_row(const uint32_t* key, const unsigned char* from, int who
       }
       hash(kDigestColumns, ninth);
     }
+    if (g < whole) {
+      DRACO_UNROLL for (int j = 0; j < kDigestColumns; ++j) statistics.take_line(from + j * kDigestLine);
+    }
   }
   DRACO_UNROLL for (int j = 0; j < kDigestRowCells; ++j) hashes[j] = sum_of(sums[j]);
 }
@@ -100,11 +104,10 @@ DRACO_HD void digest_cells(const uint32_t* key, const uint64_t* hashes, int cell
   }
 }
 
-// Adds the four sums of a block. visit(i, bytes) is called for each of its rows, in order, when it is in the
-// first-level cache.
-template <typename Visit>
+// Adds the four sums of a block, and takes the statistics of its values.
+template <typename Statistics>
 DRACO_HD void digest_block(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums,
-                           const Visit& visit) {
+                           Statistics& statistics) {
   alignas(64) unsigned char xors[kDigestRow];
   alignas(64) unsigned char rest[kDigestGroup];
   alignas(64) uint64_t hashes[kDigestCells];
@@ -119,14 +122,16 @@ DRACO_HD void digest_block(const uint32_t* key, const unsigned char* from, int64
     const int whole = static_cast<int>(left < kDigestRow ? left / kDigestGroup : kDigestGroups);
     uint64_t* const to = hashes + i * kDigestRowCells;
     if (i == 0) {
-      digest_row<Row::kFirst>(row_key, from, whole, rest, digest_groups(bytes, i), xors, to);
+      digest_row<Row::kFirst>(row_key, from, whole, rest, digest_groups(bytes, i), xors, to, statistics);
     } else {
-      digest_row<Row::kOther>(row_key, from + begin, whole, rest, digest_groups(bytes, i), xors, to);
+      digest_row<Row::kOther>(row_key, from + begin, whole, rest, digest_groups(bytes, i), xors, to, statistics);
     }
-    visit(begin, left < kDigestRow ? left : kDigestRow);
   }
+  const int64_t whole = bytes / kDigestGroup * kDigestGroup;
+  statistics.take(from + whole, bytes - whole);
   const int groups = digest_groups(bytes, 0);
-  digest_row<Row::kXors>(row_key, xors, groups, nullptr, groups, nullptr, hashes + rows * kDigestRowCells);
+  NoStatistics none;
+  digest_row<Row::kXors>(row_key, xors, groups, nullptr, groups, nullptr, hashes + rows * kDigestRowCells, none);
   digest_cells(key, hashes, (rows + 1) * kDigestRowCells, sums);
 }
 
@@ -162,15 +167,14 @@ void digest_key(uint64_t seed, int first, int count, uint32_t* key) {
 }
 
 void digest(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums) {
-  digest_block(key, from, bytes, sums, [](int64_t, int64_t) {});
+  NoStatistics none;
+  digest_block(key, from, bytes, sums, none);
 }
 
 template <typename T>
 void digest_and_stats(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums, Stats* stats) {
   FiniteStatistics<T> statistics;
-  digest_block(key, from, bytes, sums, [&](int64_t begin, int64_t size) __attribute__((always_inline)) {
-    statistics.take(from + begin, size);
-  });
+  digest_block(key, from, bytes, sums, statistics);
   *stats = statistics.all_finite() ? statistics.stats() : stats_of_finite<T>(from, bytes);
 }
 

@@ -57,6 +57,11 @@ struct Line<BFloat16> : WidenedLine<BFloat16> {
   using WidenedLine::WidenedLine;
 };
 
+struct NoStatistics {
+  DRACO_MEMBER void take_line(const unsigned char*) {}
+  DRACO_MEMBER void take(const unsigned char*, int64_t) {}
+};
+
 // Of values that are all finite; of others it finds out that they are not. Partial sums, in which the values take
 // turns, and their order are the same for every instruction set.
 template <typename T>
@@ -87,11 +92,9 @@ class FiniteStatistics {
   }
 
   DRACO_MEMBER void take(const unsigned char* from, int64_t bytes) {
-    FiniteStatistics own = *this;  // in registers
     const unsigned char* const end = from + bytes;
-    for (; from + kLine <= end; from += kLine) own.take_line(from);
-    own.take_rest(from, end - from);
-    *this = own;
+    for (; from + kLine <= end; from += kLine) take_line(from);
+    take_rest(from, end - from);
   }
 
   DRACO_MEMBER bool all_finite() const { return largest() < kInfinityBits<T>; }

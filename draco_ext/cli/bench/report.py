@@ -125,6 +125,13 @@ REPORTS = {
         f"{_MEMORY}",
         "x yardstick",
     ),
+    "out": Report(
+        "decoding into memory that is there (out=) and into new memory",
+        "ms: median. GB/s: bytes of the messages / ms. x read: relative to messages.sum() just before and after; "
+        "median over processes, of the median in each. note: from process to process. The processes set nothing about "
+        "their memory, so that the C library takes that of each large result from the system.",
+        "x read",
+    ),
     "scaling": Report(
         "time per byte over sizes",
         "ms: median. GB/s: bytes of the messages / ms. x read: relative to messages.sum(). "

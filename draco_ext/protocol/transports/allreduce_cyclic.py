@@ -31,7 +31,7 @@ class AllReduceCyclic(Transport):
             message.write(values, 1 / code.workers)
         total = communicator.all_reduce(buffer)
         key = yield drawn
-        projections, norms = code.project(values[None], int(key))
+        projections, norms = code.project(values[None], key)
         own = torch.cat([torch.view_as_real(projections[0]).flatten(), norms[0]])
         rows = yield communicator.all_gather(own)
         pairs, norms = (half.contiguous() for half in rows.tensor_split([2 * projections.numel()], dim=1))

@@ -66,7 +66,7 @@ class AllReduceRepetition(Transport):
             return ExchangeOutcome({}, False)
         values = message.values
         key = yield draw_key(self.communicator, values.device)
-        own = ops.digest(values, int(key))
+        own = ops.digest(values, key)[0]
         gathered = self.communicator.all_gather(own)
         message_again = message.keep() if len(self._groups) > 1 else lambda: values
         yield from self._add_up(message)
@@ -87,7 +87,7 @@ class AllReduceRepetition(Transport):
         if not suspects:
             return ExchangeOutcome({}, False)
         again = replace(message, values=message_again())
-        if ops.digest(again.values, int(key)).tolist() != rows[self.communicator.worker].tolist():
+        if ops.digest(again.values, key)[0].tolist() != rows[self.communicator.worker].tolist():
             raise RuntimeError("gradients were changed while they were exchanged")
         found = self._repair_suspects(again.values, suspects, helpers)
         yield from self._add_up(again)
@@ -101,8 +101,9 @@ class AllReduceRepetition(Transport):
         shards = message.buffer.values.tensor_split(self._shards)
         if self._ring is not None:
             own_shard = shards[self._shard]
-            # Scaled exactly as DDP does it, so that the result has the same bits.
-            torch.mul(message.values.tensor_split(self._shards)[self._shard], 1 / self.code.parts, out=own_shard)
+            if not message.buffer_holds_scaled_values:
+                # Scaled exactly as DDP does it, so that the result has the same bits.
+                torch.mul(message.values.tensor_split(self._shards)[self._shard], 1 / self.code.parts, out=own_shard)
             yield self._ring.all_reduce(own_shard, resume_on_next_bucket=self._circle is not None)
         if self._circle is not None:
             arriving = [self._circle.broadcast(shard, i) for i, shard in enumerate(shards)]

@@ -1,8 +1,12 @@
-"""Gradients between parameters' ``.grad`` and the vectors of DDP's buckets: measures, hand-overs."""
+"""Gradients between parameters' ``.grad`` and the vectors of buckets: measures, hand-overs.
+
+What buckets look like, the adapter of the training framework knows: it gives out its buckets, and flattens gradients as
+it would put them into one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +17,12 @@ from draco_ext.protocol.communicator import Communicator
 from draco_ext.training.adapter import Bucket
 from draco_ext.training.audit import shipping
 from draco_ext.training.audit.measures import Measure
-from draco_ext.training.ddp import write_gradients
+from draco_ext.training.state import chunks
 
 CHUNK = 2**24  # bytes; a hand-over sends so many at once, or one parameter
 
-
-def flatten(parameters: Sequence[Tensor]) -> Tensor:
-    """Return the gradients of some parameters as DDP would put them into a bucket; 0 where there is none."""
-    first = parameters[0]
-    values = torch.empty(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
-    write_gradients(values, parameters)
-    return values
+# Returns the gradients of some parameters as a bucket would have them; see `DDPAdapter.flatten_gradients`.
+Flatten = Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,14 @@ class PartResult:
 
 def hand_over(
     parameters: Sequence[Tensor],
+    flatten: Flatten,
     used: bytes,
     buffers: Mapping[str, Tensor],
     communicator: Communicator,
     worker: int,
 ) -> None:
     """Send the result of a pass to one worker: the gradients in ``.grad``, and what else `PartResult` has."""
-    for chunk in _chunks(parameters):
+    for chunk in chunks(parameters, CHUNK, lambda p: p.dtype):
         communicator.send(flatten(chunk), worker)
     rest = shipping.pack([torch.tensor(list(used), dtype=torch.uint8), dict(buffers)])
     shipping.send(rest, communicator, worker, parameters[0].device)
@@ -58,7 +58,7 @@ def hand_over(
 def take_over(parameters: Sequence[Tensor], communicator: Communicator, worker: int) -> PartResult:
     """Receive the result of a pass from one worker."""
     received: dict[Tensor, Tensor] = {}
-    for chunk in _chunks(parameters):
+    for chunk in chunks(parameters, CHUNK, lambda p: p.dtype):
         lengths = [p.numel() for p in chunk]
         values = torch.empty(sum(lengths), dtype=chunk[0].dtype, device=chunk[0].device)
         communicator.receive(values, worker)
@@ -68,41 +68,28 @@ def take_over(parameters: Sequence[Tensor], communicator: Communicator, worker: 
     return PartResult(received, bytes(used.tolist()), buffers)
 
 
-def _chunks(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Divide parameters into lists of one dtype, each with few bytes or a single parameter."""
-    chunk: list[Tensor] = []
-    length = 0
-    for parameter in parameters:
-        size = parameter.numel() * parameter.element_size()
-        if chunk and (length + size > CHUNK or parameter.dtype != chunk[0].dtype):
-            yield chunk
-            chunk, length = [], 0
-        chunk.append(parameter)
-        length += size
-    if chunk:
-        yield chunk
-
-
 class GradientMeasure:
     """The measures of the gradients that this rank computes in the passes of a step.
 
-    In a rank's own pass they are taken from DDP's buckets, and in other passes from ``.grad``. DDP makes other buckets
-    after the first pass, so a step measures either bucket by bucket or parameter by parameter. Where bits are compared,
-    a measure also covers what else a pass has left, the `rest`: which parameters are used, and the buffers.
+    In a rank's own pass they are taken from buckets, and in other passes from ``.grad``. DDP makes other buckets after
+    the first pass, so a step measures either bucket by bucket or parameter by parameter. Where bits are compared, a
+    measure also covers what else a pass has left, the `rest`: which parameters are used, and the buffers.
 
     Args:
         parameters: the parameters in the same order on all ranks.
         device: the device of the results.
         measure: measures a piece.
+        flatten: makes a vector of gradients.
 
     Attributes:
         is_complete: whether all buckets of the own pass were seen.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], device: torch.device, measure: Measure) -> None:
+    def __init__(self, parameters: Sequence[Tensor], device: torch.device, measure: Measure, flatten: Flatten) -> None:
         self._parameters = parameters
         self._device = device
         self._measure = measure
+        self._flatten = flatten
         self._numbers = {parameter: i for i, parameter in enumerate(parameters)}
         self._layout: dict[int, Sequence[Tensor]] = {}  # the parameters of each bucket
         self.begin_step(0, 0, by_parameter=True)
@@ -124,20 +111,30 @@ class GradientMeasure:
         self._of_mini_batch = self._nothing()
         self._rests: tuple[Tensor, Tensor] | None = None
 
-    def add(self, bucket: Bucket) -> None:
-        """Add a bucket of the own pass, as it was computed."""
+    def add(self, bucket: Bucket, *, factor: float | None = None) -> bool:
+        """Add a bucket of the own pass, as it was computed.
+
+        Args:
+            bucket: the bucket.
+            factor: what the bucket may be multiplied by afterwards, which costs least where it is read anyway.
+
+        Returns:
+            Whether the bucket was multiplied.
+        """
         buffer = bucket.buffer
         self.is_complete |= bucket.is_last
         if bucket.index == 0:
             self._layout = {}
         self._layout[bucket.index] = buffer.keys  # type: ignore[assignment]
         if not self._by_parameter:
-            digest, self._statistics[bucket.index] = digest_and_statistics(buffer.values, self._key)
+            factor = factor if self._measure.is_digest else None
+            digest, self._statistics[bucket.index] = digest_and_statistics(buffer.values, self._key, factor)
             if self._measure.is_digest:
                 self._computed[bucket.index] = digest
-                return
+                return factor is not None
         if self._measured:
             self._add(bucket, self._computed)
+        return False
 
     def add_contributed(self, bucket: Bucket) -> None:
         """Add a bucket with the gradients that this rank contributes instead of its own."""
@@ -151,7 +148,7 @@ class GradientMeasure:
         """
         self.is_complete = any(parameter.grad is not None for parameter in self._parameters)
         for number, parameter in enumerate(self._parameters):
-            self._computed[number] = self._of(flatten([parameter]))
+            self._computed[number] = self._of(self._flatten([parameter]))
             if contributed:
                 self._contributed[number] = self._of(contributed[parameter].contiguous())
 
@@ -189,12 +186,12 @@ class GradientMeasure:
     def of_gradients(self, rest: Tensor) -> Tensor:
         """Return the measure of the gradients in ``.grad``, the same as an own pass has; `rest`: its digest."""
         pieces = dict(enumerate([p] for p in self._parameters)) if self._by_parameter else self._layout
-        return self._join({i: self._of(flatten(parameters)) for i, parameters in pieces.items()}, rest)
+        return self._join({i: self._of(self._flatten(parameters)) for i, parameters in pieces.items()}, rest)
 
     def of_gradients_by_parameter(self, rest: Tensor) -> Tensor:
         """Return the measure of the gradients in ``.grad`` parameter by parameter, with the digest of the rest."""
         pieces = {
-            i: self._measure.of_nothing(p.numel()) if p.grad is None else self._of(flatten([p]))
+            i: self._measure.of_nothing(p.numel()) if p.grad is None else self._of(self._flatten([p]))
             for i, p in enumerate(self._parameters)
         }
         return self._join(pieces, rest)
@@ -226,8 +223,14 @@ def _length(parameters: Sequence[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def digest_and_statistics(values: Tensor, key: int) -> tuple[Tensor, Tensor]:
-    """Return a vector's digest (2,), and its statistics (4,) float64; see `opinions.Row`."""
-    digest, tiles = ops.digest_and_stats(values, key)
+def digest_and_statistics(values: Tensor, key: int, factor: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return a vector's digest (2,), and its statistics (4,) float64; see `opinions.Row`.
+
+    With a factor the vector is then multiplied by it, in place.
+    """
+    if factor is None:
+        digest, tiles = ops.digest_and_stats(values, key)
+    else:
+        digest, tiles = ops.digest_stats_and_scale_(values, key, factor)
     squares, largest, nonfinite, zeros = tiles.unbind(1)
     return digest, torch.stack([squares.sum(), largest.amax(), nonfinite.sum(), zeros.sum()])
