@@ -172,6 +172,10 @@ def _train(
             set_optimizer_state_dict(net, opt, states[1])
             guard.load_state_dict(saved)
 
+        if guard is not None:
+            assert guard.data_replicas == code.parts * shards
+            assert guard.data_ranks == tuple(part * shards + shard for part in code.assignment(guard.worker))
+
         def batches(begin=step, worker=replica if guard is None else guard.worker):
             for number in range(begin, STEPS):
                 for part in code.parts_in_step(number, worker):
