@@ -89,7 +89,8 @@ class Recorder:
 
     def name(self, rank: int) -> str:
         """Return the name of a rank in messages."""
-        own = f" (ranks {', '.join(map(str, self._members[rank]))})" if self._members else ""
+        members = ", ".join(map(str, self._members[rank])) if self._members else ""
+        own = f" (rank{'s' if ',' in members else ''} {members})" if members else ""
         return f"{self.unit} {rank}{own} on {self._hosts[rank]}"
 
     def add_message(

@@ -32,6 +32,7 @@ SHARDS = 2
 BAD = 3  # this rank is bad where one is: replica 1, shard 1
 
 CODES = {"repetition": RepetitionCode(3, 1), "cyclic": CyclicCode(3, 1), "none": RepetitionCode(2, 0)}
+CODES["groups"] = RepetitionCode(6, 1)
 POLICIES = {
     None: {},
     "bf16, reduced in fp32": {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32},
@@ -107,9 +108,9 @@ def _sharded(
     return fully_shard(network, **settings)
 
 
-def _data(parts, accumulate=1):
+def _data(parts, accumulate=1, shards=SHARDS):
     generator = torch.Generator().manual_seed(7)
-    return torch.randn(STEPS, accumulate, parts * SHARDS, SAMPLES, WIDTH, generator=generator)
+    return torch.randn(STEPS, accumulate, parts * shards, SAMPLES, WIDTH, generator=generator)
 
 
 def _train(
@@ -139,7 +140,8 @@ def _train(
     replica, shard = mesh.get_local_rank("replicate"), mesh.get_local_rank("shard")
     if replica >= replicas:
         return None
-    data = _data(code.parts, accumulate)
+    shards = mesh.size(1)
+    data = _data(code.parts, accumulate, shards)
     folder = saved = None
     errors, step = [], 0
     is_bad = rank in bad and liar is not None
@@ -170,10 +172,14 @@ def _train(
             set_optimizer_state_dict(net, opt, states[1])
             guard.load_state_dict(saved)
 
+        if guard is not None:
+            assert guard.data_replicas == code.parts * shards
+            assert guard.data_ranks == tuple(part * shards + shard for part in code.assignment(guard.worker))
+
         def batches(begin=step, worker=replica if guard is None else guard.worker):
             for number in range(begin, STEPS):
                 for part in code.parts_in_step(number, worker):
-                    yield data[number, :, part * SHARDS + shard]
+                    yield data[number, :, part * shards + shard]
 
         for mini_batches in guard.steps(batches()) if guard is not None else ([batch] for batch in batches()):
             if step == stop and folder is None:
@@ -375,6 +381,13 @@ def test_a_step_that_fails_in_one_shard_fails_in_all(tmp_path):
         # Three messages, of which no two are alike, in the shard that ranks 0, 2 and 4 have.
         assert {(each.rank, tuple(each.ranks)) for each in found} <= {(0, (0,)), (1, (2,)), (2, (4,))}
         assert {each.bucket for each in found} == {0, 1, 2}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shards", [1, 2])
+def test_two_groups_of_replicas(shards):
+    honest, liar = _trained([{"code": "groups"}, {"code": "groups", "liar": "message"}], ranks=6 * shards)
+    _check(honest, liar, named={BAD // shards: NAMED[1]})
 
 
 @pytest.mark.long
