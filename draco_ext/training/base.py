@@ -146,9 +146,10 @@ class GuardBase(abc.ABC):
     def data_replicas(self) -> int:
         """The number of different mini-batches in a step: what a loader calls num_replicas, or world_size.
 
-        With a code it is ``code.parts``; with an `Audit` it is the number of ranks.
+        With a code it is ``code.parts``, with FSDP2 times the number of ranks of a replica, which divide a part among
+        themselves. With an `Audit` it is the number of ranks.
         """
-        return self.code.parts
+        return self.code.parts * self._adapter.shards
 
     @property
     def data_ranks(self) -> tuple[int, ...]:
@@ -157,7 +158,8 @@ class GuardBase(abc.ABC):
         With the repetition code it is one, the same for all ranks of a group. With the cyclic code there are 2s+1: make
         a loader for each, and let them take turns. With an `Audit` it is this rank's number in the process group.
         """
-        return self.code.assignment(self.worker)
+        shards, shard = self._adapter.shards, self._adapter.shard
+        return tuple(part * shards + shard for part in self.code.assignment(self.worker))
 
     @property
     def data_rank(self) -> int:
