@@ -18,11 +18,11 @@ from draco_ext.protocol.messages import GradientBuffer
 from draco_ext.testing.communicator import run_workers
 from draco_ext.training.audit import convictions, gradients, shipping
 from draco_ext.training.audit.convictions import Convictions
-from draco_ext.training.audit.gradients import GradientMeasure
+from draco_ext.training.audit.gradients import GradientMeasure, digest_and_statistics
 from draco_ext.training.audit.measures import CALIBRATION, MARGIN, Bits, Projections
 from draco_ext.training.audit.opinions import Row, disputed_parts, opinions_of_others, read_row, settle
 from draco_ext.training.audit.triggers import WINDOW, Triggers
-from draco_ext.training.ddp import Bucket
+from draco_ext.training.ddp import Bucket, write_gradients
 
 # ------------------------------------------------------------------------------------------------ opinions
 
@@ -244,6 +244,12 @@ def test_bits_see_every_bit():
         assert not bits.agree(own, bits.read(bits.join([bits.of(other, key)], key)))
     assert bits.agree(own, bits.read(bits.join([bits.of(values.clone(), key)], key)))
     assert len(bits.of(values, key)) == bits.length([1000]) == len(bits.of_nothing(1000))
+
+
+def flatten(parameters):
+    values = torch.empty(sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype)
+    write_gradients(values, parameters)
+    return values
 
 
 @pytest.mark.parametrize(
@@ -491,3 +497,13 @@ def test_every_gradient_is_handed_over(monkeypatch):
     for parameter in parameters:
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         assert torch.equal(result.gradients[parameter], expected.flatten())
+
+
+def test_a_bucket_without_elements_has_a_digest_and_triggers_nothing():
+    digest, statistics = digest_and_statistics(torch.empty(0), SEED)
+    assert torch.equal(digest, ops.digest(torch.empty(0), SEED))
+    triggers = Triggers(3)
+    for _ in range(40):
+        rows = [[statistics.tolist()]] * 3
+        assert triggers.judge(rows, [0]) == {}
+        triggers.observe(rows, [0])

@@ -232,5 +232,7 @@ def digest_and_statistics(values: Tensor, key: int, factor: float | None = None)
         digest, tiles = ops.digest_and_stats(values, key)
     else:
         digest, tiles = ops.digest_stats_and_scale_(values, key, factor)
+    if not len(tiles):  # a bucket without elements
+        return digest, tiles.new_zeros(4)
     squares, largest, nonfinite, zeros = tiles.unbind(1)
     return digest, torch.stack([squares.sum(), largest.amax(), nonfinite.sum(), zeros.sum()])

@@ -66,7 +66,7 @@ class Triggers:
         """
         statistics = np.array(rows, dtype=np.float64).reshape(self._workers, len(lengths), 4)
         squares, largest, nonfinite, zeros = np.moveaxis(statistics, 2, 0)
-        values = np.stack([_log(squares) / 2, _log(largest), zeros / np.array(lengths, dtype=np.float64)], axis=2)
+        values = np.stack([_log(squares) / 2, _log(largest), zeros / np.maximum(lengths, 1.0)], axis=2)
         bad = nonfinite > 0
         few = bad & (2 * bad.sum(axis=0) <= self._workers)
         deviations: Array = np.where(bad[:, :, None], 0.0, np.abs(values - np.median(values, axis=0)))
