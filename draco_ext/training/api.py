@@ -138,7 +138,9 @@ def protect(
     if isinstance(model, DistributedDataParallel):
         workers, whose = dist.get_world_size(model.process_group), "ranks of the model's process group"
     elif isinstance(code, Audit):
-        raise TypeError("code must be a RepetitionCode or a CyclicCode for a model made by fully_shard, got an Audit")
+        from draco_ext.training.fsdp_audit import check_audited_model
+
+        workers, whose = check_audited_model(model, RepetitionCode(code.workers, 0)), "ranks of the model's mesh"
     else:
         from draco_ext.training.fsdp import check_sharded_model
 
@@ -168,7 +170,6 @@ def protect(
         "check_state_every": check_state_every,
     }
     if isinstance(code, Audit):
-        assert isinstance(model, DistributedDataParallel)
         return _protect_by_audit(model, code, ranks_per_host, adversary, on_conviction, batch_of, settings)
     if on_conviction != "substitute" or batch_of is not None:
         raise ValueError("on_conviction and batch_of must be left out for a code: only an Audit takes them")
@@ -194,7 +195,7 @@ def _warn_of_collectives(model: DistributedDataParallel, transport: str) -> None
 
 
 def _protect_by_audit(
-    model: DistributedDataParallel,
+    model: DistributedDataParallel | FSDPModule,
     audit: Audit,
     ranks_per_host: int | Sequence[int] | None,
     adversary: Any,
@@ -210,10 +211,12 @@ def _protect_by_audit(
         raise ValueError(f"on_conviction must be {' or '.join(map(repr, ON_CONVICTION))}, got {on_conviction!r}")
     if batch_of is not None and not callable(batch_of):
         raise TypeError(f"batch_of must be a function f(step, part), got {type(batch_of).__name__}")
-    if model.static_graph:
-        raise ValueError(
-            "static_graph must be False with an Audit: DistributedDataParallel records the graph in its first backward "
-            "pass, and fails if that does not synchronise, as an audit's first one"
-        )
-    check_model(model, RepetitionCode(audit.workers, 0))
-    return AuditGuard(model, audit, adversary=adversary, on_conviction=on_conviction, batch_of=batch_of, **settings)
+    if isinstance(model, DistributedDataParallel):
+        if model.static_graph:
+            raise ValueError(
+                "static_graph must be False with an Audit: DistributedDataParallel records the graph in its first "
+                "backward pass, and fails if that does not synchronise, as an audit's first one"
+            )
+        check_model(model, RepetitionCode(audit.workers, 0))
+    module = cast(torch.nn.Module, model)
+    return AuditGuard(module, audit, adversary=adversary, on_conviction=on_conviction, batch_of=batch_of, **settings)
