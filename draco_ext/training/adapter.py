@@ -26,8 +26,8 @@ class Bucket:
         is_last: whether it is the last bucket of the pass. Under FSDP that one is empty: FSDP names no last module.
         complete: must be called once, when the decoded gradient is in the buffer.
         at_once: whether the decoded gradient must be in the buffer when the guard has taken the bucket.
-        reduce: adds up the buffers of all ranks and multiplies the result by a factor; an `AuditAdapter` whose framework
-            does so itself gives it. If a guard does not call it, the bucket adds nothing to any gradient.
+        reduce: adds up the buffers of all ranks and multiplies the result by a factor, where the framework itself does
+            so in an audit. If the guard does not call it, the bucket adds nothing to any gradient.
     """
 
     buffer: GradientBuffer
@@ -53,6 +53,8 @@ class Adapter(abc.ABC):
         shard: the number of this rank among them.
         shard_group: their process group; None if there is only one.
         members: by rank within `group`, the ranks within `world` that make up the worker.
+        alike: the workers that have the same parameters, or the same shards; None: all.
+        state_is_replicated: whether there are several ranks that have the same shards.
         parameters_may_be_unused: whether a pass may leave out parameters, which a majority then decides on.
     """
 
@@ -64,6 +66,8 @@ class Adapter(abc.ABC):
     shard: int = 0
     shard_group: dist.ProcessGroup | None = None
     members: tuple[tuple[int, ...], ...]
+    alike: Sequence[tuple[int, ...]] | None = None
+    state_is_replicated: bool = True
     parameters_may_be_unused: bool = False
 
     @property

@@ -241,7 +241,13 @@ class GuardBase(abc.ABC):
 
         Raises:
             TypeError: it is not an optimizer, or its state is not replicated on all ranks.
+            ValueError: no other rank has the shards that this rank has, as with an `Audit` over a mesh of shards alone.
         """
+        if not self._adapter.state_is_replicated:
+            raise ValueError(
+                "an optimizer's state cannot be watched for a model that is sharded over all ranks: no other rank has "
+                "the same shard; give fully_shard a mesh of replicas and shards"
+            )
         if not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "consolidate_state_dict"):
             raise TypeError(
                 "optimizer must be a torch.optim.Optimizer with the same state on all ranks, "

@@ -199,12 +199,12 @@ class FSDPAdapter(Adapter):
         self.model = model
         self._module = cast(torch.nn.Module, model)
         self._all_units = tuple(units_of(self._module))
-        self._info: Any = self._all_units[0].group.mesh_info
+        self._info = cast("Any", self._all_units[0].group.mesh_info)
         self.world = dist.distributed_c10d._get_default_group()
         self.device = self._all_units[0].group.device
         self._mesh = self._info.mesh.mesh
         # The ranks that have the same shards.
-        self._columns = self._mesh.view(-1, self._info.shard_mesh_size).T.tolist()
+        self._columns = [tuple(ranks) for ranks in self._mesh.view(-1, self._info.shard_mesh_size).T.tolist()]
         self._set_workers()
         managed = {p.sharded_param for unit in self._all_units for p in unit.group.fsdp_params}
         self._ignored = [parameter for parameter in self._module.parameters() if parameter not in managed]

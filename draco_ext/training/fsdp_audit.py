@@ -9,9 +9,10 @@ Names with an underscore are those of torch 2.11 to 2.13.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from draco_ext.training.fsdp import FSDPAdapter, GuardedReduceScatter, Unit, che
 from draco_ext.training.reproducibility import fingerprint
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+    from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 ACCUMULATE = "accumulate with guard.steps(loader, accumulate=...)"
 
@@ -90,13 +91,20 @@ class FSDPAuditAdapter(FSDPAdapter, AuditAdapter):
     def _set_workers(self) -> None:
         self.group = self.world
         self.members = tuple((rank,) for rank in range(dist.get_world_size()))
+        self.state_is_replicated = isinstance(self._info, HSDPMeshInfo)
+        if self.state_is_replicated:
+            self.alike = self._columns
+        else:  # only parameters that FSDP ignores are on several ranks
+            self._columns = [tuple(range(dist.get_world_size()))]
 
     def _groups_of_fsdp(self) -> list[dist.ProcessGroup]:
-        groups = super()._groups_of_fsdp()
-        return [*groups, self._info.replicate_process_group] if isinstance(self._info, HSDPMeshInfo) else groups
+        # What FSDP does on the group of shards, which may be that of all ranks, does not count; see `_AllGather`.
+        return [self._info.replicate_process_group] if isinstance(self._info, HSDPMeshInfo) else []
 
     def _hook_unit(self, unit: Unit) -> None:
-        unit.group._reduce_scatter_comm = _ReduceScatter(self, unit, unit.group._reduce_scatter_comm)
+        group = unit.group
+        group._reduce_scatter_comm = cast("ReduceScatter", _ReduceScatter(self, unit, group._reduce_scatter_comm))
+        group._all_gather_comm = cast("AllGather", _AllGather(self.own_collectives, group._all_gather_comm))
 
     # --------------------------------------------------------------------------------------------- the model
 
@@ -113,8 +121,8 @@ class FSDPAuditAdapter(FSDPAdapter, AuditAdapter):
         raise RuntimeError("FSDP keeps no gradients that are not reduced")
 
     def replicated_parameters(self) -> Iterable[Tensor]:
-        """Return the parameters that FSDP ignores: a rank alone has its shards of the others."""
-        return self._ignored
+        """Return the parameters that several ranks have: without replicas only those that FSDP ignores."""
+        return super().replicated_parameters() if self.state_is_replicated else self._ignored
 
     def buffers_of_this_rank(self) -> set[str]:
         """See `AuditAdapter.buffers_of_this_rank`: all, since FSDP broadcasts none."""
@@ -211,7 +219,7 @@ class FSDPAuditAdapter(FSDPAdapter, AuditAdapter):
 
 
 class _ReduceScatter(GuardedReduceScatter):
-    """What FSDP calls as the reduce-scatter of a module, in place of the one that it had."""
+    """A reduce-scatter of a module, in place of the one that FSDP had, which it calls after the measurement."""
 
     def __init__(self, adapter: FSDPAuditAdapter, unit: Unit, replaced: ReduceScatter) -> None:
         self.adapter = adapter
@@ -224,6 +232,21 @@ class _ReduceScatter(GuardedReduceScatter):
     ) -> dist.Work | None:
         run = functools.partial(self._replaced, output_tensor, input_tensor, group, op, async_op)
         return self.adapter.reduce(self._unit, output_tensor, input_tensor, run)
+
+
+class _AllGather:
+    """An all-gather of a module that does not count as a collective of the script."""
+
+    def __init__(self, own: Callable[[], contextlib.AbstractContextManager[None]], replaced: AllGather) -> None:
+        self.allocate = replaced.allocate
+        self._own = own
+        self._replaced = replaced
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        with self._own():
+            return self._replaced(output_tensor, input_tensor, group, async_op)
 
 
 def _nothing() -> None:

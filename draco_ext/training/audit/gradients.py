@@ -105,7 +105,7 @@ class GradientMeasure:
         self.begin_own_pass(measured=False)
 
     def begin_other_pass(self, *, keep: bool) -> None:
-        """Forget the pass before; `keep`: whether buckets are kept on the CPU until the next pass, to be handed over."""
+        """Forget the pass before; `keep`: whether buckets are copied to the CPU, to be handed over after the pass."""
         self.is_complete = False
         self._keeps = keep
         self._other: dict[int, Tensor] = {}
