@@ -363,7 +363,7 @@ class FSDPAdapter(Adapter):
     def _before_forward(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> None:
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpointed pass is made again
-        if self._in_pass or self._aborted:
+        if self._is_interrupted():
             self._resume_after_abort()
         if self._probed is not None or not torch.is_grad_enabled():
             return
@@ -522,6 +522,11 @@ class FSDPAdapter(Adapter):
         self._undecoded = False
         self._abort()
 
+    def _is_interrupted(self) -> bool:
+        """Return whether the last backward pass has not come to its end, perhaps not to its first bucket."""
+        state: Any = self.model._get_fsdp_state()
+        return self._in_pass or self._aborted or bool(state._state_ctx.post_backward_final_callback_queued)
+
     def _resume_after_abort(self) -> None:
         """Go on after a backward pass that an error has ended, if it has ended in the same place on all ranks.
 
@@ -531,7 +536,7 @@ class FSDPAdapter(Adapter):
         Raises:
             RuntimeError: the pass has ended elsewhere on another rank, or torch cannot begin another pass.
         """
-        if self._in_pass:  # the error came from outside of the hook
+        if not self._aborted:  # the error came from outside of the hook
             self._end_with_error()
         if not hasattr(self.model, "reset_iter_state"):
             raise RuntimeError(

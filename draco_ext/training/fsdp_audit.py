@@ -141,7 +141,14 @@ class FSDPAuditAdapter(FSDPAdapter, AuditAdapter):
             unit.group.reduce_grads = on
 
     def begin_pass(self, *, broadcast_buffers: bool, reduces: bool) -> None:
-        """See `AuditAdapter.begin_pass`."""
+        """See `AuditAdapter.begin_pass`.
+
+        Raises:
+            RuntimeError: see `_resume_after_abort`.
+        """
+        if self._is_interrupted():  # the guard has given up that step
+            self._in_pass, self._aborted = False, True
+            self._resume_after_abort()
         self.begin_part()
         self._reduces = reduces
         self._ended = False
