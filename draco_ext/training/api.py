@@ -86,8 +86,9 @@ def protect(
 
     Args:
         model: the model, on every rank, with a process group of ``code.workers`` ranks. It may be compiled with
-            torch.compile before or afterwards. With a code it may also be made by ``fully_shard`` over a mesh of
-            ``code.workers`` replicas and any number of shards; a replica is then what is called a rank here.
+            torch.compile before or afterwards. It may also be made by ``fully_shard``: with a code over a mesh of
+            ``code.workers`` replicas and any number of shards, where a replica is what is called a rank here; with an
+            `Audit` over any mesh of ``code.workers`` ranks and two shards or more.
         code: the assignment of parts to ranks. A code with several parts for each rank (cyclic) needs `Guard.steps`,
             and an `Audit` needs `AuditGuard.steps`, which takes any loader.
         transport: "allreduce", "verified" or "server".
