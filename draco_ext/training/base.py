@@ -38,7 +38,7 @@ class GuardBase(abc.ABC):
     Args:
         model: the model.
         code: the code by which gradients are exchanged.
-        workers: the worker number of every rank; with FSDP2 of every replica.
+        workers: the worker number of every rank; with a code and FSDP2 of every replica.
         setup: further settings that must be the same on all ranks.
         seed: the seed of keys that need not be secret.
         other: see `protect`.
@@ -151,7 +151,7 @@ class GuardBase(abc.ABC):
     def data_replicas(self) -> int:
         """The number of different mini-batches in a step: what a loader calls num_replicas, or world_size.
 
-        With a code it is ``code.parts``; with an `Audit` it is the number of ranks. Under FSDP2 the ranks of a replica
+        With an `Audit` it is the number of ranks. With a code it is ``code.parts``; under FSDP2 the ranks of a replica
         divide each part among themselves, so it is as many times larger.
         """
         return self.code.parts * self._adapter.shards

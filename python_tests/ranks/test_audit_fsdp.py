@@ -227,6 +227,8 @@ def _thorough():
             **{("shards", name): {"fault": KINDS[name]} for name in LESS_OFTEN},
             **{("replicas", name): {"replicas": 2, "fault": fault} for name, fault in KINDS.items()},
             "skipped": {"fault": TWO, "steps": 5, "options": {"on_failure": "skip"}},
+            "noise": {"fault": Fault((0,), "1e-4"), "options": {"rtol": 3e-2}},
+            "tolerant": {"fault": KINDS["persistent"], "options": {"rtol": 3e-2}},
             "raise": {"fault": Fault((2,), steps=(4, 5)), "options": {"on_conviction": "raise"}},
             "drop": {"fault": Fault((2,), steps=(4, 5)), "options": {"on_conviction": "drop"}},
             "drop, zero": {"fault": Fault((2,), "zero", steps=(4, 5)), "options": {"on_conviction": "drop"}},
@@ -292,6 +294,18 @@ def test_what_happens_on_conviction():
     assert dropped[1] is None
     assert dropped[2].audit.convicted == {2: 4}
     assert not same_bits(dropped[0], _quick()["shards", "plain"][0])
+
+
+@pytest.mark.long
+def test_ranks_that_are_not_equal_in_bits():
+    _, raised, report = _thorough()["noise"]
+    assert raised is None
+    assert report.audit.disputes == []
+    assert report.audit.sees > 0
+    state, raised, report = _thorough()["tolerant"]
+    assert raised is None
+    assert report.audit.convicted == {2: 0}
+    assert same_bits(state, _quick()["shards", "plain"][0])  # what a rank without noise has sent is added up
 
 
 SETTINGS = [
