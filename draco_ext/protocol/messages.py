@@ -152,7 +152,7 @@ def workers_in(mask: Tensor) -> tuple[int, ...]:
 
 def write_truncation_sentinel(rows: Tensor) -> Tensor:
     """Write the sentinel to the end of each row (or of the only one) before messages arrive; return the rows."""
-    rows.view(BITS[rows.element_size()])[..., -1] = _sentinel(rows.dtype)
+    rows.view(BITS[rows.element_size()])[..., -1:] = _sentinel(rows.dtype)
     return rows
 
 
@@ -173,7 +173,7 @@ def read_records(rows: Tensor, missing: Collection[int] = ()) -> tuple[Tensor, t
 
 
 def _is_truncated(rows: Tensor) -> Tensor:
-    return rows.view(BITS[rows.element_size()])[:, -1] == _sentinel(rows.dtype)
+    return (rows.view(BITS[rows.element_size()])[:, -1:] == _sentinel(rows.dtype)).any(1)
 
 
 def _sentinel(dtype: torch.dtype) -> int:
