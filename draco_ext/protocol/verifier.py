@@ -78,6 +78,7 @@ class Verifier:
         self._senders[self._group_of[own]] = [own] * len(groups[self._group_of[own]])
         self._unverified = [set(range(len(members))) for members in groups]
         self._evidence: list[tuple[int, int, int, Tensor]] = []  # sender, group and number of a wrong piece
+        self._silent: set[int] = set()  # wrong workers that have not sent what they were asked for
         self._seen: set[tuple[int, int]] = set()  # senders and numbers of those, and of those that are asked for
 
     @property
@@ -138,8 +139,10 @@ class Verifier:
             pieces = None if values is None else values.split([self._pieces[g][i].numel() for i in numbers])
             for at, i in enumerate(numbers):
                 is_repair = self._senders[g][i] == j
-                if pieces is None:
-                    self._senders[g][i] = None if is_repair else self._senders[g][i]
+                if pieces is None and is_repair:
+                    self._senders[g][i] = None
+                elif pieces is None:
+                    self._silent.add(j)
                 elif is_repair:
                     self._pieces[g][i] = pieces[at]
                 else:
@@ -148,7 +151,7 @@ class Verifier:
     def finish(self) -> None:
         """Compare what was wrong with what is right, and write what was sent again to its place."""
         for j, g, i, piece in self._evidence:
-            if j in self.wrong:
+            if j in self.wrong and j not in self._silent:
                 begin = sum(earlier.numel() for earlier in self._pieces[g][:i])
                 self.wrong[j].append((begin, difference(piece, self._pieces[g][i])))
         for vector, pieces in zip(self._held, self._pieces, strict=True):
