@@ -120,17 +120,21 @@ def slices(values: Tensor) -> tuple[Tensor, ...]:
     return torch.split(values, slice_length(values.dtype))
 
 
-def finish_slices(message: Message, outcomes: Sequence[ExchangeOutcome]) -> ExchangeOutcome:
+def finish_slices(message: Message, outcomes: Sequence[ExchangeOutcome], length: int) -> ExchangeOutcome:
     """Write a message, whose values are now the decoded gradient, into its buffer; return the outcome of all slices.
 
     If one slice failed, the buffer failed.
+
+    Args:
+        message: the message.
+        outcomes: the outcome of each slice.
+        length: the number of elements in a slice.
     """
     failed = any(outcome.failed for outcome in outcomes)
     if failed:
         message.buffer.values.fill_(torch.nan)
     else:
         message.write(message.values)
-    length = slice_length(message.values.dtype)
     found: dict[int, list[tuple[int, Difference | None]]] = {}
     for i, outcome in enumerate(outcomes):
         for j, difference in outcome.suspects.items():

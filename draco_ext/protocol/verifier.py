@@ -76,6 +76,8 @@ class Verifier:
         self._pieces = [list(vector.tensor_split(len(members))) for vector, members in zip(held, groups, strict=True)]
         self._senders: list[list[int | None]] = [[None if j in missing else j for j in members] for members in groups]
         self._senders[self._group_of[own]] = [own] * len(groups[self._group_of[own]])
+        self._key = -1  # of the digests; no key is negative
+        self._digests: dict[tuple[int, int], Digest] = {}  # by group and number, of pieces that others have sent
         self._unverified = [set(range(len(members))) for members in groups]
         self._evidence: list[tuple[int, int, int, Tensor]] = []  # sender, group and number of a wrong piece
         self._silent: set[int] = set()  # wrong workers that have not sent what they were asked for
@@ -86,19 +88,35 @@ class Verifier:
         """The groups whose vectors are not verified yet."""
         return [g for g, numbers in enumerate(self._unverified) if numbers]
 
+    def prepare(self, key: int) -> None:
+        """Take the digests of what has arrived, while the members' answers are under way; `compare` does it otherwise.
+
+        Args:
+            key: drawn after everything had arrived.
+        """
+        self._key = key
+        self._digests = {
+            (g, i): digest_of(self._pieces[g][i], key)
+            for g in self.unverified
+            for i in self._unverified[g]
+            if self._senders[g][i] not in (None, self._own)
+        }
+
     def compare(
         self, key: int, answers: Mapping[int, Sequence[Digest] | None], missing: Collection[int] = ()
     ) -> tuple[Verdict, dict[int, list[int]]]:
         """Compare what has arrived with what the majorities of the groups say.
 
         Args:
-            key: drawn after everything had arrived.
+            key: see `prepare`.
             answers: the digests under it of all pieces of each worker's own copy, or None from one that has none.
             missing: the workers that count as missing.
 
         Returns:
             The verdict, and the numbers of the pieces that are wanted from each worker.
         """
+        if key != self._key:
+            self.prepare(key)
         verdict, wanted = Verdict.VERIFIED, defaultdict[int, list[int]](list)
         for g in self.unverified:
             members = self._groups[g]
@@ -114,7 +132,7 @@ class Verifier:
                 self._judge(g, j, digests, right, wanted)
             helpers = [j for j, digests in said.items() if digests == right]
             for i in sorted(self._unverified[g]):
-                if self._is_right(g, i, key, said, right[i]):
+                if self._is_right(g, i, said, right[i]):
                     self._unverified[g].remove(i)
                     continue
                 helper = next((j for j in helpers if j not in self.wrong), None)
@@ -171,13 +189,17 @@ class Verifier:
                 wanted[worker].append(i)
                 self._seen.add((worker, i))
 
-    def _is_right(self, g: int, i: int, key: int, said: Mapping[int, Sequence[Digest]], right: Digest) -> bool:
+    def _is_right(self, g: int, i: int, said: Mapping[int, Sequence[Digest]], right: Digest) -> bool:
         """Return whether a piece is right; if not, keep it as evidence against its sender."""
         sender, piece = self._senders[g][i], self._pieces[g][i]
         if sender is None:
             return False
-        known = said.get(self._own) if sender == self._own else None
-        if (known[i] if known else digest_of(piece, key)) == right:
+        if sender == self._own:
+            known = said.get(sender)
+            digest = known[i] if known else digest_of(piece, self._key)
+        else:
+            digest = self._digests[g, i]
+        if digest == right:
             return True
         self._evidence.append((sender, g, i, piece))
         self._seen.add((sender, i))
