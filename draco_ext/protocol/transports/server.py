@@ -53,6 +53,10 @@ class ServerTransport(Transport):
 
     One message per rank is sent to the server and one back, slice by slice. The server holds the n slices of two turns,
     the slices of every turn with a late rank until its slice has arrived, and the results for such a rank.
+
+    Where members of a group have the same message, each sends its piece of it, and the server verifies what it has put
+    together; see `Verifier`. It then holds G slices instead of n. It asks only workers that are in time, and one that
+    does not answer before the deadline is an erasure from there on.
     """
 
     trust = (
