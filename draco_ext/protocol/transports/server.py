@@ -415,7 +415,7 @@ class _Round:
 
 @dataclass(frozen=True)
 class _Reply:
-    """What the server sends when a worker's values have arrived.
+    """A reply, which the server sends when a worker's values have arrived.
 
     Attributes:
         tensors: a result, which begins with a verdict, or a question.
