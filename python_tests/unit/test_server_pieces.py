@@ -1,6 +1,7 @@
 """The server transport in pieces: wrong, late and dead workers in every round, and what enters the server."""
 
 import itertools
+import random
 import threading
 import time
 
@@ -296,6 +297,32 @@ def test_a_repair_is_compared_under_a_new_key():
         return values
 
     check(code, {5, 6}, tells={5: replay, 6: wrong_piece})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_liars(seed):
+    """Everything that a bad worker sends is changed at random, or not. Nobody honest is named."""
+    rng = random.Random(seed)
+
+    def liar(own):
+        def tell(kind, values):
+            if own.random() < 0.4:
+                return values
+            if kind == DIGESTS:
+                values[0, own.randrange(values.size(1))] += own.choice((1, -1, 2**40))
+            elif values.numel():
+                values[own.randrange(values.numel())] = own.choice((0.0, torch.nan, torch.inf, 1e-45))
+            return values
+
+        return tell
+
+    for _ in range(25):
+        code = rng.choice([*CODES, RepetitionCode(10, 2)])
+        bad = rng.choice(sets_of_bad(code)) - {0}
+        for ((outcome, values),) in run(code, tells={j: liar(random.Random(rng.random())) for j in bad}):
+            assert torch.equal(values, truth(code))
+            assert not outcome.failed
+            assert outcome.suspects.keys() <= bad
 
 
 @pytest.mark.parametrize("code", CODES, ids=repr)
