@@ -46,6 +46,8 @@ class GuardBase(abc.ABC):
     Attributes: see `Guard`.
     """
 
+    _adapter: Adapter
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -66,8 +68,7 @@ class GuardBase(abc.ABC):
     ) -> None:
         self.code = code
         self.failed = False
-        self._adapter: Adapter = make_adapter(model)
-        adapter = self._adapter
+        adapter = self._adapter = self._make_adapter(model)
         group, device = adapter.group, adapter.device
         self._workers = workers
         self._ranks = tuple(sorted(range(code.workers), key=workers.__getitem__))
@@ -136,6 +137,10 @@ class GuardBase(abc.ABC):
         usage = self._adapter.parameters_may_be_unused
         self._record = StepRecord(self.code, self.worker, reduced, usage=usage)
         self._unused = UnusedParameters(reduced, self._record) if usage else None
+
+    def _make_adapter(self, model: torch.nn.Module) -> Adapter:
+        """Return the adapter for a model."""
+        return make_adapter(model)
 
     @property
     @abc.abstractmethod
@@ -236,7 +241,13 @@ class GuardBase(abc.ABC):
 
         Raises:
             TypeError: it is not an optimizer, or its state is not replicated on all ranks.
+            ValueError: no other rank has the shards that this rank has, as with an `Audit` over a mesh of shards alone.
         """
+        if not self._adapter.state_is_replicated:
+            raise ValueError(
+                "an optimizer's state cannot be watched for a model that is sharded over all ranks: no other rank has "
+                "the same shard; give fully_shard a mesh of replicas and shards"
+            )
         if not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "consolidate_state_dict"):
             raise TypeError(
                 "optimizer must be a torch.optim.Optimizer with the same state on all ranks, "
