@@ -16,6 +16,7 @@ from rich.table import Table
 from draco_ext.codes import Code, CyclicCode, RepetitionCode
 from draco_ext.ops.cyclic import projections_shape
 from draco_ext.protocol.messages import SLICE
+from draco_ext.protocol.transports.server import SLICES_AT_ONCE
 from draco_ext.protocol.transports.verified import SMALL
 
 PLAIN = "plain DDP"
@@ -277,12 +278,30 @@ def _deliveries(sizes: Sequence[int], length: int, item: int) -> Traffic:
 
 def _server(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traffic:
     n, total = code.workers, Traffic()
+    has_replicas = code.message_is_gradient and code.adversaries > 0
     for length in lengths:
-        size = code.message_length(length) * item
-        full, rest = divmod(size, SLICE)
-        slices = full * [SLICE] + ([rest] if rest else [])
-        total += sum((_through_server(n, each, each) for each in slices), Traffic(reads=n * size))
+        most = SLICE * (SLICES_AT_ONCE if has_replicas else 1)
+        full, rest = divmod(code.message_length(length) * item, most)
+        for size, times in ((most, full), (rest, 1 if rest else 0)):
+            if has_replicas and size > SMALL:
+                each = _pieces_to_server(code, size)
+            else:
+                each = _through_server(n, size, size) + Traffic(reads=n * size)
+            total += sum(times * [each], Traffic())
     return total
+
+
+def _pieces_to_server(code: Code, size: int) -> Traffic:
+    """Return the traffic if one message of each group but the server's own comes in pieces, and the server verifies it.
+
+    The server asks each other worker for digests under a key, and then announces, sends the verdict and the result.
+    """
+    others, groups = code.workers - 1, list(map(len, code.decoding_groups))
+    digests = 2 * _NUMBER * (sum(each * each for each in groups) - groups[0])
+    checks = others * (4 * _NUMBER + _NUMBER * _VERDICT_COLUMNS * (code.workers + 1)) + digests
+    payload = (len(groups) - 1 + others) * size
+    # A worker digests its message while the server digests all groups', and then adds them up.
+    return Traffic(payload, checks, payload + checks, 4 * others, 4, 2 * len(groups) * size)
 
 
 _MODELS: Mapping[str, Callable[[Code, Sequence[int], int, bool], Traffic]] = {

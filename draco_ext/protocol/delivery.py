@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from draco_ext import ops
 from draco_ext.protocol.communicator import Communicator
-from draco_ext.protocol.differences import Difference, difference
+from draco_ext.protocol.differences import Difference
 from draco_ext.protocol.exchange import Steps, run_alone
 from draco_ext.protocol.keys import Digest
-
-# What a verifier says when it has compared digests.
-_VERIFIED, _AGAIN, _FAILED = range(3)
+from draco_ext.protocol.verifier import Verdict, Verifier, digests_of, read_digests
 
 
 def more_than(adversaries: int, workers: Collection[int], groups: Sequence[Sequence[int]]) -> bool:
@@ -53,8 +50,6 @@ class Delivery:
     Attributes:
         failed: whether a vector could not be verified, because more than s members of its group are wrong.
         failing: the other workers that say so, or that do not have their group's vector.
-        wrong: the workers that this rank has found wrong. Each has the known differences between what it has sent and
-            what is right, with the place in its group's vector. After a failure, those against whom most others are.
         announcements: how many workers each other worker has found wrong, as it says.
     """
 
@@ -71,7 +66,6 @@ class Delivery:
     ) -> None:
         self.failed = False
         self.failing: set[int] = set()
-        self.wrong: dict[int, list[tuple[int, Difference]]] = {}
         self.announcements: dict[int, int] = {}
         self._communicator = communicator
         self._groups = groups
@@ -85,20 +79,24 @@ class Delivery:
         self._members = groups[self._group_of[self._own]]  # of this rank's own group
         self._device = held[0].device
         self._held = held
-        # By group and number: each piece, and who has sent it.
-        self._pieces = [list(vector.tensor_split(len(members))) for vector, members in zip(held, groups, strict=True)]
-        self._senders = [list(members) for members in groups]
-        self._senders[self._group_of[self._own]] = [self._own] * len(self._members)
-        self._liars: set[int] = set()  # who has sent a piece of which it knew the right digest
-        self._evidence: list[tuple[int, int, int, Tensor]] = []  # sender, group and number of a wrong piece
-        self._seen: set[tuple[int, int]] = set()  # senders and numbers of those, and of those that are asked for
+        self._verifier = Verifier(self._own, groups, adversaries, held, describes=self._describes)
+
+    @property
+    def wrong(self) -> dict[int, list[tuple[int, Difference]]]:
+        """The workers that this rank has found wrong; see `Verifier`."""
+        return self._verifier.wrong
 
     def run(self) -> Steps[None]:
         """Deliver and verify."""
         place = self._members.index(self._own)
         outside = [j for j in self._others if self._group_of[j] != self._group_of[self._own]]
         leaving = [(self._pieces_for(j)[place], j) for j in outside]
-        arriving = [(self._pieces[self._group_of[j]][self._groups[self._group_of[j]].index(j)], j) for j in outside]
+        arriving = [
+            piece_and_sender
+            for vector, members in zip(self._held, self._groups, strict=True)
+            if members != self._members
+            for piece_and_sender in zip(vector.tensor_split(len(members)), members, strict=True)
+        ]
         yield self._communicator.exchange(leaving, arriving)
         verifiers = yield from self._verify(range(self._communicator.workers), self._adversaries)
         for repetitions in reversed(range(self._adversaries)):
@@ -106,7 +104,8 @@ class Delivery:
                 break
             # Other exchanges must not go on meanwhile: only some ranks are concerned, and the order must be the same.
             verifiers = run_alone(self._verify(verifiers, repetitions))
-        self._put_together()
+        if not self.failed:
+            self._verifier.finish()
 
     def _verify(self, verifiers: Collection[int], repetitions: int) -> Steps[set[int]]:
         """Compare digests, and get what is wrong from others; return the verifiers that must go on.
@@ -128,16 +127,16 @@ class Delivery:
         answers = {j: self._numbers(1 + 2 * len(self._groups[self._group_of[j]])) for j in everybody}
         yield exchange([(own_answers[j], j) for j in others], [(answers[j], j) for j in everybody])
 
-        verdict, wanted = _VERIFIED, dict[int, list[int]]()
+        verdict, wanted = Verdict.VERIFIED, dict[int, list[int]]()
         if own in verifiers:
             answers[own] = own_answers[own]
             verdict, wanted = self._compare(int(keys[own]), {j: _read(answer) for j, answer in answers.items()})
-            if verdict == _AGAIN and repetitions == 0:
-                verdict, wanted = _FAILED, {}
-            self.failed = verdict == _FAILED
+            if verdict == Verdict.AGAIN and repetitions == 0:
+                verdict, wanted = Verdict.FAILED, {}
+            self.failed = verdict == Verdict.FAILED
         words = {j: self._numbers(2 + len(self._members)) for j in others}
         yield exchange([(self._word(verdict, wanted, j), j) for j in everybody], [(words[j], j) for j in others])
-        return self._send_and_get(words, wanted) | ({own} if verdict == _AGAIN else set())
+        return self._send_and_get(words, wanted) | ({own} if verdict == Verdict.AGAIN else set())
 
     def _answers(self, keys: dict[int, int]) -> dict[int, Tensor]:
         """Return the answers to verifiers: whether this rank has its group's vector, and digests of all its pieces."""
@@ -147,53 +146,15 @@ class Delivery:
         answers: dict[int, Tensor] = {}
         for workers in alike.values():
             seeds = [keys[worker] for worker in workers]
-            digests = torch.stack([ops.digest(piece, seeds) for piece in self._pieces_for(workers[0])], 1)
+            digests = digests_of(self._pieces_for(workers[0]), seeds)
             known = torch.full((len(workers), 1), int(self._is_known), device=self._device)
-            answers.update(zip(workers, torch.cat([known, digests.flatten(1)], 1), strict=True))
+            answers.update(zip(workers, torch.cat([known, digests], 1), strict=True))
         return answers
 
-    def _compare(self, key: int, answers: dict[int, list[Digest] | None]) -> tuple[int, dict[int, list[int]]]:
-        """Compare this rank's copies with what the majorities of the groups say.
-
-        Returns:
-            The verdict, and the numbers of the pieces that are wanted from each worker.
-        """
-        verdict, wanted = _VERIFIED, defaultdict[int, list[int]](list)
+    def _compare(self, key: int, answers: dict[int, list[Digest] | None]) -> tuple[Verdict, dict[int, list[int]]]:
+        """Compare this rank's copies with what the majorities of the groups say; see `Verifier.compare`."""
         self.failing.update(j for j, answer in answers.items() if answer is None and j != self._own)
-        for g, members in enumerate(self._groups):
-            said = {j: answer for j in members if (answer := answers[j]) is not None}
-            for i, piece in enumerate(self._pieces[g]):
-                digests = {j: answer[i] for j, answer in said.items()}
-                right, votes = Counter(digests.values()).most_common(1)[0] if digests else ((0, 0), 0)
-                if votes < len(members) - self._adversaries:
-                    verdict = _FAILED
-                    self.wrong.update((j, []) for j in digests if digests[j] != right and j not in self.wrong)
-                    continue
-                sender = self._senders[g][i]
-                for j, digest in digests.items():
-                    if digest != right and j != self._own:
-                        self.wrong.setdefault(j, [])
-                        if j != sender and (j, i) not in self._seen and self._describes(j):
-                            wanted[j].append(i)
-                            self._seen.add((j, i))
-                known = said.get(self._own) if sender == self._own else None
-                if (known[i] if known else _digest(piece, key)) == right:
-                    continue
-                if sender != self._own:
-                    self._liars.add(sender)
-                    self._evidence.append((sender, g, i, piece))
-                    self._seen.add((sender, i))
-                    if sender in said:
-                        self.wrong.setdefault(sender, [])
-                helpers = [j for j, digest in digests.items() if digest == right and j not in self._liars]
-                if not helpers:
-                    verdict = _FAILED
-                elif verdict == _VERIFIED:
-                    verdict = _AGAIN
-                for helper in helpers[:1]:
-                    wanted[helper].append(i)
-                    self._senders[g][i] = helper
-        return verdict, wanted
+        return self._verifier.compare(key, answers)
 
     def _describes(self, worker: int) -> bool:
         """Return whether it is this rank, of its group, that asks a wrong worker for its pieces and compares them."""
@@ -211,44 +172,22 @@ class Delivery:
 
     def _send_and_get(self, words: dict[int, Tensor], wanted: dict[int, list[int]]) -> set[int]:
         """Send the pieces that verifiers want, and get those that this rank wants; return the verifiers that go on."""
-        again, leaving, arriving = set(), [], []
+        again, leaving = set(), []
         for j, word in words.items():
             verdict, found, *flags = word.tolist()
-            if verdict == _AGAIN:
+            if verdict == Verdict.AGAIN:
                 again.add(j)
-            elif verdict == _FAILED:
+            elif verdict == Verdict.FAILED:
                 self.failing.add(j)
             self.announcements[j] = min(max(found, 0), self._communicator.workers)
             if any(flags):
                 pieces = zip(self._pieces_for(j), flags, strict=True)
                 leaving.append((torch.cat([piece for piece, flag in pieces if flag]), j))
-        for j, numbers in wanted.items():
-            own = [self._pieces[self._group_of[j]][i] for i in numbers]
-            arriving.append((own[0].new_empty(sum(piece.numel() for piece in own)), j))
+        arriving = self._verifier.make_room(wanted)
         if leaving or arriving:
-            self._communicator.exchange(leaving, arriving).wait()
-        for values, j in arriving:
-            g, numbers = self._group_of[j], wanted[j]
-            lengths = [self._pieces[g][i].numel() for i in numbers]
-            for i, piece in zip(numbers, values.split(lengths), strict=True):
-                if self._senders[g][i] == j:
-                    self._pieces[g][i] = piece
-                else:
-                    self._evidence.append((j, g, i, piece))
+            self._communicator.exchange(leaving, [(values, j) for j, values in arriving.items()]).wait()
+        self._verifier.take(wanted, arriving)
         return again
-
-    def _put_together(self) -> None:
-        """Compare what was wrong with what was sent again, and write that to its place."""
-        if self.failed:
-            return
-        for j, g, i, piece in self._evidence:
-            if j in self.wrong:
-                begin = sum(earlier.numel() for earlier in self._pieces[g][:i])
-                self.wrong[j].append((begin, difference(piece, self._pieces[g][i])))
-        for vector, pieces in zip(self._held, self._pieces, strict=True):
-            for place, piece in zip(vector.tensor_split(len(pieces)), pieces, strict=True):
-                if piece.data_ptr() != place.data_ptr():
-                    place.copy_(piece)
 
     def _pieces_for(self, worker: int) -> tuple[Tensor, ...]:
         """Return the pieces of the vector that this rank's group has for a worker."""
@@ -258,12 +197,7 @@ class Delivery:
         return torch.zeros(count, dtype=torch.int64, device=self._device)
 
 
-def _digest(values: Tensor, seed: int) -> Digest:
-    first, second = ops.digest(values, seed).tolist()
-    return first, second
-
-
 def _read(answer: Tensor) -> list[Digest] | None:
     """Return the digests in an answer, or None if the rank has none to give."""
     known, *numbers = answer.tolist()
-    return list(zip(numbers[::2], numbers[1::2], strict=True)) if known == 1 else None
+    return read_digests(numbers) if known == 1 else None

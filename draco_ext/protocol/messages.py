@@ -120,17 +120,21 @@ def slices(values: Tensor) -> tuple[Tensor, ...]:
     return torch.split(values, slice_length(values.dtype))
 
 
-def finish_slices(message: Message, outcomes: Sequence[ExchangeOutcome]) -> ExchangeOutcome:
+def finish_slices(message: Message, outcomes: Sequence[ExchangeOutcome], length: int) -> ExchangeOutcome:
     """Write a message, whose values are now the decoded gradient, into its buffer; return the outcome of all slices.
 
     If one slice failed, the buffer failed.
+
+    Args:
+        message: the message.
+        outcomes: the outcome of each slice.
+        length: the number of elements in a slice.
     """
     failed = any(outcome.failed for outcome in outcomes)
     if failed:
         message.buffer.values.fill_(torch.nan)
     else:
         message.write(message.values)
-    length = slice_length(message.values.dtype)
     found: dict[int, list[tuple[int, Difference | None]]] = {}
     for i, outcome in enumerate(outcomes):
         for j, difference in outcome.suspects.items():
@@ -152,7 +156,7 @@ def workers_in(mask: Tensor) -> tuple[int, ...]:
 
 def write_truncation_sentinel(rows: Tensor) -> Tensor:
     """Write the sentinel to the end of each row (or of the only one) before messages arrive; return the rows."""
-    rows.view(BITS[rows.element_size()])[..., -1] = _sentinel(rows.dtype)
+    rows.view(BITS[rows.element_size()])[..., -1:] = _sentinel(rows.dtype)
     return rows
 
 
@@ -173,7 +177,7 @@ def read_records(rows: Tensor, missing: Collection[int] = ()) -> tuple[Tensor, t
 
 
 def _is_truncated(rows: Tensor) -> Tensor:
-    return rows.view(BITS[rows.element_size()])[:, -1] == _sentinel(rows.dtype)
+    return (rows.view(BITS[rows.element_size()])[:, -1:] == _sentinel(rows.dtype)).any(1)
 
 
 def _sentinel(dtype: torch.dtype) -> int:

@@ -62,12 +62,12 @@ def protect(
       to every rank something else. It sends less than DDP. With the cyclic code, or with atol or rtol, every rank
       receives n messages, and a rank must send the same message to all. "allgather" is its former name.
     * "server": rank 0 is trusted and must live. Up to s ranks may compute and send anything, or twice as many may be
-      missing (e bad and f missing while 2e + f <= 2s). One message per rank goes to the server and one back. From the
-      third step on, a rank that hangs, dies or is late is an erasure and does not end the job. In the first two steps
-      DDP itself communicates with all ranks. This needs a launcher that lets the other ranks live: torchrun stops all
-      ranks when one dies, but not when one hangs. It also needs a DDP that does not communicate with all ranks in every
-      step, as it does with find_unused_parameters, and with buffers unless broadcast_buffers=False; a warning is logged
-      then.
+      missing (e bad and f missing while 2e + f <= 2s). One message per group (repetition code, s > 0, no tolerance) or
+      per rank goes to the server, and one back to each rank. From the third step on, a rank that hangs, dies or is late
+      is an erasure and does not end the job. In the first two steps DDP itself communicates with all ranks. This needs
+      a launcher that lets the other ranks live: torchrun stops all ranks when one dies, but not when one hangs. It also
+      needs a DDP that does not communicate with all ranks in every step, as it does with find_unused_parameters, and
+      with buffers unless broadcast_buffers=False; a warning is logged then.
 
     The global generators of torch, Python and numpy are seeded so that all ranks with the same part draw the same
     numbers, in the loop and in the model. This happens in this call, when the sampler is asked for a mini-batch or

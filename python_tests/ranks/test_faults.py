@@ -25,7 +25,8 @@ from draco_ext.protocol.transports import allreduce_repetition, verified
 from draco_ext.testing.local import run_local
 from draco_ext.training import handshake
 
-verified.SMALL = 0  # messages of small models in pieces, too
+if multiprocessing.parent_process() is not None:  # on a rank
+    verified.SMALL = 0  # messages of small models in pieces, too
 
 TIMEOUT, DEADLINE = 3.0, 1.0
 HANGS = 60.0  # seconds after which a job counts as one that hangs; what it may wait for takes a tenth

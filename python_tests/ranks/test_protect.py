@@ -5,6 +5,7 @@ import difflib
 import gc
 import json
 import logging
+import multiprocessing
 import os
 import re
 import runpy
@@ -32,7 +33,8 @@ from draco_ext.protocol.transports import verified
 from draco_ext.reporting.evidence import Evidence
 from draco_ext.testing.local import run_local
 
-verified.SMALL = 0  # messages of small models in pieces, too
+if multiprocessing.parent_process() is not None:  # on a rank
+    verified.SMALL = 0  # messages of small models in pieces, too
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 STEPS = 20

@@ -12,6 +12,9 @@ from test_protect import train
 
 from draco_ext import RepetitionCode
 from draco_ext.protocol.transports import server as server_transport
+from draco_ext.protocol.transports import verified
+
+verified.SMALL = 0  # messages of small models in pieces, too
 
 CODE = RepetitionCode(6, 1)  # ranks 3, 4, 5 share a part: any one of them suffices
 STEPS, STOP, DIE = 20, 4, 6  # less than an epoch

@@ -233,6 +233,7 @@ def test_cost_by_hand():
     repetition = cost(RepetitionCode(9, 1), 1001, "float32")
     assert repetition.compute == 3
     # Each shard is added up by three members, and its sum handed to two more in each group; plain, it would be 16.
+    # Messages of at most 64 KiB go whole to all.
     assert repetition.sent == {"allreduce": (4 + 6) * 4004, "verified": 72 * 4004, "server": 16 * 4004}
     assert repetition.messages == 9 * 4004 + 4004
     assert repetition.amplification == 1

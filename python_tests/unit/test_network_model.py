@@ -62,7 +62,7 @@ def exchange_all(communicator, code, name, lengths, dtype=torch.float32):
     run_alone(transport.gather_record(numbers))
 
 
-LENGTHS = [[20_011], [16_385, 40_001, 100], [16_384, 1_100_003, 20_000, 20_000]]
+LENGTHS = [[20_011], [16_385, 40_001, 100], [16_384, 1_100_003, 20_000, 20_000], [2**21 + 16_384, 2**21 + 16_385]]
 
 
 @pytest.mark.parametrize(("code", "name"), CASES)
@@ -78,9 +78,11 @@ def test_bytes_are_those_that_a_transport_sends(code, name, lengths, sent):
 def test_bytes_of_pieces_that_differ_in_length_or_are_empty(code, length, sent, monkeypatch):
     monkeypatch.setattr(verified, "SMALL", 0)
     monkeypatch.setattr(network_model, "SMALL", 0)
-    run_workers(exchange_all, code.workers, code, "verified", [length], torch.bfloat16)
-    modelled = traffic(code, "verified", [length], 2) + network_model.record(code, "verified")
-    assert sum(sent) == pytest.approx(modelled.sent, rel=1e-12)
+    for name in ("verified", "server"):
+        run_workers(exchange_all, code.workers, code, name, [length], torch.bfloat16)
+        modelled = traffic(code, name, [length], 2) + network_model.record(code, name)
+        assert sum(sent) == pytest.approx(modelled.sent, rel=1e-12)
+        sent.clear()
 
 
 class Counting(FakeCommunicator):

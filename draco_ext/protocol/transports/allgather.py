@@ -18,6 +18,7 @@ from draco_ext.protocol.messages import (
     Message,
     finish_slices,
     read_records,
+    slice_length,
     slices,
     write_truncation_sentinel,
 )
@@ -79,7 +80,7 @@ class AllGather(Transport):
         for each in own:
             outcomes.append(self._decode(each))
             self._send()
-        return finish_slices(message, outcomes)
+        return finish_slices(message, outcomes, slice_length(message.values.dtype))
 
     def gather_record(self, record: Tensor) -> RecordExchange:
         """Gather the records straight from each rank; see `Transport.gather_record`."""

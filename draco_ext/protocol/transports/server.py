@@ -4,34 +4,43 @@ from __future__ import annotations
 
 import itertools
 import queue
+import secrets
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from draco_ext import ops
 from draco_ext.codes import Code
 from draco_ext.protocol.communicator import Communicator, Connection
-from draco_ext.protocol.differences import Difference
+from draco_ext.protocol.differences import Difference, join
 from draco_ext.protocol.exchange import Exchange, RecordExchange
 from draco_ext.protocol.messages import (
     ExchangeOutcome,
     Message,
     finish_slices,
     read_records,
-    slices,
+    reject_truncated,
+    slice_length,
     workers_in,
     write_truncation_sentinel,
 )
+from draco_ext.protocol.transports import verified
 from draco_ext.protocol.transports.base import Transport
+from draco_ext.protocol.verifier import Verdict, Verifier, digests_of, read_digests
 
 # The server drops a rank that is behind by more results than this; each of them keeps a bucket in memory.
 MOST_UNCLAIMED = 32
 
-_DECODED, _FAILED, _GIVEN_UP, _TAKEN = range(4)
+# Slices that are sent together in pieces: they take twice as many waits as whole messages, and less memory.
+SLICES_AT_ONCE = 2
+
+_DECODED, _FAILED, _GIVEN_UP, _TAKEN, _DIGESTS, _PIECES = range(6)
 
 
 class ServerTransport(Transport):
@@ -44,6 +53,10 @@ class ServerTransport(Transport):
 
     One message per rank is sent to the server and one back, slice by slice. The server holds the n slices of two turns,
     the slices of every turn with a late rank until its slice has arrived, and the results for such a rank.
+
+    Where members of a group have the same message, each sends its piece of it, and the server verifies what it has put
+    together; see `Verifier`. It then holds G slices instead of n. It asks only workers that are in time, and one that
+    does not answer before the deadline is an erasure from there on.
     """
 
     trust = (
@@ -62,7 +75,12 @@ class ServerTransport(Transport):
         self.server = communicator.root
         self._deadline = deadline
         self._connections: dict[int, _WorkerConnection] = {}
-        self._turns = itertools.count()
+        self._rounds = itertools.count()
+        self._verdict_form = torch.zeros(code.workers + 1, len(_COLUMNS), dtype=torch.float64)
+        self._groups = code.decoding_groups
+        self._group_of = {j: g for g, members in enumerate(self._groups) for j in members}
+        # Otherwise messages differ by nature, or one rank's word has to do.
+        self._has_replicas = code.message_is_gradient and code.adversaries > 0 and atol == rtol == 0
         if own.worker == self.server:
             self._arrived: queue.Queue[_Arrival] = queue.Queue()
             others = (j for j in range(code.workers) if j != self.server)
@@ -72,9 +90,16 @@ class ServerTransport(Transport):
     def _exchange(self, message: Message, number: int) -> Exchange:
         """Send to the server and wait for its answer, slice by slice."""
         yield from ()  # a generator without a yield: messages and results alternate on a rank's connection
-        pieces = slices(message.values)
-        exchange = self._serve if self.communicator.worker == self.server else self._ask_for
-        return finish_slices(message, [exchange(values, last=values is pieces[-1]) for values in pieces])
+        length = slice_length(message.values.dtype) * (SLICES_AT_ONCE if self._has_replicas else 1)
+        parts = message.values.split(length)
+        outcomes = [self._exchange_slice(values, last=values is parts[-1]) for values in parts]
+        return finish_slices(message, outcomes, length)
+
+    def _exchange_slice(self, values: Tensor, *, last: bool) -> ExchangeOutcome:
+        in_pieces = self._has_replicas and values.numel() * values.element_size() > verified.SMALL
+        if self.communicator.worker == self.server:
+            return (self._serve_in_pieces if in_pieces else self._serve)(values, last=last)
+        return (self._ask_in_pieces if in_pieces else self._ask_for)(values)
 
     def _serve(self, values: Tensor, *, last: bool) -> ExchangeOutcome:
         """Decode all workers' values on the server; the result replaces its own values."""
@@ -88,13 +113,106 @@ class ServerTransport(Transport):
         values.copy_(gradient)
         return outcome
 
-    def _ask_for(self, values: Tensor, *, last: bool) -> ExchangeOutcome:
+    def _ask_for(self, values: Tensor) -> ExchangeOutcome:
         """Send a rank's values to the server and receive the decoded ones in their place."""
         answer = values.cpu()
         verdict = self._ask(answer, answer)
         values.copy_(answer)
-        found, missing, left_out = _read(verdict)
-        return ExchangeOutcome(found, bool(verdict[0, 0] == _FAILED), missing, left_out)
+        return _read(verdict)
+
+    def _serve_in_pieces(self, values: Tensor, *, last: bool) -> ExchangeOutcome:
+        """Collect a message of each group in pieces on the server, verify and decode; the result replaces its own."""
+        own, groups = self.server, self._groups
+        rows = values.new_empty(len(groups), values.numel(), device="cpu")
+        rows[self._group_of[own]] = values
+        pieces = {
+            j: piece if g != self._group_of[own] else piece[:0]
+            for g, members in enumerate(groups)
+            for j, piece in zip(members, rows[g].tensor_split(len(members)), strict=True)
+        }
+        del pieces[own]
+        absent = self._await(self._begin(_with_sentinels(pieces), _QUESTION))
+        _reject_truncated(pieces, absent)
+        if absent:
+            rows = rows.clone()  # what arrives late is written into the old ones
+        verifier = Verifier(own, groups, self.code.adversaries, list(rows), missing=absent)
+        verdict = Verdict.AGAIN
+        while verdict == Verdict.AGAIN:
+            verdict = self._verify(verifier, values, absent)
+        if verdict == Verdict.VERIFIED:
+            verifier.finish()
+            gradient = ops.majority_vote(rows.to(values.device), (1,) * len(groups), 0)[0]
+        else:
+            gradient = torch.full_like(values, torch.nan)
+        suspects = {j: join(parts) if parts else None for j, parts in sorted(verifier.wrong.items())}
+        outcome = ExchangeOutcome(suspects, verdict == Verdict.FAILED, tuple(sorted(absent)), tuple(suspects))
+        result = (torch.tensor([_DECODED, 0]), _write(outcome, self.code.workers))
+        self._answer(result if outcome.failed else (*result, gradient.cpu()), absent, complete=last)
+        values.copy_(gradient)
+        return outcome
+
+    def _verify(self, verifier: Verifier, values: Tensor, absent: set[int]) -> Verdict:
+        """Compare what has arrived with digests of the members' copies, and ask for what is wrong.
+
+        Args:
+            verifier: knows what has arrived.
+            values: the server's own message.
+            absent: the workers that are an erasure; those that do not answer in time are added.
+        """
+        own, key = self.server, secrets.randbits(63)
+        present = [j for g in verifier.unverified for j in self._groups[g] if j not in absent]
+        replies = {j: torch.zeros(1, 2 * self._replicas_of(j), dtype=torch.int64) for j in present if j != own}
+        current = self._go_on({j: (torch.tensor([_DIGESTS, key]),) for j in replies}, replies)
+        verifier.prepare(key)
+        if own in present:
+            replies = replies | {own: digests_of(values.tensor_split(self._replicas_of(own)), [key])}
+        absent |= self._await(current)
+        answers = {j: read_digests(reply[0].tolist()) for j, reply in replies.items() if j not in absent}
+        verdict, wanted = verifier.compare(key, answers, absent)
+        if wanted and verdict != Verdict.FAILED:
+            room = _with_sentinels(verifier.make_room(wanted))
+            late = self._await(self._go_on({j: self._request(j, numbers) for j, numbers in wanted.items()}, room))
+            _reject_truncated(room, late)
+            absent |= late
+            verifier.take(wanted, {j: piece for j, piece in room.items() if j not in late})
+        return verdict
+
+    def _request(self, worker: int, numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Return the question for some pieces of a worker's message."""
+        flags = torch.zeros(self._replicas_of(worker), dtype=torch.uint8)
+        flags[list(numbers)] = 1
+        return torch.tensor([_PIECES, 0]), flags
+
+    def _replicas_of(self, worker: int) -> int:
+        """Return how many workers have this one's message: into so many pieces it is divided."""
+        return len(self._groups[self._group_of[worker]])
+
+    def _ask_in_pieces(self, values: Tensor) -> ExchangeOutcome:
+        """Send a rank's piece of its values to the server, and what it asks for, until it sends the decoded ones."""
+        own = self.communicator.worker
+        members = self._groups[self._group_of[own]]
+        pieces = values.tensor_split(len(members))
+        piece = pieces[members.index(own)] if self.server not in members else values[:0]
+        with _connection_to_server():
+            self.communicator.send(piece.cpu(), self.server)
+            while True:
+                question = torch.empty_like(_QUESTION)
+                self.communicator.receive(question, self.server)
+                status, key = question.tolist()
+                if status == _DIGESTS:
+                    reply = digests_of(pieces, [key])
+                elif status == _PIECES:
+                    flags = torch.empty(len(members), dtype=torch.uint8)
+                    self.communicator.receive(flags, self.server)
+                    reply = torch.cat([piece for piece, flag in zip(pieces, flags.tolist(), strict=True) if flag])
+                else:
+                    break
+                self.communicator.send(reply.cpu(), self.server)
+        _check_not_given_up(status)
+        answer = values.cpu()
+        verdict = self._receive_result(answer)
+        values.copy_(answer)
+        return _read(verdict)
 
     def gather_record(self, record: Tensor) -> RecordExchange:
         """Gather through the server, in turn with the buckets; see `Transport.gather_record`."""
@@ -106,8 +224,7 @@ class ServerTransport(Transport):
             self._answer((verdict, rows), absent, complete=False)
             return rows, missing
         rows = torch.empty(self.code.workers, record.numel(), dtype=record.dtype)
-        _, missing, _ = _read(self._ask(record, rows))
-        return rows, missing
+        return rows, _read(self._ask(record, rows)).missing
 
     def send_to_server(self, worker: int, values: Tensor) -> None:
         """Send a worker's values (CPU) to the server, where they replace `values`. Only these two ranks call it.
@@ -117,13 +234,11 @@ class ServerTransport(Transport):
         if self.communicator.worker != self.server:
             self._ask(values, values)
             return
-        connection, came = self._connections[worker], torch.empty_like(values)
-        turn = _Turn(next(self._turns), {worker: came}, values)
-        connection.begin(turn)
-        in_time = worker in self._await(turn, {worker} if connection.in_time else set())
-        if in_time:
+        came = torch.empty_like(values)
+        late = self._await(self._begin({worker: came}, self._verdict_form))
+        if not late:
             values.copy_(came)
-        connection.end((self._status(_TAKEN),), late=not in_time, complete=False)
+        self._connections[worker].end((self._status(_TAKEN),), late=bool(late), complete=False)
 
     def send_from_server(self, worker: int, values: Tensor) -> None:
         """Send the server's values (CPU) to a worker, where they replace `values`. Only these two ranks call it.
@@ -135,7 +250,7 @@ class ServerTransport(Transport):
             self._ask(ready, values)
             return
         connection = self._connections[worker]
-        connection.begin(_Turn(next(self._turns), None, ready))
+        connection.begin(_Round(next(self._rounds), {worker: ready}, self._verdict_form))
         connection.end((self._status(_DECODED), values), late=False, complete=False)
 
     def _status(self, status: int) -> Tensor:
@@ -145,36 +260,44 @@ class ServerTransport(Transport):
 
     def _ask(self, values: Tensor, answer: Tensor) -> Tensor:
         """Send values to the server, receive its answer unless it is a failure, and return the verdict."""
-        verdict = torch.empty(self.code.workers + 1, len(_COLUMNS), dtype=torch.float64)
-        try:
+        with _connection_to_server():
             self.communicator.send(values.cpu(), self.server)
+        return self._receive_result(answer)
+
+    def _receive_result(self, answer: Tensor) -> Tensor:
+        """Receive the server's verdict, and unless it is a failure its answer; return the verdict."""
+        verdict = torch.empty_like(self._verdict_form)
+        with _connection_to_server():
             self.communicator.receive(verdict, self.server)
             if verdict[0, 0] == _DECODED:
                 self.communicator.receive(answer, self.server)
-        except RuntimeError as error:
-            raise RuntimeError("the server, rank 0, cannot be reached any more") from error
-        if verdict[0, 0] == _GIVEN_UP:
-            raise RuntimeError(f"this rank was {MOST_UNCLAIMED} buckets behind the others, and was given up")
+        _check_not_given_up(int(verdict[0, 0]))
         return verdict
 
     def _collect(self, values: Tensor) -> tuple[Tensor, set[int]]:
         """Return all workers' values, row j from worker j, and the late workers, whose rows may still change."""
-        begin = time.perf_counter()
         rows = write_truncation_sentinel(values.new_empty(self.code.workers, values.numel()))
         rows[self.server] = values
-        turn = _Turn(next(self._turns), rows, values)
-        awaited = set()
-        for j, connection in self._connections.items():
-            connection.begin(turn)
-            if connection.in_time:
-                awaited.add(j)
-        arrived = self._await(turn, awaited)
-        turn.rows = None
-        self.communicator.seconds.communicate += time.perf_counter() - begin
-        return rows, self._connections.keys() - arrived
+        return rows, self._await(self._begin({j: rows[j] for j in self._connections}, self._verdict_form))
 
-    def _await(self, turn: _Turn, awaited: set[int]) -> set[int]:
-        """Return the awaited workers whose values arrive before the deadline."""
+    def _begin(self, targets: dict[int, Tensor], opening: Tensor) -> _Round:
+        """Begin a turn with these workers, whose values are received in place; return its first round."""
+        first = _Round(next(self._rounds), targets, opening)
+        for j in targets:
+            self._connections[j].begin(first)
+        return first
+
+    def _go_on(self, questions: Mapping[int, tuple[Tensor, ...]], targets: dict[int, Tensor]) -> _Round:
+        """Go on with a turn: send questions to workers, whose replies are received in place; return the round."""
+        following = _Round(next(self._rounds), targets, _QUESTION)
+        for j, question in questions.items():
+            self._connections[j].ask(question, following)
+        return following
+
+    def _await(self, current: _Round) -> set[int]:
+        """Wait for the values of workers that are in time, until the deadline; return those whose have not arrived."""
+        begin = time.perf_counter()
+        awaited = {j for j in current.workers if self._connections[j].in_time}
         arrived = set()
         until = time.monotonic() + self._deadline
         while awaited:
@@ -184,16 +307,21 @@ class ServerTransport(Transport):
                 break
             if answered is None:
                 awaited.discard(j)
-            elif answered == turn.number:
+            elif answered == current.number:
                 awaited.discard(j)
                 arrived.add(j)
-        return arrived
+        current.discard()
+        self.communicator.seconds.communicate += time.perf_counter() - begin
+        return set(current.workers - arrived)
 
     def _answer(self, result: tuple[Tensor, ...], absent: set[int], *, complete: bool) -> None:
         """Send a result, which begins with a verdict, to all workers, including late ones."""
         for j, connection in self._connections.items():
             connection.end(result, late=j in absent, complete=complete)
 
+
+# With which everything begins that the server sends in a turn with pieces: a status, and a key.
+_QUESTION = torch.zeros(2, dtype=torch.int64)
 
 # Columns of a verdict, the numbers that the server sends about each worker; row 0 holds the status of the bucket.
 _COLUMNS = ("suspect", "missing", "known", "elements", "first", "largest", "left out")
@@ -212,7 +340,7 @@ def _write(outcome: ExchangeOutcome, workers: int) -> Tensor:
     return verdict
 
 
-def _read(verdict: Tensor) -> tuple[dict[int, Difference | None], tuple[int, ...], tuple[int, ...]]:
+def _read(verdict: Tensor) -> ExchangeOutcome:
     found: dict[int, Difference | None] = {}
     missing = []
     for j, (suspect, absent, known, elements, first, largest, _) in enumerate(verdict[1:].tolist()):
@@ -220,30 +348,84 @@ def _read(verdict: Tensor) -> tuple[dict[int, Difference | None], tuple[int, ...
             found[j] = Difference(int(elements), int(first), largest) if known else None
         if absent:
             missing.append(j)
-    return found, tuple(missing), workers_in(verdict[1:, -1])
+    return ExchangeOutcome(found, bool(verdict[0, 0] == _FAILED), tuple(missing), workers_in(verdict[1:, -1]))
 
 
-_Arrival = tuple[int, int | None]  # worker, and number of the turn whose values have arrived; None: the worker is gone
+def _with_sentinels(pieces: dict[int, Tensor]) -> dict[int, Tensor]:
+    for piece in pieces.values():
+        write_truncation_sentinel(piece)
+    return pieces
 
 
-@dataclass
-class _Turn:
-    """One round in which workers send values and get a result.
+def _reject_truncated(pieces: Mapping[int, Tensor], late: set[int]) -> None:
+    none_is_missing = torch.zeros(1, dtype=torch.bool)
+    for j, piece in pieces.items():
+        if j not in late:
+            reject_truncated(piece[None], none_is_missing)
 
-    Attributes:
-        number: the number of the turn.
-        rows: the rows that receive the workers' values; None once they are decoded, and later values are discarded.
-        like: a tensor of the values' length and dtype.
+
+@contextmanager
+def _connection_to_server() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError("the server, rank 0, cannot be reached any more") from error
+
+
+def _check_not_given_up(status: int) -> None:
+    if status == _GIVEN_UP:
+        raise RuntimeError(f"this rank was {MOST_UNCLAIMED} buckets behind the others, and was given up")
+
+
+_Arrival = tuple[int, int | None]  # worker, and number of the round whose values have arrived; None: it is gone
+
+
+class _Round:
+    """One round of a turn: workers send values, and get a question, with which another round begins, or the result.
+
+    Args:
+        number: the number of the round.
+        targets: the tensors that receive the workers' values.
+        opening: a tensor like the one with which what the server sends in this turn begins.
     """
 
-    number: int
-    rows: Tensor | dict[int, Tensor] | None
-    like: Tensor
+    def __init__(self, number: int, targets: dict[int, Tensor], opening: Tensor) -> None:
+        self.number = number
+        self.opening = opening
+        self._targets: dict[int, Tensor] | None = targets
+        self._forms = {j: (values.shape, values.dtype) for j, values in targets.items()}
+
+    @property
+    def workers(self) -> Set[int]:
+        """The workers that send values."""
+        return self._forms.keys()
 
     def target(self, worker: int) -> Tensor:
         """Return the tensor into which a worker's values are received."""
-        rows = self.rows  # another thread may set it to None at any time
-        return torch.empty_like(self.like) if rows is None else rows[worker]
+        targets = self._targets  # another thread may set it to None at any time
+        if targets is not None:
+            return targets[worker]
+        shape, dtype = self._forms[worker]
+        return torch.empty(shape, dtype=dtype)
+
+    def discard(self) -> None:
+        """Discard values that are received later."""
+        self._targets = None
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """A reply, which the server sends when a worker's values have arrived.
+
+    Attributes:
+        tensors: a result, which begins with a verdict, or a question.
+        following: the round that the question begins; None: the turn ends with the result.
+        complete: the result is the last of its bucket.
+    """
+
+    tensors: tuple[Tensor, ...]
+    following: _Round | None = None
+    complete: bool = False
 
 
 class _WorkerConnection(threading.Thread):
@@ -262,18 +444,23 @@ class _WorkerConnection(threading.Thread):
         self._connection = connection
         self._worker = worker
         self._arrived = arrived
-        self._requests: queue.Queue[_Turn | None] = queue.Queue()
-        self._results: queue.Queue[tuple[tuple[Tensor, ...], bool]] = queue.Queue()
+        self._requests: queue.Queue[_Round | None] = queue.Queue()
+        self._replies: queue.Queue[_Reply | None] = queue.Queue()  # None: the worker is given up
         # Counts of results, and of buckets that they complete: sent by the server's thread, acknowledged by this one.
         self._sent = self._acknowledged = self._buckets_sent = self._buckets_acknowledged = 0
         self._keepalive: tuple[Tensor, ...] = ()  # see ProcessGroupCommunicator
         self.start()
 
-    def begin(self, turn: _Turn) -> None:
-        """Begin a turn."""
+    def begin(self, first: _Round) -> None:
+        """Begin a turn with its first round."""
         if not self._gone:
             self.in_time = self.in_time or self._acknowledged == self._sent
-            self._requests.put(turn)
+            self._requests.put(first)
+
+    def ask(self, question: tuple[Tensor, ...], following: _Round) -> None:
+        """Send a question to the worker, whose values have arrived, and begin the following round."""
+        if not self._gone:
+            self._replies.put(_Reply(question, following))
 
     def end(self, result: tuple[Tensor, ...], *, late: bool, complete: bool) -> None:
         """Store the turn's result, which the worker gets after it has sent its values, however late.
@@ -291,30 +478,40 @@ class _WorkerConnection(threading.Thread):
         self._buckets_sent += complete
         if self._buckets_sent - self._buckets_acknowledged > MOST_UNCLAIMED:
             self._gone = True
-            while not self._results.empty():
-                self._results.get_nowait()
-            self._results.put(((torch.full_like(result[0], _GIVEN_UP),), True))
+            while not self._replies.empty():
+                self._replies.get_nowait()
+            self._replies.put(None)
         else:
-            self._results.put((result, complete))
+            self._replies.put(_Reply(result, complete=complete))
 
     def run(self) -> None:
         """Serve turns until there is none left or the connection fails."""
         try:
-            while (turn := self._requests.get()) is not None:
-                target = turn.target(self._worker)
-                self._connection.receive(target)
-                self._arrived.put((self._worker, turn.number))
-                result, complete = self._results.get()
-                self._keepalive = (target, *result)
-                for tensor in result:
-                    self._connection.send(tensor)
-                self._acknowledged += 1
-                self._buckets_acknowledged += complete
-                if result[0][0, 0] == _GIVEN_UP:
+            while (current := self._requests.get()) is not None:
+                reply = self._receive_and_reply(current)
+                while reply is not None and reply.following is not None:
+                    current = reply.following
+                    reply = self._receive_and_reply(current)
+                if reply is None:
+                    self._connection.send(torch.full_like(current.opening, _GIVEN_UP))
                     return
+                self._acknowledged += 1
+                self._buckets_acknowledged += reply.complete
         except (RuntimeError, ValueError):  # its connection is closed, or the process group destroyed
             self._gone, self.in_time = True, False
             self._arrived.put((self._worker, None))
+
+    def _receive_and_reply(self, current: _Round) -> _Reply | None:
+        """Receive the worker's values in a round, and send it what the server replies, which is returned."""
+        target = current.target(self._worker)
+        self._connection.receive(target)
+        self._arrived.put((self._worker, current.number))
+        reply = self._replies.get()
+        if reply is not None:
+            self._keepalive = (target, *reply.tensors)
+            for tensor in reply.tensors:
+                self._connection.send(tensor)
+        return reply
 
     def finish(self, timeout: float) -> None:
         """Let the thread end once all results are sent."""
