@@ -443,6 +443,34 @@ def test_training_goes_on_after_an_error_and_from_a_checkpoint():
     assert disputes == []
 
 
+def _traffic(rank, report):
+    """Count what is reduced in two audited steps, each an audit and an own pass, over two replicas of two shards."""
+    torch.set_num_threads(1)
+    network = _sharded(replicas=2)
+    guard = draco_ext.protect(network, Audit(RANKS, 1, 1.0))
+    optimizer = torch.optim.SGD(network.parameters(), 0.05)
+    scattered = []
+    for module in (*network.blocks, network):
+        comm = module._get_fsdp_state()._fsdp_param_group._reduce_scatter_comm
+        comm._replaced = functools.partial(
+            lambda replaced, *args: scattered.append(1) or replaced(*args), comm._replaced
+        )
+    replicas = _mesh(2).get_group("replicate")._get_backend(torch.device("cpu"))
+    reduced = -replicas._get_sequence_number_for_group()
+    for step in guard.steps(_mini_batches(rank, 2)):
+        for x in step:
+            network(x).square().mean().backward()
+        kept = guard._passes.gradients._kept
+        optimizer.step()
+    reduced += replicas._get_sequence_number_for_group()
+    report((guard.report().audit.passes, len(scattered), reduced, len(kept)))
+
+
+def test_a_pass_that_audits_reduces_nothing():
+    # Three modules, in two own passes.
+    assert list(run_local(_traffic, RANKS)) == [(4, 6, 6, 0)]
+
+
 def _state(rank, report, replicas):
     torch.set_num_threads(1)
     logging.getLogger("draco_ext").setLevel(logging.ERROR)
