@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +26,8 @@ class Bucket:
         is_last: whether it is the last bucket of the pass. Under FSDP that one is empty: FSDP names no last module.
         complete: must be called once, when the decoded gradient is in the buffer.
         at_once: whether the decoded gradient must be in the buffer when the guard has taken the bucket.
+        reduce: adds up the buffers of all ranks and multiplies the result by a factor, where the framework itself does
+            so in an audit. If the guard does not call it, the bucket adds nothing to any gradient.
     """
 
     buffer: GradientBuffer
@@ -33,6 +35,7 @@ class Bucket:
     is_last: bool
     complete: Callable[[], None]
     at_once: bool = False
+    reduce: Callable[[float], None] | None = None
 
 
 class Adapter(abc.ABC):
@@ -50,6 +53,8 @@ class Adapter(abc.ABC):
         shard: the number of this rank among them.
         shard_group: their process group; None if there is only one.
         members: by rank within `group`, the ranks within `world` that make up the worker.
+        alike: the workers that have the same parameters, or the same shards; None: all.
+        state_is_replicated: whether there are several ranks that have the same shards.
         parameters_may_be_unused: whether a pass may leave out parameters, which a majority then decides on.
     """
 
@@ -61,6 +66,8 @@ class Adapter(abc.ABC):
     shard: int = 0
     shard_group: dist.ProcessGroup | None = None
     members: tuple[tuple[int, ...], ...]
+    alike: Sequence[tuple[int, ...]] | None = None
+    state_is_replicated: bool = True
     parameters_may_be_unused: bool = False
 
     @property
@@ -139,3 +146,69 @@ class Adapter(abc.ABC):
 
     def parameters_changed(self) -> None:  # noqa: B027 (only FSDP keeps copies)
         """Note that parameters were repaired, so that no copy of the wrong ones is used."""
+
+
+class AuditAdapter(Adapter):
+    """An adapter with what an audit needs besides: passes that add nothing to the gradients of other ranks.
+
+    A worker is a rank.
+
+    Attributes:
+        buckets_in_all_passes: whether passes that only measure end in buckets, too, which are the same in all passes.
+            Otherwise they leave gradients, which `flatten_gradients` returns, and an audit may cover a mini-batch of
+            several.
+        ways_to_accumulate: what a loop must not use to accumulate gradients, for errors.
+    """
+
+    buckets_in_all_passes: ClassVar[bool]
+    ways_to_accumulate: ClassVar[str]
+
+    @abc.abstractmethod
+    def synchronise(self, on: bool) -> None:
+        """Say whether the next backward pass ends in buckets; if not, it only adds up gradients, as in ``no_sync``."""
+
+    @abc.abstractmethod
+    def begin_pass(self, *, broadcast_buffers: bool, reduces: bool) -> None:
+        """Begin a pass over a part from no gradients.
+
+        Args:
+            broadcast_buffers: see `broadcasts_buffers`.
+            reduces: whether buckets of the pass are reduced.
+        """
+
+    @property
+    @abc.abstractmethod
+    def broadcasts_buffers(self) -> bool:
+        """Return whether the next forward pass begins with rank 0's buffers."""
+
+    @property
+    @abc.abstractmethod
+    def buckets_are_final(self) -> bool:
+        """Return whether later passes have the same buckets as the last one."""
+
+    @abc.abstractmethod
+    def buffers_of_this_rank(self) -> set[str]:
+        """Return the names of the buffers that the next forward pass does not replace by rank 0's."""
+
+    @abc.abstractmethod
+    def pieces(self) -> Sequence[Tensor]:
+        """Return the keys of buckets, in the same order on all ranks: parameters, or tensors with their sizes."""
+
+    @abc.abstractmethod
+    def flatten_gradients(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Return the gradients of some pieces as a bucket would have them, 0 where there is none."""
+
+    @abc.abstractmethod
+    def change_gradients(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Let a function change every gradient that this rank computes; for tests."""
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return copies of the model's buffers, by name."""
+        return {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+
+    @torch.no_grad()
+    def set_buffers(self, values: Mapping[str, Tensor]) -> None:
+        """Set the model's buffers to values that `buffers` has returned, here or on another rank."""
+        for name, buffer in self.module.named_buffers():
+            if name in values and values[name].shape == buffer.shape:
+                buffer.copy_(values[name])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from draco_ext.training.adapter import Adapter
+from draco_ext.training.adapter import Adapter, AuditAdapter
 from draco_ext.training.ddp import DDPAdapter
 
 if TYPE_CHECKING:
@@ -22,15 +22,32 @@ def is_fsdp(model: object) -> TypeGuard[FSDPModule]:
 
 
 def make_adapter(model: torch.nn.Module) -> Adapter:
-    """Return the adapter for a model.
+    """Return the adapter for a model and a code.
 
     Raises:
         TypeError: the model is not data-parallel.
     """
-    if isinstance(model, DistributedDataParallel):
-        return DDPAdapter(model)
     if is_fsdp(model):
         from draco_ext.training.fsdp import FSDPAdapter
 
         return FSDPAdapter(model)
-    raise TypeError(f"model must be a DistributedDataParallel or made by fully_shard, got {type(model).__name__}")
+    return _make_ddp_adapter(model)
+
+
+def make_audit_adapter(model: torch.nn.Module) -> AuditAdapter:
+    """Return the adapter for a model and an audit.
+
+    Raises:
+        TypeError: the model is not data-parallel.
+    """
+    if is_fsdp(model):
+        from draco_ext.training.fsdp_audit import FSDPAuditAdapter
+
+        return FSDPAuditAdapter(model)
+    return _make_ddp_adapter(model)
+
+
+def _make_ddp_adapter(model: torch.nn.Module) -> DDPAdapter:
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(f"model must be a DistributedDataParallel or made by fully_shard, got {type(model).__name__}")
+    return DDPAdapter(model)

@@ -86,8 +86,9 @@ def protect(
 
     Args:
         model: the model, on every rank, with a process group of ``code.workers`` ranks. It may be compiled with
-            torch.compile before or afterwards. With a code it may also be made by ``fully_shard`` over a mesh of
-            ``code.workers`` replicas and any number of shards; a replica is then what is called a rank here.
+            torch.compile before or afterwards. It may also be made by ``fully_shard``: with a code over a mesh of
+            ``code.workers`` replicas and any number of shards, where a replica is what is called a rank here; with an
+            `Audit` over any mesh of ``code.workers`` ranks and two shards or more.
         code: the assignment of parts to ranks. A code with several parts for each rank (cyclic) needs `Guard.steps`,
             and an `Audit` needs `AuditGuard.steps`, which takes any loader.
         transport: "allreduce", "verified" or "server".
@@ -138,7 +139,9 @@ def protect(
     if isinstance(model, DistributedDataParallel):
         workers, whose = dist.get_world_size(model.process_group), "ranks of the model's process group"
     elif isinstance(code, Audit):
-        raise TypeError("code must be a RepetitionCode or a CyclicCode for a model made by fully_shard, got an Audit")
+        from draco_ext.training.fsdp_audit import check_audited_model
+
+        workers, whose = check_audited_model(model, RepetitionCode(code.workers, 0)), "ranks of the model's mesh"
     else:
         from draco_ext.training.fsdp import check_sharded_model
 
@@ -168,7 +171,6 @@ def protect(
         "check_state_every": check_state_every,
     }
     if isinstance(code, Audit):
-        assert isinstance(model, DistributedDataParallel)
         return _protect_by_audit(model, code, ranks_per_host, adversary, on_conviction, batch_of, settings)
     if on_conviction != "substitute" or batch_of is not None:
         raise ValueError("on_conviction and batch_of must be left out for a code: only an Audit takes them")
@@ -194,7 +196,7 @@ def _warn_of_collectives(model: DistributedDataParallel, transport: str) -> None
 
 
 def _protect_by_audit(
-    model: DistributedDataParallel,
+    model: DistributedDataParallel | FSDPModule,
     audit: Audit,
     ranks_per_host: int | Sequence[int] | None,
     adversary: Any,
@@ -210,10 +212,12 @@ def _protect_by_audit(
         raise ValueError(f"on_conviction must be {' or '.join(map(repr, ON_CONVICTION))}, got {on_conviction!r}")
     if batch_of is not None and not callable(batch_of):
         raise TypeError(f"batch_of must be a function f(step, part), got {type(batch_of).__name__}")
-    if model.static_graph:
-        raise ValueError(
-            "static_graph must be False with an Audit: DistributedDataParallel records the graph in its first backward "
-            "pass, and fails if that does not synchronise, as an audit's first one"
-        )
-    check_model(model, RepetitionCode(audit.workers, 0))
-    return AuditGuard(model, audit, adversary=adversary, on_conviction=on_conviction, batch_of=batch_of, **settings)
+    if isinstance(model, DistributedDataParallel):
+        if model.static_graph:
+            raise ValueError(
+                "static_graph must be False with an Audit: DistributedDataParallel records the graph in its first "
+                "backward pass, and fails if that does not synchronise, as an audit's first one"
+            )
+        check_model(model, RepetitionCode(audit.workers, 0))
+    module = cast(torch.nn.Module, model)
+    return AuditGuard(module, audit, adversary=adversary, on_conviction=on_conviction, batch_of=batch_of, **settings)

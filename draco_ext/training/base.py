@@ -38,13 +38,15 @@ class GuardBase(abc.ABC):
     Args:
         model: the model.
         code: the code by which gradients are exchanged.
-        workers: the worker number of every rank; with FSDP2 of every replica.
+        workers: the worker number of every rank; with a code and FSDP2 of every replica.
         setup: further settings that must be the same on all ranks.
         seed: the seed of keys that need not be secret.
         other: see `protect`.
 
     Attributes: see `Guard`.
     """
+
+    _adapter: Adapter
 
     def __init__(
         self,
@@ -66,8 +68,7 @@ class GuardBase(abc.ABC):
     ) -> None:
         self.code = code
         self.failed = False
-        self._adapter: Adapter = make_adapter(model)
-        adapter = self._adapter
+        adapter = self._adapter = self._make_adapter(model)
         group, device = adapter.group, adapter.device
         self._workers = workers
         self._ranks = tuple(sorted(range(code.workers), key=workers.__getitem__))
@@ -137,6 +138,10 @@ class GuardBase(abc.ABC):
         self._record = StepRecord(self.code, self.worker, reduced, usage=usage)
         self._unused = UnusedParameters(reduced, self._record) if usage else None
 
+    def _make_adapter(self, model: torch.nn.Module) -> Adapter:
+        """Return the adapter for a model."""
+        return make_adapter(model)
+
     @property
     @abc.abstractmethod
     def step(self) -> int:
@@ -146,7 +151,7 @@ class GuardBase(abc.ABC):
     def data_replicas(self) -> int:
         """The number of different mini-batches in a step: what a loader calls num_replicas, or world_size.
 
-        With a code it is ``code.parts``; with an `Audit` it is the number of ranks. Under FSDP2 the ranks of a replica
+        With an `Audit` it is the number of ranks. With a code it is ``code.parts``; under FSDP2 the ranks of a replica
         divide each part among themselves, so it is as many times larger.
         """
         return self.code.parts * self._adapter.shards
@@ -236,7 +241,13 @@ class GuardBase(abc.ABC):
 
         Raises:
             TypeError: it is not an optimizer, or its state is not replicated on all ranks.
+            ValueError: no other rank has the shards that this rank has, as with an `Audit` over a mesh of shards alone.
         """
+        if not self._adapter.state_is_replicated:
+            raise ValueError(
+                "an optimizer's state cannot be watched for a model that is sharded over all ranks: no other rank has "
+                "the same shard; give fully_shard a mesh of replicas and shards"
+            )
         if not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "consolidate_state_dict"):
             raise TypeError(
                 "optimizer must be a torch.optim.Optimizer with the same state on all ranks, "

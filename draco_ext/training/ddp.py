@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext.protocol.messages import GradientBuffer
-from draco_ext.training.adapter import Adapter, Bucket
+from draco_ext.training.adapter import AuditAdapter, Bucket
 from draco_ext.training.compatibility import reduced_parameters
 from draco_ext.training.handshake import digest_of_layout
 from draco_ext.training.record import StepRecord
@@ -32,11 +32,14 @@ HOOKS = (
 )
 
 
-class DDPAdapter(Adapter):
+class DDPAdapter(AuditAdapter):
     """The adapter for a DistributedDataParallel model.
 
-    Attributes: see `Adapter`.
+    Attributes: see `AuditAdapter`.
     """
+
+    buckets_in_all_passes = False
+    ways_to_accumulate = "no_sync() or another change of model.require_backward_grad_sync"
 
     def __init__(self, model: DistributedDataParallel) -> None:
         # DDP refers to its hook from C++, where Python's garbage collector cannot see it. If the guard had a strong
@@ -106,12 +109,21 @@ class DDPAdapter(Adapter):
         in_buckets = reduced_parameters(model)
         return [parameter for parameter in model.parameters() if parameter in in_buckets]
 
-    def flatten_gradients(self, parameters: Sequence[Tensor]) -> Tensor:
-        """Return the gradients of some parameters as DDP would put them into a bucket; 0 where there is none."""
-        first = parameters[0]
-        values = torch.empty(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
-        write_gradients(values, parameters)
+    def pieces(self) -> list[Tensor]:
+        """See `AuditAdapter.pieces`: the parameters."""
+        return self.reduced()
+
+    def flatten_gradients(self, pieces: Sequence[Tensor]) -> Tensor:
+        """See `AuditAdapter.flatten_gradients`."""
+        first = pieces[0]
+        values = torch.empty(sum(p.numel() for p in pieces), dtype=first.dtype, device=first.device)
+        write_gradients(values, pieces)
         return values
+
+    def change_gradients(self, change: Callable[[Tensor], Tensor]) -> None:
+        """See `AuditAdapter.change_gradients`."""
+        for parameter in self.reduced():
+            parameter.register_hook(change)
 
     def replicated_parameters(self) -> Iterable[Tensor]:
         """Return the parameters that DistributedDataParallel does not ignore."""
@@ -140,18 +152,14 @@ class DDPAdapter(Adapter):
         self._watch.begin_part()
 
     def synchronise(self, on: bool) -> None:
-        """Say whether the next backward pass ends in buckets; if not, it only adds up gradients, as in ``no_sync``."""
+        """See `AuditAdapter.synchronise`."""
         model = self._model()
         if model is None:  # a step that was left is given up when its generator is freed
             return
         model.require_backward_grad_sync = on
 
-    def begin_pass(self, *, broadcast_buffers: bool) -> None:
-        """Begin a pass over a part from no gradients.
-
-        Args:
-            broadcast_buffers: see `broadcasts_buffers`.
-        """
+    def begin_pass(self, *, broadcast_buffers: bool, reduces: bool) -> None:
+        """See `AuditAdapter.begin_pass`."""
         self.begin_part()
         model = self.model
         model.require_forward_param_sync = broadcast_buffers
@@ -161,34 +169,23 @@ class DDPAdapter(Adapter):
 
     @property
     def broadcasts_buffers(self) -> bool:
-        """Return whether the next forward pass begins with rank 0's buffers.
+        """See `AuditAdapter.broadcasts_buffers`.
 
-        It does after a synchronised backward pass, but not after another forward pass, such as an evaluation.
+        It is so after a synchronised backward pass, but not after another forward pass, such as an evaluation.
         """
         return bool(self.model.require_forward_param_sync)
 
     @property
     def buckets_are_final(self) -> bool:
-        """Return whether DistributedDataParallel will make no other buckets, as it does once behind its first pass."""
+        """See `AuditAdapter.buckets_are_final`: DDP makes other buckets once, behind its first pass."""
         model = self.model
         return bool(model._has_rebuilt_buckets or model.find_unused_parameters)
 
-    def buffers(self) -> dict[str, Tensor]:
-        """Return copies of the model's buffers, by name."""
-        return {name: buffer.detach().clone() for name, buffer in self.model.module.named_buffers()}
-
     def buffers_of_this_rank(self) -> set[str]:
-        """Return the names of the buffers that the next forward pass does not replace by rank 0's."""
+        """See `AuditAdapter.buffers_of_this_rank`."""
         model = self.model
         names = {name for name, _ in model.module.named_buffers()}
         return names & set(model.parameters_to_ignore) if model.will_sync_module_buffers() else names
-
-    @torch.no_grad()
-    def set_buffers(self, values: Mapping[str, Tensor]) -> None:
-        """Set the model's buffers to values that `buffers` has returned, here or on another rank."""
-        for name, buffer in self.model.module.named_buffers():
-            if name in values and values[name].shape == buffer.shape:
-                buffer.copy_(values[name])
 
     def finish_step(self) -> None:
         """See `Adapter.finish_step`."""

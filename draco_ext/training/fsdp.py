@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -50,7 +50,7 @@ ABORT_TIMEOUT = 60.0  # seconds that a rank waits for the others after an error 
 
 
 @dataclass(frozen=True)
-class _Unit:
+class Unit:
     """A module whose parameters FSDP gathers and reduces together.
 
     Attributes:
@@ -81,7 +81,7 @@ class _Unit:
         return policy.reduce_dtype or policy.param_dtype or next(iter(own), None)
 
 
-def _units(model: torch.nn.Module) -> Iterator[_Unit]:
+def units_of(model: torch.nn.Module) -> Iterator[Unit]:
     """Yield the units of a model.
 
     Raises:
@@ -104,7 +104,7 @@ def _units(model: torch.nn.Module) -> Iterator[_Unit]:
             )
         for group in groups:
             if group is not None:
-                yield _Unit(number, _named(name), group)
+                yield Unit(number, _named(name), group)
                 number += 1
 
 
@@ -113,7 +113,7 @@ def _named(name: str) -> str:
 
 
 def check_sharded_model(model: FSDPModule, code: Code) -> int:
-    """Refuse a model made by ``fully_shard`` if some of its gradients would not pass through the guard.
+    """Refuse a model made by ``fully_shard`` if some of its gradients would not pass through a code's guard.
 
     Returns:
         The number of replicas.
@@ -122,26 +122,39 @@ def check_sharded_model(model: FSDPModule, code: Code) -> int:
         TypeError: a parameter or its gradient has a type or dtype that the code does not take.
         ValueError: FSDP would not reduce a gradient, or would reduce it without the guard.
     """
+    for unit in units_of(cast(torch.nn.Module, model)):
+        info = unit.group.mesh_info
+        if isinstance(info, FSDPMeshInfo) and not isinstance(info, HSDPMeshInfo) and not is_guarded(unit.group):
+            raise ValueError(
+                f"{unit.name} must be sharded over a mesh of replicas and shards, got a mesh of shards alone, in which "
+                "no rank repeats what another one computes: give fully_shard mesh=init_device_mesh(device, (replicas, "
+                'shards), mesh_dim_names=("replicate", "shard")), with as many replicas as the code has workers; or '
+                "take an Audit"
+            )
+    return int(check_units(model, code).shape[0])
+
+
+def check_units(model: FSDPModule, code: Code) -> Tensor:
+    """Refuse a model made by ``fully_shard`` if some of its gradients would not pass through a guard.
+
+    Returns:
+        The ranks of the model's mesh.
+
+    Raises:
+        TypeError, ValueError: see `check_sharded_model`.
+    """
     module = cast(torch.nn.Module, model)
     managed = set()
-    meshes = []
-    for unit in _units(module):
+    meshes: list[Tensor] = []
+    for unit in units_of(module):
         group = unit.group
         info: Any = group.mesh_info
         if not isinstance(info, FSDPMeshInfo):
             raise ValueError(f"{unit.name} must be sharded by fully_shard, got replicate(), which calls no hook")
+        if is_guarded(group):
+            raise ValueError("model must not be guarded already")
         if group._all_reduce_hook is not None:
-            raise ValueError(
-                "model must not be guarded already"
-                if _is_of_guard(group._all_reduce_hook)
-                else f"{unit.name} must not have an all-reduce hook already: the guard takes its place"
-            )
-        if not isinstance(info, HSDPMeshInfo):
-            raise ValueError(
-                f"{unit.name} must be sharded over a mesh of replicas and shards, got a mesh of shards alone, in which "
-                "no rank repeats what another one computes: give fully_shard mesh=init_device_mesh(device, (replicas, "
-                'shards), mesh_dim_names=("replicate", "shard")), with as many replicas as the code has workers'
-            )
+            raise ValueError(f"{unit.name} must not have an all-reduce hook already: the guard takes its place")
         meshes.append(info.mesh.mesh)
         if getattr(info, "is_spmd_mesh", False) or any(parameter.is_dtensor for parameter in group.fsdp_params):
             raise ValueError(
@@ -171,7 +184,7 @@ def check_sharded_model(model: FSDPModule, code: Code) -> int:
             raise ValueError(f"{name} must not be among ignored_params, or not require a gradient: nothing reduces it")
     for name, each in module.named_modules():
         check_module(name, each, code, None)
-    return int(meshes[0].shape[0])
+    return meshes[0]
 
 
 class FSDPAdapter(Adapter):
@@ -185,18 +198,17 @@ class FSDPAdapter(Adapter):
     def __init__(self, model: FSDPModule) -> None:
         self.model = model
         self._module = cast(torch.nn.Module, model)
-        self._all_units = tuple(_units(self._module))
-        info: Any = self._all_units[0].group.mesh_info
-        self.group = info.replicate_process_group
+        self._all_units = tuple(units_of(self._module))
+        self._info = cast("Any", self._all_units[0].group.mesh_info)
         self.world = dist.distributed_c10d._get_default_group()
         self.device = self._all_units[0].group.device
-        self._mesh = info.mesh.mesh
-        self.shards, self.shard = info.shard_mesh_size, info.shard_mesh_rank
-        self.shard_group = info.shard_process_group if self.shards > 1 else None
-        self.members = tuple(map(tuple, self._mesh.tolist()))
+        self._mesh = self._info.mesh.mesh
+        # The ranks that have the same shards.
+        self._columns = [tuple(ranks) for ranks in self._mesh.view(-1, self._info.shard_mesh_size).T.tolist()]
+        self._set_workers()
         managed = {p.sharded_param for unit in self._all_units for p in unit.group.fsdp_params}
         self._ignored = [parameter for parameter in self._module.parameters() if parameter not in managed]
-        self._trained: list[_Unit] = []  # those with gradients, in the current pass
+        self._trained: list[Unit] = []  # those with gradients, in the current pass
         self._after_backward: Callable[[], None] | None = None
         self._in_pass = False  # from the first bucket of a backward pass to the end of the pass
         self._undecoded = False  # from the first bucket of a step to its end
@@ -206,6 +218,14 @@ class FSDPAdapter(Adapter):
         self._baseline: int | None = None  # the number of collectives when the step's first forward pass began
         self._stream: torch.cuda.Stream | None = None  # the one on which FSDP calls the hook
         self._probed: dict[str, Tensor] | None = None  # during a self-test: fingerprints, by module
+
+    def _set_workers(self) -> None:
+        """Say which ranks are a worker, and which have the same shards or gradients."""
+        info = self._info
+        self.group = info.replicate_process_group
+        self.shards, self.shard = info.shard_mesh_size, info.shard_mesh_rank
+        self.shard_group = info.shard_process_group if self.shards > 1 else None
+        self.members = tuple(map(tuple, self._mesh.tolist()))
 
     @property
     def module(self) -> torch.nn.Module:
@@ -244,12 +264,11 @@ class FSDPAdapter(Adapter):
         self._steps_after = steps_after
         self._rendezvous = Rendezvous(self.world)
         groups = {group.group_name: group for group in (self.group, self.world)}
-        shard_group = self._all_units[0].group.mesh_info.shard_process_group  # type: ignore[attr-defined]
-        groups.pop(shard_group.group_name, None)  # FSDP's own
+        for group in self._groups_of_fsdp():
+            groups.pop(group.group_name, None)
         self._collectives = Collectives(groups.values() if watch_collectives else ())
         for unit in self._all_units:
-            self._convert(unit.group)
-            unit.group._all_reduce_hook = functools.partial(self._hook, unit)
+            self._hook_unit(unit)
         # Before FSDP's own hook, which fails after an aborted pass.
         self._module.register_forward_pre_hook(
             torch.compiler.disable(self._before_forward), with_kwargs=True, prepend=True
@@ -258,6 +277,15 @@ class FSDPAdapter(Adapter):
         this = weakref.ref(self)
         handle = register_optimizer_step_pre_hook(lambda optimizer, *_: _before_step(this(), optimizer))
         weakref.finalize(self, handle.remove).atexit = False
+
+    def _groups_of_fsdp(self) -> list[dist.ProcessGroup]:
+        """Return the process groups on which FSDP itself communicates."""
+        return [self._info.shard_process_group]
+
+    def _hook_unit(self, unit: Unit) -> None:
+        """Let FSDP call the adapter with a module's gradients."""
+        self._convert(unit.group)
+        unit.group._all_reduce_hook = functools.partial(self._hook, unit)
 
     @staticmethod
     def _convert(group: FSDPParamGroup) -> None:
@@ -278,7 +306,8 @@ class FSDPAdapter(Adapter):
             )
 
     def _ranks_with_other_parameters(self) -> tuple[int, ...]:
-        return self._odd(gather(fingerprint(list(self.replicated_parameters())), self.world, self.device))
+        rows = gather(fingerprint(list(self.replicated_parameters())), self.world, self.device)
+        return _odd(rows, self._columns)
 
     def reduced(self) -> list[Tensor]:
         """See `Adapter.reduced`."""
@@ -334,7 +363,7 @@ class FSDPAdapter(Adapter):
     def _before_forward(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> None:
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpointed pass is made again
-        if self._in_pass or self._aborted:
+        if self._is_interrupted():
             self._resume_after_abort()
         if self._probed is not None or not torch.is_grad_enabled():
             return
@@ -357,17 +386,8 @@ class FSDPAdapter(Adapter):
         if len(reducing) > 1:
             self._stop("set_requires_gradient_sync must be called on the whole model, with recurse=True")
         for unit in self._all_units:
-            group = unit.group
-            if group.reduce_grads and not group.all_reduce_grads:
-                self._stop(
-                    f"set_requires_all_reduce(False) cannot be protected, got it for {unit.name}: gradients that were "
-                    "reduced over shards alone would be added up undecoded; take set_requires_gradient_sync(False)"
-                )
-            if group.gradient_divide_factor is not None:
-                self._stop(f"set_gradient_divide_factor must not be called, got it for {unit.name}: scale the loss")
-            if not _is_of_guard(group._all_reduce_hook) or isinstance(group.mesh_info, HSDPMeshInfo):
-                self._stop(f"{unit.name} has another all-reduce hook or mesh than the guard has set")
-            for parameter in group.fsdp_params:
+            self._check_unit_switches(unit)
+            for parameter in unit.group.fsdp_params:
                 own = parameter.sharded_param
                 if getattr(own, "_post_accumulate_grad_hooks", None) or hasattr(own, "_in_backward_optimizers"):
                     self._stop(
@@ -375,24 +395,49 @@ class FSDPAdapter(Adapter):
                         "takes its gradient in backward(), before it is decoded"
                     )
 
-    def _hook(self, unit: _Unit, values: Tensor) -> None:
+    def _check_unit_switches(self, unit: Unit) -> None:
+        group = unit.group
+        if group.reduce_grads and not group.all_reduce_grads:
+            self._stop(
+                f"set_requires_all_reduce(False) cannot be protected, got it for {unit.name}: gradients that were "
+                "reduced over shards alone would be added up undecoded; take set_requires_gradient_sync(False)"
+            )
+        if group.gradient_divide_factor is not None:
+            self._stop(f"set_gradient_divide_factor must not be called, got it for {unit.name}: scale the loss")
+        if not _is_of_guard(group._all_reduce_hook) or isinstance(group.mesh_info, HSDPMeshInfo):
+            self._stop(f"{unit.name} has another all-reduce hook or mesh than the guard has set")
+
+    def _hook(self, unit: Unit, values: Tensor) -> None:
         """Take a module's shard of the gradients from FSDP."""
         if self._probed is not None:
             self._probed[unit.name] = fingerprint(values)
             return
+        buffer = GradientBuffer(values, (values.numel(),), (unit.index,), unit.name)
+        self._take_bucket(unit, buffer, unit.elements, at_once=not _stays_in_place(unit, values))
+
+    def _take_bucket(
+        self,
+        unit: Unit,
+        buffer: GradientBuffer,
+        elements: int,
+        *,
+        at_once: bool,
+        reduce: Callable[[float], None] | None = None,
+    ) -> None:
+        """Give a module's gradients, which must have so many elements, to the guard."""
+        values = buffer.values
         try:
             if not self._in_pass:
                 self._begin_pass()
-            self._check_unit(unit, values)
+            self._check_unit(unit, values, elements)
             self._check_collectives("the backward pass")
             if values.is_cuda:
                 self._stream = torch.cuda.current_stream(values.device)
-            buffer = GradientBuffer(values, (values.numel(),), (unit.index,), unit.name)
             index = len(self._seen)
             self._seen.append(unit.index)
             self._taken += 1
             with self._collectives.own():
-                self._take(Bucket(buffer, index, False, _nothing, at_once=not _stays_in_place(unit, values)))
+                self._take(Bucket(buffer, index, False, _nothing, at_once, reduce))
         except BaseException:
             self._end_with_error()
             raise
@@ -404,14 +449,14 @@ class FSDPAdapter(Adapter):
         # FSDP has queued its own callback before it reduces anything, or is in it.
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
-    def _check_unit(self, unit: _Unit, values: Tensor) -> None:
+    def _check_unit(self, unit: Unit, values: Tensor, elements: int) -> None:
         if unit.index in self._seen:
             raise RuntimeError(f"{unit.name} must reduce its gradients once in a backward pass, got another time")
-        if values.numel() != unit.elements:
+        if values.numel() != elements:
             raise self._unused([unit])
 
     @staticmethod
-    def _unused(units: Iterable[_Unit]) -> RuntimeError:
+    def _unused(units: Iterable[Unit]) -> RuntimeError:
         return RuntimeError(
             f"all parameters that require a gradient must get one in every backward pass, got none for some of "
             f"{', '.join(unit.name for unit in units)}: call set_reduce_scatter_unused_params(True) on the model, or "
@@ -432,10 +477,8 @@ class FSDPAdapter(Adapter):
             if left:
                 raise self._unused(left)
             # FSDP does not say which module is the last one. So the last bucket comes now, and is empty.
-            empty = torch.empty(0, dtype=torch.float32, device=self.device)
-            buffer = GradientBuffer(empty, (0,), ("end",), "end of the pass")
             with self._on_stream(), self._collectives.own():
-                self._take(Bucket(buffer, len(self._seen), True, _nothing))
+                self._take(self._last_bucket())
         except BaseException:
             self._end_with_error()
             raise
@@ -444,6 +487,10 @@ class FSDPAdapter(Adapter):
         finish, self._after_backward = self._after_backward, None
         if finish is not None:
             finish()
+
+    def _last_bucket(self) -> Bucket:
+        empty = torch.empty(0, dtype=torch.float32, device=self.device)
+        return Bucket(GradientBuffer(empty, (0,), ("end",), "end of the pass"), len(self._seen), True, _nothing)
 
     @contextlib.contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -475,6 +522,11 @@ class FSDPAdapter(Adapter):
         self._undecoded = False
         self._abort()
 
+    def _is_interrupted(self) -> bool:
+        """Return whether the last backward pass has not come to its end, perhaps not to its first bucket."""
+        state: Any = self.model._get_fsdp_state()
+        return self._in_pass or self._aborted or bool(state._state_ctx.post_backward_final_callback_queued)
+
     def _resume_after_abort(self) -> None:
         """Go on after a backward pass that an error has ended, if it has ended in the same place on all ranks.
 
@@ -484,7 +536,7 @@ class FSDPAdapter(Adapter):
         Raises:
             RuntimeError: the pass has ended elsewhere on another rank, or torch cannot begin another pass.
         """
-        if self._in_pass:  # the error came from outside of the hook
+        if not self._aborted:  # the error came from outside of the hook
             self._end_with_error()
         if not hasattr(self.model, "reset_iter_state"):
             raise RuntimeError(
@@ -543,27 +595,34 @@ class FSDPAdapter(Adapter):
         for i, unit in enumerate(self._all_units):
             if unstable := [rank for rank, row in enumerate(rows) if not torch.equal(row[0, i], row[1, i])]:
                 return SelfTest(False, unit.name, tuple(unstable), SAME_RANK)
-            if odd := self._odd(rows[:, 0, i]):
+            if odd := _odd(rows[:, 0, i], zip(*self.members, strict=True)):
                 return SelfTest(False, unit.name, odd, ACROSS_RANKS)
         return SelfTest(True)
 
-    def _odd(self, rows: Tensor) -> tuple[int, ...]:
-        """Return the ranks whose row differs from those of most ranks with the same shard."""
-        odd = []
-        for column in zip(*self.members, strict=True):
-            odd += [column[i] for i in odd_ones_out(rows[list(column)])]
-        return tuple(sorted(odd))
+
+def _odd(rows: Tensor, alike: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """Return the ranks whose row differs from those of most ranks that should have the same."""
+    return tuple(sorted(ranks[i] for ranks in alike for i in odd_ones_out(rows[list(ranks)])))
 
 
 def _nothing() -> None:
     """Do nothing: the decoded gradient is where FSDP looks for it."""
 
 
+def is_guarded(group: FSDPParamGroup) -> bool:
+    """Return whether a guard takes the gradients of a module."""
+    return _is_of_guard(group._all_reduce_hook) or isinstance(group._reduce_scatter_comm, GuardedReduceScatter)
+
+
+class GuardedReduceScatter:
+    """A reduce-scatter of FSDP in whose place a guard was put; see `draco_ext.training.fsdp_audit`."""
+
+
 def _is_of_guard(hook: Any) -> bool:
     return isinstance(hook, functools.partial) and isinstance(getattr(hook.func, "__self__", None), FSDPAdapter)
 
 
-def _stays_in_place(unit: _Unit, values: Tensor) -> bool:
+def _stays_in_place(unit: Unit, values: Tensor) -> bool:
     """Return whether gradients will be views of these values, so that they can be decoded until the pass ends.
 
     Otherwise FSDP scales, casts, moves or adds them up as soon as the hook returns.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from draco_ext.protocol.exchange import run_alone
 from draco_ext.protocol.transports.base import Transport
 from draco_ext.protocol.transports.server import ServerTransport
 from draco_ext.training.record import SECTIONS, majority
-from draco_ext.training.state import ReplicatedState, StateVerdict
+from draco_ext.training.state import Pools, ReplicatedState, StateVerdict
 
 _DONE, _DIGEST, _SEND = range(3)
 
@@ -26,12 +26,12 @@ class Repair(abc.ABC):
     """A way to give the majority's values to ranks in the minority."""
 
     @abc.abstractmethod
-    def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
+    def run(self, verdict: StateVerdict, pools: Pools) -> dict[int, bool]:
         """Repair the workers whose state is wrong, one after another. All ranks must call it.
 
         Args:
             verdict: the workers whose state is wrong, and those whose state is right.
-            groups: see `judge`.
+            pools: see `judge`.
 
         Returns:
             Whether each of them could be repaired, by worker.
@@ -52,20 +52,20 @@ class PeerRepair(Repair):
         self._helpers = helpers
         self._most_commands = len(SECTIONS) * (1 + 2 * self._helpers) + 1
 
-    def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
+    def run(self, verdict: StateVerdict, pools: Pools) -> dict[int, bool]:
         """See `Repair.run`; each repaired worker itself reports whether it could be repaired."""
         return {
-            j: self._lead(sections, verdict, groups) if j == self._communicator.worker else self._serve(j)
+            j: self._lead(sections, verdict, pools) if j == self._communicator.worker else self._serve(j)
             for j, sections in verdict.wrong.items()
         }
 
-    def _lead(self, sections: Sequence[str], verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> bool:
+    def _lead(self, sections: Sequence[str], verdict: StateVerdict, pools: Pools) -> bool:
         own = self._communicator.worker
         others = [j for j in range(self._communicator.workers) if j != own]
         repaired = all(
             self._recover(
                 section,
-                [j for j in groups[own] if j != own] if section == "buffers" else others,
+                [j for j in pools[section][own] if j != own],
                 verdict.right[section, own],
             )
             for section in sections
@@ -133,7 +133,7 @@ class ServerRepair(Repair):
         self._server = transport.server
         self._helpers = helpers
 
-    def run(self, verdict: StateVerdict, groups: Mapping[int, tuple[int, ...]]) -> dict[int, bool]:
+    def run(self, verdict: StateVerdict, pools: Pools) -> dict[int, bool]:
         """See `Repair.run`."""
         return {
             j: all(self._recover(section, j, verdict.right[section, j]) for section in sections)

@@ -227,7 +227,7 @@ class StateVerdict:
 
     Attributes:
         wrong: the wrong sections of each worker that has any.
-        right: by section and worker, the workers of the majority; for buffers, within the worker's own group.
+        right: by section and worker, the workers of the majority in its pool.
         undecided: the sections without a majority.
     """
 
@@ -240,25 +240,29 @@ class StateVerdict:
         return {j for j, sections in self.wrong.items() if section in sections}
 
 
-def judge(claims: Mapping[int, Sequence[Digest]], groups: Mapping[int, tuple[int, ...]]) -> StateVerdict:
+# By section and worker, the workers that have the same state, itself included.
+Pools = Mapping[str, Mapping[int, tuple[int, ...]]]
+
+
+def judge(claims: Mapping[int, Sequence[Digest]], pools: Pools) -> StateVerdict:
     """Compare digests of `SECTIONS`.
 
     Args:
         claims: the digests of each worker that is not missing.
-        groups: by worker, the workers that compute the same parts. Only they have the same buffers. If a group has no
-            majority, for instance because a module keeps data of its own rank in a buffer, no buffer is wrong.
+        pools: with whom each worker is compared. If a pool has no majority of buffers, for instance because a module
+            keeps data of its own rank in a buffer, no buffer is wrong.
     """
     wrong: dict[int, list[str]] = {}
     right: dict[tuple[str, int], tuple[int, ...]] = {}
     undecided = []
     for i, section in enumerate(SECTIONS):
-        of_all = {j: digests[i] for j, digests in claims.items()}
-        if section != "buffers" and claims and majority(of_all) is None:
-            undecided.append(section)
         for j in claims:
-            pool = {k: of_all[k] for k in groups[j] if k in of_all} if section == "buffers" else of_all
+            pool = {k: claims[k][i] for k in pools[section][j] if k in claims}
             usual = majority(pool)
-            if usual is not None and of_all[j] != usual:
+            if usual is None:
+                if section != "buffers" and section not in undecided:
+                    undecided.append(section)
+            elif claims[j][i] != usual:
                 wrong.setdefault(j, []).append(section)
                 right[section, j] = tuple(k for k, digest in pool.items() if digest == usual)
     return StateVerdict({j: tuple(wrong[j]) for j in sorted(wrong)}, right, tuple(undecided))

@@ -59,8 +59,11 @@ class StateCheck:
         self._unknown = True  # not compared yet, or without a majority in the last comparison
         self._comparisons = 0
         self._wrong: list[int] = []  # the workers that were wrong in the last comparison
-        # By worker, the workers that compute the same parts, and so have the same buffers.
-        self._alike = {j: group for group in transport.code.replica_groups for j in group}
+        code = transport.code
+        same_parameters = [tuple(range(code.workers))] if adapter.alike is None else adapter.alike
+        # Only workers that compute the same parts have the same buffers.
+        same = {"parameters": same_parameters, "optimizer": same_parameters, "buffers": code.replica_groups}
+        self._pools = {section: {j: pool for pool in pools for j in pool} for section, pools in same.items()}
 
     def forget(self) -> None:
         """Compare in the next step whatever its number, since a state was loaded."""
@@ -77,13 +80,13 @@ class StateCheck:
 
     def judge(self, claims: dict[int, tuple[tuple[int, int], ...]]) -> StateVerdict:
         """Return whose state is wrong, according to the digests that ranks have sent."""
-        return judge(claims, self._alike)
+        return judge(claims, self._pools)
 
     def repair(self, verdict: StateVerdict, step: int) -> str | None:
         """Repair the ranks in the minority; return an error message if there is no majority, else None."""
         self._unknown = bool(verdict.undecided)
         try:
-            repaired = self._repair.run(verdict, self._alike)
+            repaired = self._repair.run(verdict, self._pools)
         except RuntimeError as error:
             raise RuntimeError(f"no comparison of parameters in step {step}: {error}") from error
         wrong = {worker: (sections, repaired[worker]) for worker, sections in verdict.wrong.items()}

@@ -572,7 +572,7 @@ def test_what_cannot_be_protected_is_refused():
     expected = [
         "ValueError: the model must be sharded over a mesh of replicas and shards, got a mesh of shards alone",
         "ValueError: code must be for the 3 replicas of the model's mesh, got RepetitionCode(workers=6",
-        "TypeError: code must be a RepetitionCode or a CyclicCode for a model made by fully_shard, got an Audit",
+        "ValueError: code must be for the 6 ranks of the model's mesh, got Audit(workers=3",
         "ValueError: the model must be sharded by fully_shard, got replicate(), which calls no hook",
         "TypeError: gradients must have a dtype that CyclicCode(workers=3, adversaries=1) takes, got torch.float16",
         "ValueError: head.weight must not be among ignored_params",

@@ -523,17 +523,31 @@ def test_records_are_read_as_they_were_written():
 def test_buffers_are_compared_within_a_group():
     a, b, c = (1, 1), (2, 2), (3, 3)
     groups = {j: (0, 1, 2) if j < 3 else (3, 4, 5) for j in range(6)}
+    pools = {**dict.fromkeys(("parameters", "optimizer"), dict.fromkeys(range(6), tuple(range(6)))), "buffers": groups}
     claims = {j: (a, b if j < 3 else c, a) for j in range(6)}
-    assert judge(claims, groups).wrong == {}
+    assert judge(claims, pools).wrong == {}
     claims[4] = (b, a, a)
-    verdict = judge(claims, groups)
+    verdict = judge(claims, pools)
     assert verdict.wrong == {4: ("parameters", "buffers")}
     assert verdict.right == {("parameters", 4): (0, 1, 2, 3, 5), ("buffers", 4): (3, 5)}
     assert verdict.undecided == ()
     for j in range(3):
         claims[j] = (c, (j, j), a)
-    assert judge(claims, groups).undecided == ("parameters",)
-    assert judge({}, groups).undecided == ()
+    assert judge(claims, pools).undecided == ("parameters",)
+    assert judge({}, pools).undecided == ()
+
+
+def test_shards_are_compared_among_the_workers_that_have_the_same():
+    a, b, c = (1, 1), (2, 2), (3, 3)
+    columns = {j: tuple(range(j % 2, 6, 2)) for j in range(6)}
+    pools = dict.fromkeys(("parameters", "optimizer", "buffers"), columns)
+    claims = {j: (b if j % 2 else a, c, c) for j in range(6)}
+    assert judge(claims, pools).wrong == {}
+    claims[2] = (b, c, c)
+    verdict = judge(claims, pools)
+    assert (verdict.wrong, verdict.right, verdict.undecided) == ({2: ("parameters",)}, {("parameters", 2): (0, 4)}, ())
+    claims[4] = (c, c, c)
+    assert judge(claims, pools).undecided == ("parameters",)
 
 
 class Stub(nn.Module):

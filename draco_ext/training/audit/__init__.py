@@ -1,1 +1,1 @@
-"""Audit on DistributedDataParallel: ranks recompute each other's parts and put right what is wrong within the step."""
+"""Audit on data-parallel models: ranks recompute each other's parts and put right what is wrong within the step."""

@@ -1,7 +1,8 @@
 """Gradients between parameters' ``.grad`` and the vectors of buckets: measures, hand-overs.
 
-What buckets look like, the adapter of the training framework knows: it gives out its buckets, and flattens gradients as
-it would put them into one.
+What buckets look like, the adapter of the training framework knows. It gives out the buckets of all passes, or of own
+passes alone, and then flattens the gradients of others as it would put them into one. What a bucket consists of are
+called pieces: parameters, or, where a module's gradients are reduced at once, tensors that stand for them.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from draco_ext import ops
 from draco_ext.protocol.communicator import Communicator
-from draco_ext.training.adapter import Bucket
+from draco_ext.training.adapter import AuditAdapter, Bucket
 from draco_ext.training.audit import shipping
 from draco_ext.training.audit.measures import Measure
 from draco_ext.training.state import chunks
 
 CHUNK = 2**24  # bytes; a hand-over sends so many at once, or one parameter
 
-# Returns the gradients of some parameters as a bucket would have them; see `DDPAdapter.flatten_gradients`.
+# Returns the gradients of some pieces as a bucket would have them; see `AuditAdapter.flatten_gradients`.
 Flatten = Callable[[Sequence[Tensor]], Tensor]
 
 
@@ -30,7 +31,7 @@ class PartResult:
     """The result of a pass over a part.
 
     Attributes:
-        gradients: by parameter, as vectors.
+        gradients: by piece, as vectors.
         used: see `StepRecord.reached`.
         buffers: the model's buffers after the pass, by name.
     """
@@ -41,29 +42,31 @@ class PartResult:
 
 
 def hand_over(
-    parameters: Sequence[Tensor],
+    pieces: Sequence[Tensor],
     flatten: Flatten,
     used: bytes,
     buffers: Mapping[str, Tensor],
     communicator: Communicator,
     worker: int,
+    device: torch.device,
 ) -> None:
-    """Send the result of a pass to one worker: the gradients in ``.grad``, and what else `PartResult` has."""
-    for chunk in chunks(parameters, CHUNK, lambda p: p.dtype):
-        communicator.send(flatten(chunk), worker)
+    """Send the result of a pass to one worker: the gradients, and what else `PartResult` has."""
+    for chunk in chunks(pieces, CHUNK, lambda p: p.dtype):
+        communicator.send(flatten(chunk).to(device), worker)
     rest = shipping.pack([torch.tensor(list(used), dtype=torch.uint8), dict(buffers)])
-    shipping.send(rest, communicator, worker, parameters[0].device)
+    shipping.send(rest, communicator, worker, device)
 
 
-def take_over(parameters: Sequence[Tensor], communicator: Communicator, worker: int) -> PartResult:
-    """Receive the result of a pass from one worker."""
+def take_over(
+    pieces: Sequence[Tensor], communicator: Communicator, worker: int, device: torch.device, storage: torch.device
+) -> PartResult:
+    """Receive the result of a pass from one worker, and keep its gradients on the device `storage`."""
     received: dict[Tensor, Tensor] = {}
-    for chunk in chunks(parameters, CHUNK, lambda p: p.dtype):
+    for chunk in chunks(pieces, CHUNK, lambda p: p.dtype):
         lengths = [p.numel() for p in chunk]
-        values = torch.empty(sum(lengths), dtype=chunk[0].dtype, device=chunk[0].device)
+        values = torch.empty(sum(lengths), dtype=chunk[0].dtype, device=device)
         communicator.receive(values, worker)
-        received.update(zip(chunk, values.split(lengths), strict=True))
-    device = parameters[0].device
+        received.update(zip(chunk, values.to(storage).split(lengths), strict=True))
     used, buffers = shipping.unpack(shipping.receive(communicator, worker, device), None, device)
     return PartResult(received, bytes(used.tolist()), buffers)
 
@@ -71,27 +74,27 @@ def take_over(parameters: Sequence[Tensor], communicator: Communicator, worker: 
 class GradientMeasure:
     """The measures of the gradients that this rank computes in the passes of a step.
 
-    In a rank's own pass they are taken from buckets, and in other passes from ``.grad``. DDP makes other buckets after
-    the first pass, so a step measures either bucket by bucket or parameter by parameter. Where bits are compared, a
-    measure also covers what else a pass has left, the `rest`: which parameters are used, and the buffers.
+    In a rank's own pass they are taken from buckets, and in other passes from the gradients that these leave, or from
+    buckets, too. DDP makes other buckets after the first pass, so a step measures either bucket by bucket or piece by
+    piece. Where bits are compared, a measure also covers what else a pass has left, the `rest`: which parameters are
+    used, and the buffers.
 
     Args:
-        parameters: the parameters in the same order on all ranks.
-        device: the device of the results.
+        adapter: gives the pieces in the same order on all ranks, and the gradients that passes leave.
         measure: measures a piece.
-        flatten: makes a vector of gradients.
 
     Attributes:
-        is_complete: whether all buckets of the own pass were seen.
+        is_complete: whether all buckets of the own pass, or of another one that ends in buckets, were seen.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], device: torch.device, measure: Measure, flatten: Flatten) -> None:
-        self._parameters = parameters
-        self._device = device
+    def __init__(self, adapter: AuditAdapter, measure: Measure) -> None:
+        self._pieces = adapter.pieces()
+        self._device = adapter.device
         self._measure = measure
-        self._flatten = flatten
-        self._numbers = {parameter: i for i, parameter in enumerate(parameters)}
-        self._layout: dict[int, Sequence[Tensor]] = {}  # the parameters of each bucket
+        self._buckets_in_all_passes = adapter.buckets_in_all_passes
+        self._flatten_gradients = adapter.flatten_gradients
+        self._numbers = {piece: i for i, piece in enumerate(self._pieces)}
+        self._layout: dict[int, Sequence[Tensor]] = {}  # the pieces of each bucket
         self.begin_step(0, 0, by_parameter=True)
 
     def begin_step(self, seed: int, step: int, *, by_parameter: bool) -> None:
@@ -101,9 +104,33 @@ class GradientMeasure:
         self._by_parameter = by_parameter
         self.begin_own_pass(measured=False)
 
-    def begin_own_pass(self, *, measured: bool) -> None:
-        """Forget the own pass before; `measured`: whether others' opinions are compared with this one."""
+    def begin_other_pass(self, *, keep: bool) -> None:
+        """Forget the pass before; `keep`: whether buckets are copied to the CPU, to be handed over after the pass."""
         self.is_complete = False
+        self._keeps = keep
+        self._other: dict[int, Tensor] = {}
+        self._kept: dict[Tensor, Tensor] = {}
+
+    def add_other(self, bucket: Bucket) -> None:
+        """Add a bucket of a pass that is not the own one."""
+        buffer = bucket.buffer
+        self.is_complete |= bucket.is_last
+        if not buffer.keys:
+            return
+        self._other[bucket.index] = self._of(buffer.values)
+        if self._keeps:
+            copies = buffer.values.to("cpu", copy=True).split(list(buffer.lengths))
+            self._kept.update(zip(buffer.keys, copies, strict=True))  # type: ignore[arg-type]
+
+    def flatten(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Return the gradients of some pieces in the last pass."""
+        if self._buckets_in_all_passes:
+            return torch.cat([self._kept[piece] for piece in pieces])
+        return self._flatten_gradients(pieces)
+
+    def begin_own_pass(self, *, measured: bool) -> None:
+        """Forget the pass before; `measured`: whether others' opinions are compared with this one."""
+        self.begin_other_pass(keep=False)
         self._measured = measured or self._measure.is_digest
         self._computed: dict[int, Tensor] = {}
         self._contributed: dict[int, Tensor] = {}
@@ -123,6 +150,8 @@ class GradientMeasure:
         """
         buffer = bucket.buffer
         self.is_complete |= bucket.is_last
+        if not buffer.keys:
+            return False
         if bucket.index == 0:
             self._layout = {}
         self._layout[bucket.index] = buffer.keys  # type: ignore[assignment]
@@ -146,9 +175,9 @@ class GradientMeasure:
 
         Only for a step that measures parameter by parameter.
         """
-        self.is_complete = any(parameter.grad is not None for parameter in self._parameters)
-        for number, parameter in enumerate(self._parameters):
-            self._computed[number] = self._of(self._flatten([parameter]))
+        self.is_complete = any(parameter.grad is not None for parameter in self._pieces)
+        for number, parameter in enumerate(self._pieces):
+            self._computed[number] = self._of(self.flatten([parameter]))
             if contributed:
                 self._contributed[number] = self._of(contributed[parameter].contiguous())
 
@@ -183,16 +212,18 @@ class GradientMeasure:
         """Return the lengths of the buckets if their statistics are taken."""
         return [_length(self._layout[i]) for i in sorted(self._statistics)]
 
-    def of_gradients(self, rest: Tensor) -> Tensor:
-        """Return the measure of the gradients in ``.grad``, the same as an own pass has; `rest`: its digest."""
-        pieces = dict(enumerate([p] for p in self._parameters)) if self._by_parameter else self._layout
-        return self._join({i: self._of(self._flatten(parameters)) for i, parameters in pieces.items()}, rest)
+    def of_other_pass(self, rest: Tensor) -> Tensor:
+        """Return the measure of another pass's gradients, the same as an own pass has; `rest`: its digest."""
+        if self._buckets_in_all_passes:
+            return self._join(self._other, rest)
+        divided = dict(enumerate([p] for p in self._pieces)) if self._by_parameter else self._layout
+        return self._join({i: self._of(self.flatten(pieces)) for i, pieces in divided.items()}, rest)
 
     def of_gradients_by_parameter(self, rest: Tensor) -> Tensor:
         """Return the measure of the gradients in ``.grad`` parameter by parameter, with the digest of the rest."""
         pieces = {
-            i: self._measure.of_nothing(p.numel()) if p.grad is None else self._of(self._flatten([p]))
-            for i, p in enumerate(self._parameters)
+            i: self._measure.of_nothing(p.numel()) if p.grad is None else self._of(self.flatten([p]))
+            for i, p in enumerate(self._pieces)
         }
         return self._join(pieces, rest)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext import _checks
 from draco_ext.codes import Audit, DecodingError, RepetitionCode
@@ -17,7 +16,8 @@ from draco_ext.protocol.exchange import run_alone
 from draco_ext.protocol.groups import gather_json
 from draco_ext.protocol.messages import ExchangeOutcome, Message
 from draco_ext.reporting.report import Report
-from draco_ext.training.adapter import Bucket
+from draco_ext.training.adapter import AuditAdapter, Bucket
+from draco_ext.training.adapters import make_audit_adapter
 from draco_ext.training.audit import opinions, shipping
 from draco_ext.training.audit.measures import Bits, Projections
 from draco_ext.training.audit.opinions import Row
@@ -26,7 +26,6 @@ from draco_ext.training.audit.pending import PendingGradients
 from draco_ext.training.audit.triggers import Triggers
 from draco_ext.training.audit.verdict import StepVerdict, Verdicts
 from draco_ext.training.base import GuardBase
-from draco_ext.training.ddp import DDPAdapter
 from draco_ext.training.record import Claims
 
 ON_CONVICTION = ("substitute", "drop", "raise")
@@ -69,11 +68,11 @@ class AuditGuard(GuardBase):
         failed: whether the last step failed; see `Guard`.
     """
 
-    _adapter: DDPAdapter
+    _adapter: AuditAdapter
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        model: torch.nn.Module,
         audit: Audit,
         *,
         adversary: AuditAdversary | None,
@@ -118,6 +117,10 @@ class AuditGuard(GuardBase):
         )
         self._pending = PendingGradients(self._adapter.reduced())
         self._conviction: str | None = None  # why the step ends with an error although its gradient is right
+
+    def _make_adapter(self, model: torch.nn.Module) -> AuditAdapter:
+        """See `GuardBase`."""
+        return make_audit_adapter(model)
 
     @property
     def step(self) -> int:
@@ -197,10 +200,11 @@ class AuditGuard(GuardBase):
         """Make passes until the gradient is right; return the ranks' records, and why the step failed or None."""
         step, verdicts, passes = self._number, self._verdicts, self._passes
         substituting = bool(verdicts.substituted)
-        audited = substituting or self.audit.is_audited(self._seed, step, mini_batches)
+        in_buckets = self._adapter.buckets_in_all_passes  # where gradients are not in .grad before all are added up
+        audited = substituting or self.audit.is_audited(self._seed, step, 1 if in_buckets else mini_batches)
         with_state = self._state_check.is_due(step)
         earlier: Sequence[Row] = ()  # what ranks said before a doubt
-        whole = substituting or mini_batches == 1 or self.audit.covers_all(step)
+        whole = substituting or mini_batches == 1 or self.audit.covers_all(step) or in_buckets
         shifts: tuple[int, ...] = ()
         for _ in range(ATTEMPTS):
             if audited:
@@ -208,7 +212,7 @@ class AuditGuard(GuardBase):
             yield from passes.audit_passes(shifts, verdicts.helpers(shifts), whole=whole)
             # DDP makes other buckets after its first synchronised pass, in which sums over ranks round differently. So
             # what an audit finds before is put right before, too.
-            rehearse = bool(shifts) and passes.own_passes == 0
+            rehearse = bool(shifts) and passes.own_passes == 0 and not in_buckets
             yield from passes.own_pass(measured=bool(shifts), rehearse=rehearse)
             rows, claims = self._gather(len(shifts), with_state)
             disputed = verdicts.disputed(rows, shifts)
@@ -355,18 +359,24 @@ class AuditGuard(GuardBase):
         """Measure a bucket of the own pass, and add up those of all ranks."""
         self._check_in_step()
         if self._passes.kind != OWN:
-            raise RuntimeError(
-                "model.require_backward_grad_sync must be left to the guard, got a change in an audit: remove it and "
-                "no_sync() from the loop, and accumulate with guard.steps(loader, accumulate=...)"
-            )
+            if not self._adapter.buckets_in_all_passes:
+                raise RuntimeError(
+                    "model.require_backward_grad_sync must be left to the guard, got a change in an audit: remove it "
+                    "and no_sync() from the loop, and accumulate with guard.steps(loader, accumulate=...)"
+                )
+            self._passes.see(bucket)
+            return
         buffer, dropped = bucket.buffer, self._verdicts.dropped
         with self._seconds.decoding():
-            factor = None if self.worker in dropped else 1 / self.audit.workers
+            factor = None if self.worker in dropped or bucket.reduce is not None else 1 / self.audit.workers
             is_scaled = self._passes.take(bucket, factor=factor)
             if self.worker in dropped:
                 buffer.values.fill_(-0.0)  # x + -0.0 == x, to the last bit
 
         left = self.audit.workers - len(dropped)
+        if bucket.reduce is not None:
+            bucket.reduce(self.audit.workers / left)
+            return
 
         def complete(outcome: ExchangeOutcome) -> None:
             if dropped:
@@ -388,8 +398,7 @@ class AuditGuard(GuardBase):
             kind = self._passes.kind
             return gradient if kind is None else adversary(self._number, gradient.clone(), kind)
 
-        for parameter in self._adapter.reduced():
-            parameter.register_hook(change)
+        self._adapter.change_gradients(change)
 
     # ------------------------------------------------------------------------------------------------ between steps
 

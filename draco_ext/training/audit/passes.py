@@ -12,11 +12,11 @@ from draco_ext import ops
 from draco_ext.protocol.communicator import Communicator
 from draco_ext.protocol.exchange import run_alone
 from draco_ext.protocol.transports.base import Transport
-from draco_ext.training.adapter import Bucket
+from draco_ext.training.adapter import AuditAdapter, Bucket
 from draco_ext.training.audit import gradients, shipping
 from draco_ext.training.audit.gradients import GradientMeasure, PartResult
 from draco_ext.training.audit.measures import Measure, Measured
-from draco_ext.training.ddp import DDPAdapter, UnusedParameters
+from draco_ext.training.ddp import UnusedParameters
 from draco_ext.training.record import StepRecord
 from draco_ext.training.state import ReplicatedState
 
@@ -53,7 +53,7 @@ class PassRunner:
     def __init__(
         self,
         *,
-        adapter: DDPAdapter,
+        adapter: AuditAdapter,
         communicator: Communicator,
         transport: Transport,
         record: StepRecord,
@@ -73,8 +73,8 @@ class PassRunner:
         self._batch_of = batch_of
         self._count = count
         self._worker = communicator.worker
-        self._parameters = adapter.reduced()
-        self.gradients = GradientMeasure(self._parameters, adapter.device, measure, adapter.flatten_gradients)
+        self._pieces = adapter.pieces()
+        self.gradients = GradientMeasure(adapter, measure)
         self.own_passes = 0
         self._used = b""  # see `StepRecord.reached`: in the last pass
         self.forget()
@@ -102,7 +102,7 @@ class PassRunner:
         self._broadcasts_buffers = self._adapter.broadcasts_buffers
         self._is_first_pass = self._is_first_own_pass = True
         known = self.own_passes > 0 and self._adapter.buckets_are_final
-        self.gradients.begin_step(seed, step, by_parameter=not known)
+        self.gradients.begin_step(seed, step, by_parameter=not known and not self._adapter.buckets_in_all_passes)
 
     def undo(self) -> None:
         """Drop the gradients and restore the buffers, as if the step had not been."""
@@ -129,7 +129,8 @@ class PassRunner:
         for shift, helped in zip(shifts, helpers, strict=True):
             with self._adapter.own_collectives():
                 data = shipping.shift(packed, shift, self._communicator, self._adapter.device)
-            self.audits.append((yield from self._pass_of((own + shift) % n, data, AUDIT, whole=whole)))
+            keep = own in helped.values()
+            self.audits.append((yield from self._pass_of((own + shift) % n, data, AUDIT, whole=whole, keep=keep)))
             for worker, helper in sorted(helped.items()):
                 self.hand_over(helper, worker)
 
@@ -139,7 +140,7 @@ class PassRunner:
         data = shipping.pack(self._inputs(whole=True)) if part == self._worker else None
         with self._adapter.own_collectives():
             data = shipping.broadcast(data, part, self._communicator, device)
-        measure = yield from self._pass_of(part, data, OPINION, whole=True)
+        measure = yield from self._pass_of(part, data, OPINION, whole=True, keep=True)
         with self._adapter.own_collectives():
             rows, _ = run_alone(self._transport.gather_record(measure))
         opinions: dict[int, Measured] = {j: self._measure.read(row) for j, row in enumerate(rows)}
@@ -195,7 +196,7 @@ class PassRunner:
             if bucket.is_last:
                 self._end_record()
         is_scaled = self.gradients.add(bucket, factor=None if self._received is not None else factor)
-        if self._received is not None:
+        if self._received is not None and bucket.buffer.keys:
             pieces = bucket.buffer.values.split(list(bucket.buffer.lengths))
             for piece, parameter in zip(pieces, bucket.buffer.keys, strict=True):
                 piece.copy_(self._received.gradients[parameter])  # type: ignore[index]
@@ -206,29 +207,43 @@ class PassRunner:
         """Return the error for a step that was left before its end."""
         return RuntimeError(
             f"step {self._step} is not complete: each mini-batch that it yields needs one forward and one backward "
-            "pass, until it yields no more, without no_sync() or another change of model.require_backward_grad_sync"
+            f"pass, until it yields no more, without {self._adapter.ways_to_accumulate}"
         )
 
-    def _pass_of(self, part: int, data: Tensor, kind: str, *, whole: bool) -> Passes:
-        """Pass a part of another rank forward and backward without communication; return the gradient's measure."""
+    def see(self, bucket: Bucket) -> None:
+        """Measure a bucket of a pass that is not the own one."""
+        self.gradients.add_other(bucket)
+
+    def _pass_of(self, part: int, data: Tensor, kind: str, *, whole: bool, keep: bool) -> Passes:
+        """Pass a part of another rank forward and backward without communication; return the gradient's measure.
+
+        Args:
+            part: the part.
+            data: its inputs.
+            kind: what the pass is for.
+            whole: whether to compute all mini-batches, or the first one only.
+            keep: whether the gradient may be handed over.
+        """
         like = self._inputs(whole=whole)
         mini_batches, generators, buffers = shipping.unpack(data, like, self._adapter.device)
         if self._batch_of is not None:
             mini_batches = self._from_batch_of(part)[: None if whole else 1]
         self._begin_pass(kind, generators, buffers)
-        self._adapter.synchronise(False)
-        for mini_batch in mini_batches:
+        self.gradients.begin_other_pass(keep=keep)
+        last = len(mini_batches) - 1
+        for i, mini_batch in enumerate(mini_batches):
+            self._adapter.synchronise(i == last and self._adapter.buckets_in_all_passes)
             yield mini_batch, kind
-        self._check_passed(any(parameter.grad is not None for parameter in self._parameters))
+        self._check_passed(self.gradients.is_complete or any(p.grad is not None for p in self._pieces))
         self._count(len(mini_batches) / len(self._mini_batches))
         self._used = self._record.reached()
         rest = self._digest_of_rest(self._used)
-        return self.gradients.of_gradients(rest) if whole else self.gradients.of_gradients_by_parameter(rest)
+        return self.gradients.of_other_pass(rest) if whole else self.gradients.of_gradients_by_parameter(rest)
 
     def _begin_pass(self, kind: str, generators: Any, buffers: Any) -> None:
         """Begin a pass from the state in which the step began."""
         self.kind = kind
-        self._adapter.begin_pass(broadcast_buffers=self._broadcasts_buffers)
+        self._adapter.begin_pass(broadcast_buffers=self._broadcasts_buffers, reduces=kind == OWN)
         self._record.begin()
         if not (self._is_first_pass and kind == OWN):  # else this is the state
             self._adapter.set_buffers(self._buffers)
@@ -256,12 +271,14 @@ class PassRunner:
     def hand_over(self, helper: int, worker: int) -> None:
         """Send the result of one worker's last pass to another, which contributes it in its next own pass."""
         with self._adapter.own_collectives():
+            device, communicator = self._adapter.device, self._communicator
             if self._worker == helper:
-                buffers = self._adapter.buffers()
-                flatten = self._adapter.flatten_gradients
-                gradients.hand_over(self._parameters, flatten, self._used, buffers, self._communicator, worker)
+                buffers, flatten = self._adapter.buffers(), self.gradients.flatten
+                gradients.hand_over(self._pieces, flatten, self._used, buffers, communicator, worker, device)
             elif self._worker == worker:
-                self._received = gradients.take_over(self._parameters, self._communicator, helper)
+                # A gradient that is reduced module by module may be too large for this device.
+                storage = torch.device("cpu") if self._adapter.buckets_in_all_passes else device
+                self._received = gradients.take_over(self._pieces, communicator, helper, device, storage)
 
     def send_buffers(self, helper: int, workers: Sequence[int]) -> None:
         """Send one worker's buffers to others, if the model has any."""
