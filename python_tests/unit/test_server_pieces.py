@@ -325,6 +325,27 @@ def test_random_liars(seed):
             assert outcome.suspects.keys() <= bad
 
 
+def test_every_key_is_drawn_after_what_it_verifies_has_arrived(monkeypatch):
+    events, keys, draw, wait = [], [], server.secrets.randbits, StagedServer._await
+
+    def spy_draw(bits):
+        events.append("key")
+        keys.append(draw(bits))
+        return keys[-1]
+
+    def spy_wait(self, current):
+        late = wait(self, current)
+        events.append("arrived")
+        return late
+
+    monkeypatch.setattr(server.secrets, "randbits", spy_draw)
+    monkeypatch.setattr(StagedServer, "_await", spy_wait)
+    check(RepetitionCode(6, 1), {5}, tells={5: wrong_piece})
+    # Pieces, digests, the repair, and digests again.
+    assert events == ["arrived", "key", "arrived", "arrived", "key", "arrived"]
+    assert len(set(keys)) == 2
+
+
 @pytest.mark.parametrize("code", CODES, ids=repr)
 def test_too_many_wrong_messages_fail_everywhere(code):
     def alter(number):
