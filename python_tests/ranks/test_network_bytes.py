@@ -64,6 +64,7 @@ def _rank(rank, report, protection):
     for step in steps:
         dist.barrier(aside)
         begin = sent_so_far()
+        dist.barrier(aside)  # nobody sends anything of the step before this one has read
         for _ in step:
             model(torch.ones(1)).backward()
         dist.barrier(aside)
