@@ -1,5 +1,6 @@
 """`protect(transport="server")` with ranks that die and hang: erasures, not the end of the job."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -14,7 +15,8 @@ from draco_ext import RepetitionCode
 from draco_ext.protocol.transports import server as server_transport
 from draco_ext.protocol.transports import verified
 
-verified.SMALL = 0  # messages of small models in pieces, too
+if multiprocessing.parent_process() is not None:  # on a rank
+    verified.SMALL = 0  # messages of small models in pieces, too
 
 CODE = RepetitionCode(6, 1)  # ranks 3, 4, 5 share a part: any one of them suffices
 STEPS, STOP, DIE = 20, 4, 6  # less than an epoch

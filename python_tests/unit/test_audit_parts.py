@@ -246,10 +246,23 @@ def test_bits_see_every_bit():
     assert len(bits.of(values, key)) == bits.length([1000]) == len(bits.of_nothing(1000))
 
 
-def flatten(parameters):
-    values = torch.empty(sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype)
-    write_gradients(values, parameters)
-    return values
+class Adapter:
+    """What measures of gradients need of an adapter, for parameters that are pieces."""
+
+    device = torch.device("cpu")
+    buckets_in_all_passes = False
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+
+    def pieces(self):
+        return self.parameters
+
+    @staticmethod
+    def flatten_gradients(parameters):
+        values = torch.empty(sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype)
+        write_gradients(values, parameters)
+        return values
 
 
 @pytest.mark.parametrize(
@@ -261,7 +274,7 @@ def test_a_bucket_is_scaled_where_its_bits_are_read_whole(measure, by_parameter,
     parameters = [torch.zeros(1000), torch.zeros(70_001)]
     rest, found = torch.zeros(2, dtype=torch.int64), []
     for factor in (None, 1 / 3):
-        gradients = GradientMeasure(parameters, torch.device("cpu"), measure, flatten)
+        gradients = GradientMeasure(Adapter(parameters), measure)
         gradients.begin_step(SEED, 5, by_parameter=by_parameter)
         gradients.begin_own_pass(measured=True)
         values = torch.randn(71_001, generator=torch.Generator().manual_seed(SEED))
@@ -485,10 +498,12 @@ def test_every_gradient_is_handed_over(monkeypatch):
     for parameter in parameters[:3]:
         parameter.grad = torch.randn_like(parameter)
 
+    cpu, flatten = torch.device("cpu"), Adapter.flatten_gradients
+
     def work(communicator):
         if communicator.worker == 0:
-            return gradients.hand_over(parameters, flatten, b"\x05", {"buffer": torch.ones(2)}, communicator, 1)
-        return gradients.take_over(parameters, communicator, 0)
+            return gradients.hand_over(parameters, flatten, b"\x05", {"buffer": torch.ones(2)}, communicator, 1, cpu)
+        return gradients.take_over(parameters, communicator, 0, cpu, cpu)
 
     _, result = run_workers(work, 2)
     assert result.used == b"\x05"
