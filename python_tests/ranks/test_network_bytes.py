@@ -1,4 +1,4 @@
-"""The model of `draco plan` against the bytes that real processes send, in a network that they have for themselves."""
+"""The bytes that real processes send, in a network of their own: beside plain DDP's, and against `draco plan`."""
 
 import fcntl
 import json
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import draco_ext
-from draco_ext import RepetitionCode
+from draco_ext import CyclicCode, RepetitionCode
 from draco_ext.cli import network_model
 from draco_ext.testing.local import run_local
 
@@ -74,24 +74,73 @@ def _rank(rank, report, protection):
         report(counted[2:])  # DDP makes new buckets after the first step, and parameters are compared in it
 
 
-def main():
-    """Count in all cases; called in a network of its own."""
-    with socket.socket() as any_socket:
-        up = struct.pack("16sH14s", b"lo", 1, b"")
-        fcntl.ioctl(any_socket, 0x8914, up)  # SIOCSIFFLAGS
+def count_cases():
+    """The bytes of steps in all cases, by name."""
     counted = {}
     for name, protection in CASES.items():
         workers = 6 if protection is None else protection[1].workers
         (counted[name],) = run_local(_rank, workers, protection)
-    print(json.dumps(counted))
+    return counted
 
 
-@pytest.mark.skipif(not can_be_private(), reason="processes cannot have a network of their own here")
+def _bytes(rank, report):
+    """Sent by all ranks in three steps, the first ones left out, after which DDP makes new buckets."""
+    torch.set_num_threads(1)
+
+    def sent():
+        dist.barrier()
+        count = sent_so_far()
+        dist.barrier()
+        return count
+
+    for code in (None, RepetitionCode(6, 0), RepetitionCode(6, 1), RepetitionCode(6, 2), CyclicCode(6, 1)):
+        model = DistributedDataParallel(nn.Linear(1000, 1000))
+        parts = [0]
+        if code is not None:
+            guard = draco_ext.protect(model, code)
+            parts = code.assignment(rank)
+        for i in range(5):
+            if i == 2:
+                before = sent()
+            for step in [parts] if code is None else guard.steps(parts):
+                for _ in step:
+                    model(torch.ones(1, 1000)).sum().backward()
+        report((repr(code), sent() - before))
+
+
+def count_codes():
+    """The bytes of three steps, by code; of plain DDP under "None"."""
+    return dict(run_local(_bytes, 6))
+
+
+def counted_by(function):
+    """Return what a function of this module returns in a network of its own."""
+    command = [*PRIVATE, sys.executable, __file__, function.__name__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+needs_private_network = pytest.mark.skipif(
+    not can_be_private(), reason="processes cannot have a network of their own here"
+)
+
+
+@needs_private_network
+def test_bytes_on_the_wire():
+    of_plain = counted_by(count_codes)
+    plain = of_plain.pop("None")
+    assert plain > 3 * 10 * 4e6  # 2 (n - 1) d floats
+    of_plain = {code: sent / plain for code, sent in of_plain.items()}
+    assert of_plain.pop(repr(RepetitionCode(6, 1))) < 0.62  # n + G - 2 instead of 2 n - 2
+    assert of_plain.pop(repr(RepetitionCode(6, 2))) < 0.02  # one group
+    assert max(of_plain.values()) < 1.02
+
+
+@needs_private_network
 def test_bytes_of_real_processes():
     """In the best of four steps at least what the model says; at most 2% more, and 400 bytes more for each message."""
-    done = subprocess.run([*PRIVATE, sys.executable, __file__], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    counted = json.loads(done.stdout.splitlines()[-1])
+    counted = counted_by(count_cases)
     assert counted.keys() == CASES.keys()
     for name, protection in CASES.items():
         lengths = [sum(LENGTHS)]
@@ -107,4 +156,7 @@ def test_bytes_of_real_processes():
 
 
 if __name__ == "__main__":
-    main()
+    with socket.socket() as any_socket:
+        up = struct.pack("16sH14s", b"lo", 1, b"")
+        fcntl.ioctl(any_socket, 0x8914, up)  # SIOCSIFFLAGS
+    print(json.dumps({function.__name__: function for function in (count_cases, count_codes)}[sys.argv[1]]()))

@@ -39,7 +39,6 @@ if multiprocessing.parent_process() is not None:  # on a rank
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 STEPS = 20
 BATCH = 84  # a multiple of every code's parts
-SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
 
 
 def digits():
@@ -252,41 +251,6 @@ def test_a_bucket_of_one_element():
     for code, transport, gradient, suspects in run_local(_one_element, 6):
         assert gradient == pytest.approx((code.parts - 1) / 2, rel=1e-6), (code, transport)
         assert suspects == ([4] if code.adversaries else [])
-
-
-def _bytes(rank, report):
-    """Sent by all ranks in three steps, the first ones left out, after which DDP makes new buckets."""
-    torch.set_num_threads(1)
-
-    def sent():
-        dist.barrier()
-        count = int(SENT.read_text())
-        dist.barrier()
-        return count
-
-    for code in (None, RepetitionCode(6, 0), RepetitionCode(6, 1), RepetitionCode(6, 2), CyclicCode(6, 1)):
-        model = DistributedDataParallel(nn.Linear(1000, 1000))
-        parts = [0]
-        if code is not None:
-            guard = draco_ext.protect(model, code)
-            parts = code.assignment(rank)
-        for i in range(5):
-            if i == 2:
-                before = sent()
-            for step in [parts] if code is None else guard.steps(parts):
-                for _ in step:
-                    model(torch.ones(1, 1000)).sum().backward()
-        report((code, sent() - before))
-
-
-@pytest.mark.skipif(not SENT.exists(), reason="needs Linux's count of bytes")
-def test_bytes_on_the_wire():
-    (_, plain), *others = run_local(_bytes, 6)
-    of_plain = {code: sent / plain for code, sent in others}
-    assert plain > 3 * 10 * 4e6  # 2 (n - 1) d floats
-    assert of_plain.pop(RepetitionCode(6, 1)) < 0.62  # n + G - 2 instead of 2 n - 2
-    assert of_plain.pop(RepetitionCode(6, 2)) < 0.04  # one group
-    assert max(of_plain.values()) < 1.02
 
 
 def _plain(rank, report):
