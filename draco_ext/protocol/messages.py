@@ -145,6 +145,25 @@ def finish_slices(message: Message, outcomes: Sequence[ExchangeOutcome], length:
     return ExchangeOutcome(suspects, failed, tuple(missing), tuple(left_out))
 
 
+class RowPool:
+    """A pool of the memory that messages of several workers arrive in: new memory costs as much as a decode."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []  # bytes
+
+    def take(self, count: int, like: Tensor) -> Tensor:
+        """Return rows (count, len(like)) of its dtype and on its device; what they hold is not defined."""
+        size = count * like.numel() * like.element_size()
+        rows = self._free.pop() if self._free else None
+        if rows is None or rows.numel() < size:
+            rows = torch.empty(size, dtype=torch.uint8, device=like.device)
+        return rows[:size].view(like.dtype).view(count, -1)
+
+    def give_back(self, rows: Tensor) -> None:
+        """Take rows back that are not used any more."""
+        self._free.append(rows.view(-1).view(torch.uint8))
+
+
 def workers_in(mask: Tensor) -> tuple[int, ...]:
     """Return the workers whose entry in a mask is not 0."""
     return tuple(mask.nonzero().flatten().tolist())

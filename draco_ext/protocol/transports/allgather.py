@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from draco_ext.codes import Code
@@ -16,6 +15,7 @@ from draco_ext.protocol.messages import (
     SLICE,
     ExchangeOutcome,
     Message,
+    RowPool,
     finish_slices,
     read_records,
     slice_length,
@@ -68,7 +68,7 @@ class AllGather(Transport):
         """See `Transport.abort`."""
         self._unsent: deque[_Slice] = deque()  # slices of all buffers, in order
         self._under_way = 0  # bytes
-        self._free_rows: list[Tensor] = []  # bytes, for everybody's slices
+        self._rows = RowPool()  # for everybody's slices
 
     def _exchange(self, message: Message, number: int) -> Exchange:
         """Gather and decode the slices in order, while the next ones arrive."""
@@ -91,18 +91,10 @@ class AllGather(Transport):
         while self._unsent and (not self._under_way or self._under_way + self._unsent[0].size <= WINDOW):
             each = self._unsent.popleft()
             self._under_way += each.size
-            each.rows = write_truncation_sentinel(self._take_rows(each.values))
+            each.rows = write_truncation_sentinel(self._rows.take(self.code.workers, each.values))
             if self._seed is not None:
                 each.share, each.commitments = self._seed.commit(each.values.device)
             each.messages = self.communicator.all_gather_p2p(each.values, each.rows)
-
-    def _take_rows(self, values: Tensor) -> Tensor:
-        """Return rows for all workers' values, reused where possible: new memory costs as much as a decode."""
-        size = self.code.workers * values.numel() * values.element_size()
-        rows = self._free_rows.pop() if self._free_rows else None
-        if rows is None or rows.numel() < size:
-            rows = torch.empty(size, dtype=torch.uint8, device=values.device)
-        return rows[:size].view(values.dtype).view(self.code.workers, -1)
 
     def _decode(self, each: _Slice) -> ExchangeOutcome:
         assert each.messages is not None
@@ -112,7 +104,7 @@ class AllGather(Transport):
             seed, liars = self._seed.reveal(each.share, each.commitments)
         outcome = self._decode_rows(rows, each.values, liars, seed)
         self._under_way -= each.size
-        self._free_rows.append(rows.view(-1).view(torch.uint8))
+        self._rows.give_back(rows)
         each.rows = each.messages = None
         left_out = tuple(sorted({*outcome.left_out, *liars}))
         return replace(outcome, suspects=outcome.suspects | dict.fromkeys(liars), left_out=left_out)

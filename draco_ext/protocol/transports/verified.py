@@ -14,7 +14,7 @@ from draco_ext.protocol.communicator import Communicator
 from draco_ext.protocol.delivery import Delivery, more_than
 from draco_ext.protocol.differences import Difference, join, validate_reported
 from draco_ext.protocol.exchange import Exchange, RecordExchange
-from draco_ext.protocol.messages import ExchangeOutcome, Message
+from draco_ext.protocol.messages import ExchangeOutcome, Message, RowPool
 from draco_ext.protocol.transports.allgather import AllGather
 from draco_ext.protocol.transports.base import Transport
 
@@ -47,12 +47,12 @@ class VerifiedAllReduce(Transport):
         self._groups = code.decoding_groups
         self._group_of = {j: g for g, members in enumerate(self._groups) for j in members}
         self._small = AllGather(code, communicator)
-        self._free: list[Tensor] = []  # bytes, for the shards of all groups
+        self._rows = RowPool()  # for the shards of all groups
 
     def abort(self) -> None:
         """See `Transport.abort`."""
         self._small.abort()
-        self._free = []
+        self._rows = RowPool()
 
     def gather_record(self, record: Tensor) -> RecordExchange:
         """Gather the records straight from each rank; see `Transport.gather_record`."""
@@ -71,13 +71,13 @@ class VerifiedAllReduce(Transport):
             begin = 0
         else:
             shards, sums = values.tensor_split(len(groups)), target.tensor_split(len(groups))
-            rows = self._take_rows(shards[own])
+            rows = self._rows.take(len(groups), shards[own])
             rows[own] = shards[own]
             scatter = self._delivery(lambda worker: shards[self._group_of[worker]], list(rows))
             yield from scatter.run()
             if not scatter.failed:
                 ops.majority_vote(rows, (1,) * len(groups), 0, mean=True, out=sums[own])
-            self._free.append(rows.view(-1).view(torch.uint8))
+            self._rows.give_back(rows)
             last = self._delivery(
                 lambda worker: sums[own], sums, is_known=not scatter.failed, announced=scatter.wrong.keys()
             )
@@ -145,11 +145,3 @@ class VerifiedAllReduce(Transport):
             if known:
                 parts.append((0, max(known, key=lambda found: found.elements)))
         return join(parts) if parts else None
-
-    def _take_rows(self, shard: Tensor) -> Tensor:
-        """Return rows for all groups' shards, reused where possible: new memory costs as much as a decode."""
-        size = len(self._groups) * shard.numel() * shard.element_size()
-        rows = self._free.pop() if self._free else None
-        if rows is None or rows.numel() < size:
-            rows = torch.empty(size, dtype=torch.uint8, device=shard.device)
-        return rows[:size].view(shard.dtype).view(len(self._groups), -1)
