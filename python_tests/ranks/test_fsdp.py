@@ -569,6 +569,15 @@ def _refusals(rank, report):
 
     said(too_early)
 
+    model = _sharded(mesh)
+
+    def over_two_steps():
+        for step in protect(model).steps([x, x]):
+            for batch in step:
+                model(batch).sum().backward()
+
+    said(over_two_steps)
+
 
 def test_what_cannot_be_protected_is_refused():
     messages = list(run_local(_refusals, 6))
@@ -590,6 +599,8 @@ def test_what_cannot_be_protected_is_refused():
         "RuntimeError: all parameters that require a gradient must get one in every backward pass, got none for some "
         "of the model, blocks.1",
         "RuntimeError: a gradient is not decoded yet",
+        "RuntimeError: step 1 would lose the gradients of step 0, which no optimizer has used: cut a mini-batch into "
+        "pieces, and pass all but the last one with set_requires_gradient_sync(False); or call zero_grad()",
     ]
     assert len(messages) == len(expected)
     for message, begin in zip(messages, expected, strict=True):

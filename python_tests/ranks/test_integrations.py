@@ -20,12 +20,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import draco_ext
-from draco_ext import Audit, CyclicCode, RedundantBatchSampler, RepetitionCode
+from draco_ext import Audit, CyclicCode, RedundantBatchSampler, RedundantSampler, RepetitionCode
 from draco_ext.testing.local import run_local
 
 RANKS, BAD = 6, 4  # two groups
 FRAMEWORKS = ("accelerate", "lightning", "transformers")
-MODULES = ("accelerate", "lightning.pytorch", "transformers.trainer", "prometheus_client")
+MODULES = (
+    "accelerate",
+    "lightning.pytorch",
+    "transformers.trainer",
+    "prometheus_client",
+    "torchdata.stateful_dataloader",
+)
 INSTALLED = {name.split(".")[0] for name in MODULES if importlib.util.find_spec(name.split(".")[0]) is not None}
 # Imported here, and so by the server that ranks are forked from: a framework takes seconds.
 for name in MODULES:
@@ -591,6 +597,40 @@ def test_prometheus():
     without_values = {"draco/missing_steps", "draco/repaired_steps"}  # by rank, and there was none
     assert len(shown) == len(metrics)
     assert not any(name.startswith(tuple(without_values)) for name in metrics)
+
+
+# ---------------------------------------------------------------------------------------------------- torchdata
+
+
+@needs("torchdata")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_loader_resumes_within_an_epoch(workers):
+    """It counts what the loop has got, not what its workers have read ahead."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    data = list(range(50))
+
+    def make():
+        sampler = RedundantSampler(data, RepetitionCode(7, 1), rank=4, seed=5)
+        context = "fork" if workers else None
+        return sampler, StatefulDataLoader(
+            data, 4, sampler=sampler, num_workers=workers, multiprocessing_context=context
+        )
+
+    sampler, loader = make()
+    sampler.set_epoch(1)
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    state = loader.state_dict()
+    rest = [batch.tolist() for batch in batches]
+    assert len(rest) == 4
+    sampler, loader = make()
+    loader.load_state_dict(state)
+    sampler.set_epoch(1)
+    assert [batch.tolist() for batch in loader] == rest
+    sampler.set_epoch(2)
+    assert len(list(loader)) == 7
 
 
 # --------------------------------------------------------------------------------------------- without a framework
