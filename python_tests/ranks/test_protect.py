@@ -148,6 +148,7 @@ def train(
             outcomes.append(attempt(lambda step=step: [take(x, y) for x, y in step]))
             if len(outcomes) - 1 not in without:
                 opt.step()
+            opt.zero_grad()
             if len(outcomes) == steps:
                 break
     if finish is not None:
