@@ -66,6 +66,11 @@ class ProtectedTrainerMixin(_Trainer):
                 "average_tokens_across_devices must be False in TrainingArguments, got True: all losses would be "
                 "divided by a number that ranks count together, so that one bad rank could change all gradients"
             )
+        if self.args.fsdp or self.is_fsdp_enabled:
+            raise ValueError(
+                "fsdp must be off in TrainingArguments, got FSDP: the Trainer's model is protected under "
+                "DistributedDataParallel alone; for FSDP2 own the loop, with draco_ext.integrations.accelerate.prepare"
+            )
         if self.accelerator.dispatch_batches:
             raise ValueError(
                 "dispatch_batches must be False in accelerator_config, got True: ranks load their shares themselves"

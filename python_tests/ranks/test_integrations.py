@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -75,7 +76,8 @@ def of_all_ranks(value):
 
 
 def digest(module):
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in whole)).hexdigest()
 
 
 def pretend_torchrun(rank):
@@ -91,7 +93,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/howto/frameworks.md"
 
 
 def run_examples(framework, make_space):
-    """Run the page's blocks of a framework, each after what the reader's script has; return the guards."""
+    """Run the page's blocks of a framework, each after what the reader's script has; return the guards' reports."""
     pattern = re.compile(rf"^```text {{\.{framework}}}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
     guards = []
     for block in pattern.findall(PAGE.read_text()):
@@ -109,14 +111,39 @@ def adversary_of(rank, lies):
 # ---------------------------------------------------------------------------------------------------- Accelerate
 
 
-def _accelerated(rank, code, lies, *, batch_sampler=False, accumulate=1, **settings):
+def use_fsdp(mesh):
+    """Return what an Accelerator needs for FSDP2, over replicas and shards or shards alone.
+
+    On CPUs Accelerate takes DistributedDataParallel whatever it is told, so it is told that these are GPUs.
+    """
+    from accelerate import PartialState
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    AcceleratorState._reset_state(True)
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10, cpu_ram_efficient_loading=False
+    )
+    if mesh is None:
+        return {"fsdp_plugin": plugin}
+    config = ParallelismConfig(dp_replicate_size=mesh[0], dp_shard_size=mesh[1])
+    return {"fsdp_plugin": plugin, "parallelism_config": config}
+
+
+def _accelerated(rank, code, lies, *, batch_sampler=False, accumulate=1, fsdp=False, mesh=None, **settings):
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration
 
     from draco_ext.integrations.accelerate import prepare
 
     accelerator = Accelerator(
-        cpu=True, gradient_accumulation_steps=accumulate, dataloader_config=DataLoaderConfiguration(**settings)
+        cpu=True,
+        gradient_accumulation_steps=accumulate,
+        dataloader_config=DataLoaderConfiguration(**settings),
+        **(use_fsdp(mesh) if fsdp else {}),
     )
     net, data = make_net(), Samples()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
@@ -194,9 +221,9 @@ def accelerated():
     return dict(run_local(_accelerate, RANKS))
 
 
-def check(honest, lied_to, exact=True):
+def check(honest, lied_to, exact=True, bad=BAD):
     assert honest.report.suspects == {}
-    assert lied_to.report.suspects.keys() == {BAD}
+    assert lied_to.report.suspects.keys() == {bad}
     assert honest.report.failed_steps == lied_to.report.failed_steps == ()
     assert honest.report.steps == lied_to.report.steps > 1
     assert len(set(honest.bits)) == len(set(lied_to.bits)) == 1
@@ -237,6 +264,45 @@ def test_examples_of_accelerate(accelerated):
     assert repetition.steps == 3
     assert audit.steps == 1
     assert repetition.suspects == audit.suspects == {}
+
+
+SHARDED = {
+    "repetition": (RepetitionCode(3, 1), {"mesh": (3, 2)}),
+    "accumulating": (RepetitionCode(3, 1), {"mesh": (3, 2), "accumulate": 2}),
+    "audit": (Audit(RANKS, 1, rate=1.0), {}),
+}
+
+
+def _accelerate_sharded(rank, report):
+    pretend_torchrun(rank)
+    for name, (code, options) in SHARDED.items():
+        report((name, [_accelerated(rank, code, lies, fsdp=True, **options) for lies in (False, True)]))
+
+    from accelerate import Accelerator
+
+    from draco_ext.integrations.accelerate import prepare
+
+    accelerator, net = Accelerator(cpu=True, **use_fsdp((3, 2))), make_net()
+    with pytest.raises(ValueError, match="code must need one loader for each rank with FSDP2") as caught:
+        prepare(accelerator, CyclicCode(3, 1), net, torch.optim.SGD(net.parameters()), DataLoader(Samples(), 4))
+    report(("cyclic", str(caught.value)))
+
+
+@needs("accelerate")
+def test_accelerate_with_fsdp2():
+    runs = dict(run_local(_accelerate_sharded, RANKS))
+    for name in SHARDED:
+        honest, lied_to = runs[name]
+        # Rank 4 is in replica 2 of three.
+        check(honest, lied_to, bad=BAD if name == "audit" else 2)
+        # 26 samples make 7 mini-batches, and these 4 steps of two shares or 2 of six.
+        steps, schedule = {"repetition": (8, 16), "accumulating": (4, 8), "audit": (4, 24)}[name]
+        assert (honest.report.steps, honest.schedule) == (steps, schedule)
+        if name != "audit":
+            first, second = honest.seen[:2]
+            assert honest.seen == [first, second] * 3  # the two ranks of a replica divide the mini-batches
+            assert {*first} != {*second}
+    assert "make a DataLoader for each of guard.data_ranks" in runs["cyclic"]
 
 
 def _refused_by_accelerate(rank, report):
@@ -360,6 +426,7 @@ def _transformers(rank, report, folder):
     for settings in (
         {"average_tokens_across_devices": True},
         {"accelerator_config": {"dispatch_batches": True}},
+        {"fsdp": "full_shard", "fsdp_config": {"version": 2}},
         {"code": CyclicCode(RANKS, 1)},
         {"code": Audit(RANKS, 1, 0.5)},
         {"code": 3},
@@ -420,9 +487,11 @@ def test_trainer_accumulates(trained):
 
 @needs("transformers", "accelerate")
 def test_trainer_refuses(trained):
-    average, dispatch, cyclic, audit, number = trained["refused"][0]
+    average, dispatch, fsdp, cyclic, audit, number = trained["refused"][0]
     assert average.startswith("average_tokens_across_devices must be False in TrainingArguments, got True")
     assert dispatch.startswith("dispatch_batches must be False in accelerator_config, got True")
+    assert fsdp.startswith("fsdp must be off in TrainingArguments, got FSDP: ")
+    assert "draco_ext.integrations.accelerate.prepare" in fsdp
     assert "Transformers' Trainer, which owns the training loop, got CyclicCode(" in cyclic
     assert "needs several passes in audited steps, by a loop over guard.steps(loader)" in audit
     assert number == "code must be a RepetitionCode, got int"
@@ -454,6 +523,12 @@ if "lightning" in INSTALLED:
 
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), 0.01)
+
+    class Miscomputing(Module):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            loss.register_hook(lambda gradient: -2 * gradient)
+            return loss
 
 
 def _fit(rank, folder, lies, epochs=2, resume=None, **settings):
@@ -503,6 +578,15 @@ def _lightning(rank, report, folder):
 
     os.chdir(folder)
     report(("examples", run_examples("lightning", make_space)))
+    [block] = re.findall(r"^```text {\.lightning-fsdp2}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    results = []
+    for lies in (False, True):
+        module = Miscomputing if lies and rank == BAD else Module
+        space = {**make_space(), "data": Samples(), "Module": module}
+        space["other"] |= {"max_steps": -1, "max_epochs": 2}
+        exec(compile(block, str(PAGE), "exec"), space)
+        results.append(Result(space["module"], space["module"].guard, space["data"]))
+    report(("fsdp2", results))
     os.environ["PL_SEED_WORKERS"] = "1"
     with pytest.raises(ValueError, match="workers=False") as caught:
         _fit(rank, folder, False)
@@ -542,6 +626,15 @@ def test_lightning_accumulates(fitted):
 def test_example_of_lightning(fitted):
     [report] = fitted["examples"]
     assert (report.steps, report.suspects) == (2, {})
+
+
+@needs("lightning")
+def test_lightning_with_fsdp2(fitted):
+    """Protected in configure_model: rank 4 is in replica 2 of three."""
+    honest, lied_to = fitted["fsdp2"]
+    check(honest, lied_to, bad=2)
+    assert honest.report.steps == 8
+    assert honest.seen == honest.seen[:2] * 3
 
 
 @needs("lightning")
