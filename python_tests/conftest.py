@@ -71,8 +71,16 @@ def pytest_cmdline_main(config):
         option.loadscopereorder = False
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Tell xdist's workers how tests are distributed: they read only the command, which does not say it."""
+    node.workerinput["dist"] = node.config.option.dist
+
+
 def pytest_configure(config):
-    if hasattr(config, "workerinput"):  # its share of the cores; threads that wait for each other's core are slow
+    if hasattr(config, "workerinput"):
+        config.option.loadgroup = config.workerinput["dist"] == "loadgroup"
+        # Its share of the cores; threads that wait for each other's core are slow.
         threads = max(1, len(os.sched_getaffinity(0)) // config.workerinput["workercount"])
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of processes that tests start
         torch.set_num_threads(threads)
