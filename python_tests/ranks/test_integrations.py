@@ -111,19 +111,22 @@ def adversary_of(rank, lies):
 # ---------------------------------------------------------------------------------------------------- Accelerate
 
 
-def use_fsdp(mesh):
-    """Return what an Accelerator needs for FSDP2, over replicas and shards or shards alone.
+def pretend_gpus(state):
+    """On CPUs Accelerate takes DistributedDataParallel whatever it is told, so it is told that these are GPUs."""
+    from accelerate.utils import DistributedType
 
-    On CPUs Accelerate takes DistributedDataParallel whatever it is told, so it is told that these are GPUs.
-    """
+    state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def use_fsdp(mesh):
+    """Return what an Accelerator needs for FSDP2, over replicas and shards or shards alone."""
     from accelerate import PartialState
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.utils import FullyShardedDataParallelPlugin
 
     AcceleratorState._reset_state(True)
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    pretend_gpus(PartialState(cpu=True))
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10, cpu_ram_efficient_loading=False
     )
@@ -398,9 +401,12 @@ def _trainer(rank, folder, lies, **settings):
         "remove_unused_columns": False,
         **settings,
     }
+    arguments = TrainingArguments(**arguments)
+    if arguments.fsdp:
+        pretend_gpus(arguments.distributed_state)
     return ProtectedTrainer(
         model=WithLoss(),
-        args=TrainingArguments(**arguments),
+        args=arguments,
         train_dataset=Samples(),
         code=code,
         protect_options={"adversary": adversary_of(rank, lies)},
@@ -426,7 +432,6 @@ def _transformers(rank, report, folder):
     for settings in (
         {"average_tokens_across_devices": True},
         {"accelerator_config": {"dispatch_batches": True}},
-        {"fsdp": "full_shard", "fsdp_config": {"version": 2}},
         {"code": CyclicCode(RANKS, 1)},
         {"code": Audit(RANKS, 1, 0.5)},
         {"code": 3},
@@ -435,6 +440,23 @@ def _transformers(rank, report, folder):
             _trainer(rank, folder, False, **settings)
         refused.append(str(caught.value))
     report(("refused", refused, []))
+
+    from accelerate.parallelism_config import ParallelismConfig
+
+    sharded = {"fsdp": "full_shard", "parallelism_config": ParallelismConfig(dp_replicate_size=3, dp_shard_size=2)}
+    policy = {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 10, "cpu_ram_efficient_loading": False}
+    sharded |= {"fsdp_config": {"version": 2, **policy}, "code": RepetitionCode(3, 1)}
+    for name, resume in (("sharded", None), ("sharded and resumed", f"{folder}/sTrue/checkpoint-3")):
+        results = []
+        for lies in (True,) if resume else (False, True):
+            trainer = _trainer(rank, f"{folder}/s{lies}", lies, **sharded)
+            trainer.train(resume_from_checkpoint=resume)
+            results.append(Result(trainer.model, trainer.guard, trainer.train_dataset))
+        report((name, results, []))
+    trainer = _trainer(rank, folder, False, **{**sharded, "code": RepetitionCode(RANKS, 1)})
+    with pytest.raises(ValueError, match="parallelism_config in TrainingArguments must have dp_rep") as caught:
+        trainer.train()
+    report(("replicas", str(caught.value), []))
 
     def make_space():
         from transformers import Trainer, TrainingArguments
@@ -486,12 +508,26 @@ def test_trainer_accumulates(trained):
 
 
 @needs("transformers", "accelerate")
+def test_trainer_with_fsdp2(trained):
+    """With three replicas of two ranks: rank 4 is in replica 2. It resumes, dropout included."""
+    honest, lied_to = trained["sharded"][0]
+    check(honest, lied_to, bad=2)
+    assert honest.report.steps == 8
+    first, second = honest.seen[:2]
+    assert honest.seen == [first, second] * 3
+    assert {*first} != {*second}
+    [resumed] = trained["sharded and resumed"][0]
+    assert resumed.bits == lied_to.bits
+    assert resumed.report.suspects[2].steps == list(range(8))
+    assert "must have dp_replicate_size=6 with FSDP2" in trained["replicas"][0]
+    assert trained["replicas"][0].endswith("got 3 replicas")
+
+
+@needs("transformers", "accelerate")
 def test_trainer_refuses(trained):
-    average, dispatch, fsdp, cyclic, audit, number = trained["refused"][0]
+    average, dispatch, cyclic, audit, number = trained["refused"][0]
     assert average.startswith("average_tokens_across_devices must be False in TrainingArguments, got True")
     assert dispatch.startswith("dispatch_batches must be False in accelerator_config, got True")
-    assert fsdp.startswith("fsdp must be off in TrainingArguments, got FSDP: ")
-    assert "draco_ext.integrations.accelerate.prepare" in fsdp
     assert "Transformers' Trainer, which owns the training loop, got CyclicCode(" in cyclic
     assert "needs several passes in audited steps, by a loop over guard.steps(loader)" in audit
     assert number == "code must be a RepetitionCode, got int"
