@@ -116,8 +116,8 @@ class ProtectedTrainerMixin(_Trainer):
         shards: int = self.args.world_size if config is None else config.dp_shard_size
         if shards * self._code.workers != self.args.world_size:
             raise ValueError(
-                f"parallelism_config in TrainingArguments must have dp_replicate_size={self._code.workers} with FSDP2, a "
-                f"replica for each worker of {self._code!r}, got {self.args.world_size // shards} replicas"
+                f"parallelism_config in TrainingArguments must have dp_replicate_size={self._code.workers} with FSDP2, "
+                f"a replica for each worker of {self._code!r}, got {self.args.world_size // shards} replicas"
             )
         return shards
 
