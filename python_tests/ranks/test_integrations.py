@@ -615,11 +615,18 @@ def _lightning(rank, report, folder):
     os.chdir(folder)
     report(("examples", run_examples("lightning", make_space)))
     [block] = re.findall(r"^```text {\.lightning-fsdp2}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+    class Resuming(pl.Trainer):
+        def fit(self, module):
+            super().fit(module, ckpt_path=f"{folder}/sharded/epoch=0.ckpt")
+
     results = []
-    for lies in (False, True):
+    for lies, trainer in ((False, pl.Trainer), (True, pl.Trainer), (True, Resuming)):
         module = Miscomputing if lies and rank == BAD else Module
-        space = {**make_space(), "data": Samples(), "Module": module}
-        space["other"] |= {"max_steps": -1, "max_epochs": 2}
+        space = {**make_space(), "data": Samples(), "Module": module, "Trainer": trainer}
+        space["other"] |= {"max_steps": -1, "max_epochs": 2, "enable_checkpointing": lies}
+        if lies and trainer is pl.Trainer:
+            space["other"] |= {"callbacks": [ModelCheckpoint(f"{folder}/sharded", save_top_k=-1, filename="{epoch}")]}
         exec(compile(block, str(PAGE), "exec"), space)
         results.append(Result(space["module"], space["module"].guard, space["data"]))
     report(("fsdp2", results))
@@ -667,10 +674,12 @@ def test_example_of_lightning(fitted):
 @needs("lightning")
 def test_lightning_with_fsdp2(fitted):
     """Protected in configure_model: rank 4 is in replica 2 of three."""
-    honest, lied_to = fitted["fsdp2"]
+    honest, lied_to, resumed = fitted["fsdp2"]
     check(honest, lied_to, bad=2)
     assert honest.report.steps == 8
     assert honest.seen == honest.seen[:2] * 3
+    assert resumed.bits == lied_to.bits  # dropout included
+    assert resumed.report.suspects[2].steps == lied_to.report.suspects[2].steps == list(range(8))
 
 
 @needs("lightning")
