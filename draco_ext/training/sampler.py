@@ -296,7 +296,8 @@ class RedundantSampler(DistributedSampler[Any]):
         _checks.check_int("rank", rank, 0, code.workers - 1)
         super().__init__(dataset, code.parts, 0, shuffle, seed, drop_last)
         self._code = code
-        self._identity = {"samples": len(dataset), "parts": code.parts, "seed": seed}  # type: ignore[arg-type]
+        order = {"shuffle": bool(shuffle), "drop_last": bool(drop_last), "seed": seed}
+        self._identity = {"samples": len(dataset), "parts": code.parts, **order}  # type: ignore[arg-type]
         self._yielded = 0  # by the last pass
         self._resumed: tuple[int, int] | None = None  # the epoch that the next pass continues, and behind which sample
         self._rank_of_process = rank
@@ -342,8 +343,7 @@ class RedundantSampler(DistributedSampler[Any]):
         A pass over another epoch, chosen by `set_epoch`, is whole.
 
         Raises:
-            ValueError: the state belongs to another data set, seed or number of parts, or counts more samples than an
-                epoch has.
+            ValueError: the state belongs to a sampler with other arguments, or counts more samples than an epoch has.
         """
         for name, value in self._identity.items():
             if state[name] != value:

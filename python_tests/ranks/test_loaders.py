@@ -242,7 +242,8 @@ def test_redundant_sampler_resumes_within_an_epoch():
     for epoch in range(3):
         sampler.set_epoch(epoch)
         epochs.append(list(sampler))
-    assert sampler.state_dict() == {"samples": SAMPLES, "parts": 2, "seed": 5, "epoch": 2, "yielded": 25}
+    identity = {"samples": SAMPLES, "parts": 2, "shuffle": True, "drop_last": False, "seed": 5}
+    assert sampler.state_dict() == {**identity, "epoch": 2, "yielded": 25}
     sampler.set_epoch(1)
     assert sampler.state_dict()["yielded"] == 0
     for _ in zip(range(9), DataLoader(Noisy(), 2, sampler=sampler), strict=False):
@@ -271,6 +272,7 @@ def test_redundant_sampler_resumes_within_an_epoch():
     for other, message in [
         ({"seed": 4}, "state must be of a sampler with seed=5, got seed=4"),
         ({"samples": 51}, "state must be of a sampler with samples=50, got samples=51"),
+        ({"shuffle": False}, "state must be of a sampler with shuffle=True, got shuffle=False"),
         ({"parts": 3}, "state must be of a sampler with parts=2, got parts=3"),
         ({"yielded": 26}, r"state\['yielded'\] must be from 0 to 25, got 26"),
         ({"epoch": -1}, r"state\['epoch'\] must be at least 0, got -1"),
