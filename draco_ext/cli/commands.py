@@ -24,6 +24,7 @@ from draco_ext.cli import doctor as doctors
 from draco_ext.cli import ledger_report, network_model, planning, train_report
 from draco_ext.cli.bench import report as bench_report
 from draco_ext.cli.bench import suites as bench_suites
+from draco_ext.cli.bench.neighbours import SEEDS
 from draco_ext.cli.bench.timing import keep_memory
 from draco_ext.cli.digits import TRAIN_SAMPLES
 from draco_ext.cli.faults import BAD_CHOICES
@@ -427,39 +428,52 @@ def report(ledgers: tuple[str, ...], as_json: bool, picture: Path | None) -> Non
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where: decode and paper.")
 @click.option("--peers/--no-peers", default=True, help="With the libraries that people install: decode.")
 @click.option(
+    "--seed",
+    "seeds",
+    multiple=True,
+    type=_SEED,
+    default=SEEDS,
+    help="Seed of data, net and attacks; may be repeated: neighbours.",
+)
+@click.option("--quick", is_flag=True, help="Few steps, to see that it runs: neighbours.")
+@click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("draco-bench"),
     help="Folder for each suite's JSON, Markdown and picture.",
 )
-def bench(suites: tuple[str, ...], workers: int, parameters: int, device: str, peers: bool, output: Path) -> None:
+def bench(suites: tuple[str, ...], output: Path, **options: Any) -> None:
     """Measure decoders and compare them with what people use instead.
 
     \b
-    decode    decoders, robust averages and other libraries
-    kernels   every kernel beside its yardstick
-    scaling   time per byte for growing sizes
-    paper     the paper's comparison, on gradients of the sizes of its models
-    accuracy  time to accuracy under attack
-    all       all of them
+    decode      decoders, robust averages and other libraries
+    kernels     every kernel beside its yardstick
+    scaling     time per byte for growing sizes
+    paper       the paper's comparison, on gradients of the sizes of its models
+    accuracy    time to accuracy under attack
+    neighbours  other methods that learn in spite of bad workers: accuracy, bytes, compute, guarantees
+    all         all of them
 
     Without a name: decode. Every call alternates with a yardstick, usually one read of the same messages. A rule that
     cannot run is reported. To install the other libraries: pip install "draco_ext[bench]".
     """  # noqa: D301, since a raw docstring would show click's mark for lines that stay as they are
     console = Console()
-    if device == "cuda" and not (torch.cuda.is_available() and build_info()["cuda"]):
+    if options["device"] == "cuda" and not (torch.cuda.is_available() and build_info()["cuda"]):
         raise click.UsageError("--device cuda needs a CUDA device and a draco_ext built with CUDA")
     _make_folder(output)
     keep_memory()
     chosen = [*bench_suites.SUITES] if "all" in suites else list(dict.fromkeys(suites)) or ["decode"]
     for suite in chosen:
-        jobs = list(bench_suites.SUITES[suite](device, workers, parameters, peers))
+        jobs = list(bench_suites.SUITES[suite](bench_suites.Options(**options)))
         rows = _measure(jobs, console)
         cuda = rows[0].report == "cuda"
-        console.rule(bench_report.REPORTS[rows[0].report].title)
-        lines = [bench_report.facts(cuda), bench_report.REPORTS[rows[0].report].legend]
-        for line in [*lines, *bench_report.table(rows)]:
+        kind = bench_report.REPORTS[rows[0].report]
+        console.rule(kind.title)
+        lines = [bench_report.facts(cuda), kind.legend, *([] if kind.wraps else bench_report.table(rows))]
+        for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if kind.wraps:
+            console.print(bench_report.wrapped_table(rows))
         with _writing_to(output):
             files = bench_report.write(output, rows)
         console.print(f"Wrote {', '.join(map(str, files))}", soft_wrap=True)
