@@ -110,6 +110,13 @@ def draco() -> None:
     default=LEARNING.momentum,
     help="Momentum of SGD.",
 )
+@click.option(
+    "--worker-momentum",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="Momentum that workers add to their own gradients before any rule or code, in place of SGD's; "
+    "see draco_ext.baselines.WorkerMomentum.",
+)
 @click.option("--seed", type=_SEED, default=0, help="Seed of the data, the net and the attack.")
 @click.option(
     "--output",
@@ -189,10 +196,14 @@ def _check(config: Config, context: click.Context, console: Console) -> Config:
         if asked("workers") and config.workers != ranks:
             raise click.UsageError(f"--workers must be torchrun's {ranks} ranks, got {config.workers}")
         config = dataclasses.replace(config, workers=ranks)
-    for option in ("learning_rate", "momentum"):
+    for option in ("learning_rate", "momentum", "worker_momentum"):
         if not isfinite(getattr(config, option)):
             name = "--" + option.replace("_", "-")
             raise click.UsageError(f"{name} must be finite, got {getattr(config, option)}")
+    if config.worker_momentum:
+        if asked("momentum") and config.momentum:
+            raise click.UsageError("--worker-momentum takes the place of SGD's --momentum: give one of them")
+        config = dataclasses.replace(config, momentum=0.0)
     n, s = config.workers, config.adversaries
     _check_workers(n, s)
     rules = tuple(dict.fromkeys(config.rules))
@@ -240,8 +251,9 @@ def _check_workers(workers: int, adversaries: int) -> None:
 
 def _learns(config: Config) -> bool:
     """Return whether the net is known to learn well with these settings."""
+    used = dataclasses.replace(config, momentum=config.momentum or config.worker_momentum)
     return config.steps >= LEARNING.steps and all(
-        getattr(config, name) == value for name, value in LEARNING._asdict().items() if name != "steps"
+        getattr(used, name) == value for name, value in LEARNING._asdict().items() if name != "steps"
     )
 
 
