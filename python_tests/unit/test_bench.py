@@ -193,7 +193,7 @@ def small():
 
 def test_neighbours_count_bytes_and_work(small):
     model = small["mean"].d * 4
-    for name in ("mean", "geometric median", "Krum, worker momentum", "PDMM"):
+    for name in ("mean", "geometric median", "Krum, worker momentum", "averaging of models", "PDMM"):
         assert (small[name].bytes, small[name].to_yardstick) == (model, 1.0)
     assert small["each agent alone"].bytes == 0
     assert small["weights by accumulated loss"].bytes == 8 * model

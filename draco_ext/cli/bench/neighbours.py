@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
-from draco_ext.baselines import AGGREGATORS, AccumulatedLoss, PDMMClient, WorkerMomentum, gradient_steps, pdmm_server
+from draco_ext.baselines import (
+    AGGREGATORS,
+    AccumulatedLoss,
+    PDMMClient,
+    WorkerMomentum,
+    gradient_steps,
+    mean,
+    pdmm_server,
+)
 from draco_ext.cli.bench.report import Row
 from draco_ext.cli.digits import TRAIN_SAMPLES, Digits, make_net
 from draco_ext.codes import Audit, Code, CyclicCode, RepetitionCode, decode
@@ -43,7 +51,7 @@ class Settings:
         learning_rate: of SGD.
         momentum: of SGD, or of the workers.
         penalty: PDMM's c.
-        pdmm_rate: the learning rate of a PDMM client's step, which has no momentum.
+        client_rate: the learning rate of clients that send models, which have no momentum.
         rate: the chance that `Audit` audits a step.
     """
 
@@ -55,7 +63,7 @@ class Settings:
     learning_rate: float = 0.05
     momentum: float = 0.9
     penalty: float = 1.0
-    pdmm_rate: float = 0.3
+    client_rate: float = 0.3
     rate: float = 0.1
 
 
@@ -67,12 +75,22 @@ NONE = "none"
 LABEL_FLIPS = "label flips"
 
 
+@dataclass(frozen=True)
+class AddedNoise(Attack):
+    """Gaussian noise added to a message, as in arXiv 2503.10792; the deviation is not the paper's."""
+
+    std: float = 0.3
+
+    def _corrupt(self, message: Tensor, generator: torch.Generator, honest: Tensor | None) -> Tensor:
+        return message.add_(torch.randn(message.shape, generator=generator), alpha=self.std)
+
+
 # What bad workers do to what they send. Label flips change the data that they load instead.
 ATTACKED_BY: dict[str, Attack | None] = {
     NONE: None,
     "bit flips": ATTACKS["multi-bit-flip"],
     "sign flips": ATTACKS["sign-flip"],
-    "Gaussian noise": ATTACKS["gaussian"],
+    "Gaussian noise": AddedNoise(),
     LABEL_FLIPS: None,
     "a little is enough": ATTACKS["little-is-enough"],
 }
@@ -355,6 +373,29 @@ def _statistics(gradients: Tensor) -> list[Statistics]:
     return [[tuple(row)] for row in torch.stack([c.double() for c in columns], dim=1).tolist()]
 
 
+class ModelAveraging(Method):
+    """Federated averaging: in each round a client makes one step from the server's model, with its own data."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._server = world.net.start
+
+    def step(self, step: int) -> None:
+        """Make one round."""
+        images, labels = self.world.batch(step)
+        gradients = self.world.net.gradients(self._server, images, self.world.flipped(step, labels))
+        sent = self.world.corrupt(step, self._server - self.settings.client_rate * gradients)
+        self.work += 1
+        self.bytes += sent[0].nbytes
+        begin = time.perf_counter()
+        self._server = mean(sent)
+        self.seconds += time.perf_counter() - begin
+
+    def models(self) -> Tensor:
+        """Return the server's model."""
+        return self._server[None]
+
+
 class PDMM(Method):
     """PDMM: in each round a client makes one step from its model of the round before, with its own data."""
 
@@ -371,7 +412,7 @@ class PDMM(Method):
             received,
             self._clients[client].model,
             penalty=self.settings.penalty,
-            learning_rate=self.settings.pdmm_rate,
+            learning_rate=self.settings.client_rate,
         )
 
     def step(self, step: int) -> None:
@@ -467,6 +508,7 @@ NEIGHBOURS = (
         lambda w: Averaged(w, "krum", worker_momentum=True),
         "the rule's, of messages that vary less",
     ),
+    Neighbour("averaging of models", ModelAveraging, "none: one bad client moves it anywhere"),
     Neighbour("PDMM", PDMM, "the optimum of convex losses without bad clients; with them none is proved"),
     Neighbour("each agent alone", lambda w: Agents(w, cooperate=False), "nothing is shared"),
     Neighbour(
