@@ -118,13 +118,13 @@ def test_codes_under_attack(transport, attack, bad, workers, adversaries):
 
 def test_momentum_at_the_workers_changes_averages_but_neither_codes_nor_the_mean():
     at_server = Config(
-        rules=("mean", "geometric-median", "repetition", "cyclic", "audit"),
+        rules=("mean", "geometric-median", "repetition", "cyclic"),
         transport="allreduce",
         workers=5,
         adversaries=1,
         attack="inner-product",
         bad="fixed",
-        steps=6,
+        steps=4,
         batch_size=20,
         learning_rate=0.05,
         momentum=0.9,
@@ -137,7 +137,7 @@ def test_momentum_at_the_workers_changes_averages_but_neither_codes_nor_the_mean
         distance = np.linalg.norm(here.parameters - there.parameters) / np.linalg.norm(here.parameters)
         if here.training.rule == "geometric-median":
             assert distance > 1e-4
-        elif here.training.rule in ("repetition", "audit"):  # one group; and momentum of SGD in both runs
+        elif here.training.rule == "repetition":  # one group, so that nothing is rounded
             assert distance == 0
         else:
             assert distance < 1e-5

@@ -485,7 +485,7 @@ class Neighbour:
     own: bool = False
 
 
-_MEDIAN = "geometric-median"
+_MEDIAN = "geometric-median-gram"
 NEIGHBOURS = (
     Neighbour("mean", lambda w: Averaged(w, "mean"), "none: one bad worker moves it anywhere"),
     Neighbour(
