@@ -322,12 +322,11 @@ class Relays:
         for claim in claims:
             if barred.isdisjoint((claim.by, claim.about)):
                 barred |= {claim.by, claim.about}
-        for claim in claims:
-            if not self._barred_until.keys() & {claim.by, claim.about}:
-                logger.warning(
-                    "worker %d says that the shard that worker %d passed on %s",
-                    *(claim.by, claim.about, "was wrong" if claim.is_wrong else "did not come in time"),
-                )
+        for j in sorted(accusers.keys() & barred - self._barred_until.keys()):
+            names = ", ".join(map(str, sorted(accusers[j])))
+            logger.warning(
+                "the shard of a result that worker %d passed on was missing or wrong, says worker %s", j, names
+            )
         for j in barred:
             self._barred_until.setdefault(j, self._number + BARRED_FOR)
         suspects = sorted(j for j, by in self._accusers.items() if self._one_is_honest(by))

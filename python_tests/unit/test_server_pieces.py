@@ -70,14 +70,16 @@ class Sender(Communicator):
         inner: the communicator.
         stage: see `Stage`.
         tell: `tell(kind, values)` returns what it sends instead.
+        pass_on: `pass_on(values, to)` returns what it passes on to another worker instead: None for nothing, or a
+            function that waits, and returns it then.
         late: the kind of what is late, once; or of what it dies before.
         until: what it waits for then: "round", the end of the server's waiting; "end", that of all exchanges; "death".
     """
 
-    def __init__(self, inner, stage, tell=lambda kind, values: values, late=None, until="round"):
+    def __init__(self, inner, stage, tell, pass_on, late=None, until="round"):
         self.worker, self.workers, self.root, self.seconds = inner.worker, inner.workers, inner.root, inner.seconds
-        self._arguments = stage, tell, late, until
-        self._inner, self._stage, self._tell, self._late, self._until = inner, *self._arguments
+        self._arguments = stage, tell, pass_on, late, until
+        self._inner, self._stage, self._tell, self._pass_on, self._late, self._until = inner, *self._arguments
         self._sent = []  # kinds, in this exchange
 
     def _kind(self, values):
@@ -109,7 +111,7 @@ class Sender(Communicator):
             self._sent.clear()  # the result, whole
 
     def connect(self, worker):
-        return ToRelay(self._inner.connect(worker), worker, self._tell)
+        return ToRelay(self._inner.connect(worker), worker, self._pass_on)
 
     def split(self, parts, **keywords):
         return Sender(self._inner.split(parts, **keywords), *self._arguments)
@@ -123,11 +125,15 @@ class Sender(Communicator):
 class ToRelay(Connection):
     """A worker's connection to another one, on which it passes on something else."""
 
-    def __init__(self, inner, worker, tell):
-        self._inner, self._worker, self._tell = inner, worker, tell
+    def __init__(self, inner, worker, pass_on):
+        self._inner, self._worker, self._pass_on = inner, worker, pass_on
 
     def start_send(self, values):
-        return self._inner.start_send(self._tell(SHARD, values.clone()))
+        passed_on = self._pass_on(values.clone(), self._worker)
+        if callable(passed_on):
+            threading.Thread(target=lambda: self._inner.start_send(passed_on()), daemon=True).start()
+            return lambda: None
+        return self._inner.start_send(passed_on) if passed_on is not None else lambda: None
 
     def receive(self, values):
         self._inner.receive(values)
@@ -137,7 +143,9 @@ def gradients_of(code, number):
     return torch.randn(code.parts, LENGTH, generator=torch.Generator().manual_seed(number))
 
 
-def exchange(communicator, code, stage, *, tells=(), late=(), alters=(), exchanges=1, catch_up=True):
+def exchange(
+    communicator, code, stage, *, tells=(), passes=(), late=(), alters=(), exchanges=1, catch_up=True, **options
+):
     """Exchange messages; return the outcomes and the decoded gradients.
 
     Args:
@@ -145,19 +153,22 @@ def exchange(communicator, code, stage, *, tells=(), late=(), alters=(), exchang
         code: the code.
         stage: see `Stage`.
         tells: by worker, what it sends instead of what it should; see `Sender`.
+        passes: by worker, what it passes on to others instead of its shard; see `Sender`.
         late: by worker, what is late, and until when; see `Sender`.
         alters: by worker, what it computes instead of what it should: `alter(values)` changes them in place.
         exchanges: the number of exchanges.
         catch_up: whether the server waits between them until all workers have their results.
+        options: of the transport.
     """
-    worker, tells, late, alters = communicator.worker, dict(tells), dict(late), dict(alters)
-    if worker in tells or worker in late:
+    worker, tells, passes, late, alters = communicator.worker, dict(tells), dict(passes), dict(late), dict(alters)
+    if worker in tells or worker in passes or worker in late:
         tell = tells.get(worker, lambda kind, values: values)
-        communicator = Sender(communicator, stage, tell, *late.get(worker, ()))
+        pass_on = passes.get(worker, lambda values, to: tell(SHARD, values))
+        communicator = Sender(communicator, stage, tell, pass_on, *late.get(worker, ()))
     if worker:
-        transport = ServerTransport(code, communicator, deadline=30.0)
+        transport = ServerTransport(code, communicator, deadline=30.0, **options)
     else:
-        transport = StagedServer(code, communicator, deadline=30.0)
+        transport = StagedServer(code, communicator, deadline=30.0, **options)
         transport.stage = stage
         stage.note(server=transport)
     results = []
@@ -180,9 +191,9 @@ def ends_with_death(late):
     return any("death" in how for how in late.values())
 
 
-def run(code, **options):
+def run(code, stage=None, **options):
     """What every worker's `exchange` returns; None of one that has died, and the message of a RuntimeError."""
-    stage = Stage()
+    stage = stage or Stage()
 
     def work(communicator):
         try:
@@ -482,7 +493,7 @@ def test_one_wrong_and_a_helper_that_dies_are_too_many_of_three():
         assert values.isnan().all()
 
 
-@pytest.mark.parametrize("when", [PIECE, DIGESTS, AGAIN])
+@pytest.mark.parametrize("when", [PIECE, DIGESTS, AGAIN, MISSING])
 def test_a_worker_that_is_too_far_behind_is_given_up_in_every_round(when, monkeypatch):
     monkeypatch.setattr(server, "MOST_UNCLAIMED", 2)
     tells = {5: wrong_piece} if when == AGAIN else {}
