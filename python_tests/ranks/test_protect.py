@@ -5,7 +5,6 @@ import difflib
 import gc
 import json
 import logging
-import multiprocessing
 import os
 import re
 import runpy
@@ -32,9 +31,6 @@ from draco_ext.protocol.groups import divide, gather_json, timeout_of
 from draco_ext.protocol.transports import verified
 from draco_ext.reporting.evidence import Evidence
 from draco_ext.testing.local import run_local
-
-if multiprocessing.parent_process() is not None:  # on a rank
-    verified.SMALL = 0  # messages of small models in pieces, too
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 STEPS = 20
@@ -118,6 +114,7 @@ def train(
     plain: without a guard. without: steps whose update is left out. custom: another adversary. finish: called with
     model and guard instead of gathering the parameters.
     """
+    verified.SMALL = 0  # messages of small models in pieces, too
     torch.set_num_threads(1)
     model = DistributedDataParallel(network(), **bucket_cap())
     kinds = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {"weight_decay": 0.1})}
