@@ -66,6 +66,25 @@ def majority_vote(
     return total / len(winners) if mean else total, suspects, torch.tensor(False)
 
 
+def robust_mean(winners: Tensor, lost: Tensor, trim: int | None) -> Tensor:
+    """As `codes.robust.robust_mean` with the factor 1, in float64: sorts the rows that are not lost.
+
+    Where an odd number is lost, a trimmed mean is that of two windows, which have the odd one at either end.
+    """
+    present, count = winners[~lost], len(winners)
+    most = (count - 1) // 2 if trim is None else trim
+    if int(lost.sum()) > most:
+        return torch.full_like(winners[0], math.nan, dtype=torch.float64)
+    bits = present.view(_INTEGERS[present.dtype])
+    key = torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
+    ordered = present.gather(0, key.sort(0).indices).double()
+    if trim is None:
+        return ordered[[(len(present) - 1) // 2, len(present) // 2]].mean(0)
+    low, high = trim - (count - len(present)) // 2, trim - (count - len(present) + 1) // 2
+    windows = ordered[low : len(present) - high], ordered[high : len(present) - low]
+    return torch.stack(windows).mean((0, 1))
+
+
 def _failed(d: int, suspects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.full((d,), math.nan, dtype=torch.float64), suspects, torch.tensor(True)
 

@@ -29,6 +29,8 @@ class Decoded:
         left_out: (n,) bool: all whose messages the gradient does not contain, suspects included, missing ones not. Who
             is left out again and again, without being a suspect, probably is bad.
         code: the code that was decoded.
+        bounded: the gradient is a robust mean of the parts' and not their mean, so only as good as the second stage of
+            the code says (`Code.bounded`), even if nobody is bad.
     """
 
     gradient: Tensor
@@ -36,12 +38,19 @@ class Decoded:
     failed: Tensor
     left_out: Tensor
     code: Code
+    bounded: bool = False
 
     def raise_if_failed(self) -> Decoded:
         """Return self, or raise DecodingError. Waits for the device to finish decoding."""
         if not self.failed:
             return self
         named = self.suspects.nonzero().flatten().tolist()
+        if self.bounded:
+            raise DecodingError(
+                f"no gradient: more parts have no majority among their workers than {self.code!r} can do without "
+                f"({self.code.corruptible} of {self.code.parts}); workers that differ from the majority of another "
+                f"part: {named}"
+            )
         raise DecodingError(
             f"no gradient: more of the {self.code.workers} workers are bad or missing than {self.code!r} can correct "
             f"({self.code.adversaries} bad, or {2 * self.code.adversaries} missing); {len(named)} worker(s) differ "
@@ -117,6 +126,19 @@ class Code(abc.ABC):
         """Return the workers that compute a part, in ascending order."""
         self._check_part(part)
         return tuple(worker for worker in range(self.workers) if part in self.assignment(worker))
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the decoded gradient is a robust mean of the parts' gradients, bounded by them, and not their mean.
+
+        It is then as good as promised while the votes of at most `corruptible` parts are wrong.
+        """
+        return False
+
+    @property
+    def corruptible(self) -> int:
+        """How many parts may have more than s bad workers; 0 if the code is not `bounded`."""
+        return 0
 
     @functools.cached_property
     def replica_groups(self) -> tuple[tuple[int, ...], ...]:

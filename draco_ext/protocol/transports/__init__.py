@@ -15,6 +15,8 @@ __all__ = ["FORMER_NAMES", "TRANSPORTS", "Transport", "make_transport"]
 
 
 def _all_reduce(code: Code, communicator: Communicator, *, deadline: float, **tolerance: float) -> Transport:
+    if code.bounded:
+        raise ValueError(f"code must have no second stage for 'allreduce', which adds up blindly; got {code!r}")
     if code.message_is_gradient:
         return AllReduceRepetition(code, communicator, **tolerance)
     if code.uses_projections:
@@ -25,7 +27,8 @@ def _all_reduce(code: Code, communicator: Communicator, *, deadline: float, **to
 def _verified(
     code: Code, communicator: Communicator, *, deadline: float, atol: float = 0.0, rtol: float = 0.0
 ) -> Transport:
-    if not code.message_is_gradient or atol > 0 or rtol > 0:  # messages differ by nature, so all go to all
+    # Messages differ by nature, or a second stage needs the winners of all votes: so all go to all.
+    if not code.message_is_gradient or code.bounded or atol > 0 or rtol > 0:
         return AllGather(code, communicator, atol=atol, rtol=rtol)
     if code.adversaries == 0:
         return AllReduceRepetition(code, communicator)

@@ -1,0 +1,140 @@
+"""The second stage of a decoder: a robust mean of the winners of all votes, some of which may be those of colluders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from draco_ext import _checks
+
+BEYOND = ("fail", "median", "trimmed-mean")
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Columns processed at once on a CPU: few enough that all winners' stay in its cache.
+_TILE = 16384
+
+
+def check_beyond(beyond: object, trim: object, parts: int) -> int:
+    """Return how many parts may be corrupted, given the second stage's arguments and the number of parts.
+
+    Raises:
+        TypeError: trim is not an int.
+        ValueError: beyond is not one of `BEYOND`, has too few parts for a second stage, or does not go with trim.
+    """
+    if not isinstance(beyond, str) or beyond not in BEYOND:
+        got = repr(beyond) if isinstance(beyond, str) else type(beyond).__name__
+        raise ValueError(f"beyond must be {', '.join(map(repr, BEYOND[:-1]))} or {BEYOND[-1]!r}, got {got}")
+    if beyond != "trimmed-mean" and trim is not None:
+        raise ValueError(f"trim must be left out with beyond={beyond!r}, got {trim!r}")
+    if beyond == "fail":
+        return 0
+    most = (parts - 1) // 2
+    if most == 0:
+        raise ValueError(f"beyond must be 'fail' with fewer than 3 parts, got {beyond!r} with {parts}")
+    if beyond == "median":
+        return most
+    return max(1, parts // 4) if trim is None else _checks.check_int("trim", trim, 1, most)
+
+
+def robust_mean(winners: Tensor, lost: Tensor, trim: int | None, *, factor: float, out: Tensor) -> Tensor:
+    """Write a robust mean of the rows into `out`, coordinate by coordinate; it never waits for the device.
+
+    A NaN counts as larger (or, with the sign bit, as smaller) than every number. A lost row stands for half a row at
+    either end: where their number is odd, the mean of the two ways to put the last one at an end is taken. So with
+    `e` lost and `c` arbitrary rows each element is between those of the other rows, for the median while
+    `2c + e < G`, and for the trimmed mean while `c + e <= trim`.
+
+    Args:
+        winners: (G, d).
+        lost: (G,) bool, the rows to leave out.
+        trim: how many values are left out at each end of a coordinate; None: the median, and with an even number of
+            rows the mean of the middle two.
+        factor: the result is multiplied by it.
+        out: (d,), contiguous.
+
+    Returns:
+        out; NaN everywhere if more rows are lost than are trimmed.
+    """
+    count = winners.size(0)
+    most = (count - 1) // 2 if trim is None else trim
+    # By whether the number of lost rows is even or odd: the ranks that count, the first and last by half if odd.
+    if trim is None:
+        even, odd = ((count - 1) // 2, count // 2), ((count - 2) // 2, (count - 1) // 2)
+    else:
+        even, odd = (trim, count - trim - 1), (trim - 1, count - trim - 1)
+    number = lost.cumsum(0)
+    limits = torch.iinfo(_INTEGERS[winners.element_size()])
+    filler = torch.where(number % 2 == 1, limits.max, limits.min).to(_INTEGERS[winners.element_size()])
+    is_odd, failed = number[-1] % 2 == 1, number[-1] > most
+    network = _selection(count, range(min(even[0], odd[0]), max(even[1], odd[1]) + 1))
+    tiles = (winners.split(_TILE, dim=1), out.split(_TILE)) if winners.is_cpu else ((winners,), (out,))
+    for tile, target in zip(*tiles, strict=True):
+        keys = torch.where(lost[:, None], filler[:, None], _order(tile.view(filler.dtype)))
+        rows = list(keys)
+        for i, j, smaller, larger in network:
+            low = torch.minimum(rows[i], rows[j]) if smaller else rows[i]
+            rows[j] = torch.maximum(rows[i], rows[j]) if larger else rows[j]
+            rows[i] = low
+        ranked: dict[int, Tensor] = {}
+        for rank in {*range(even[0], even[1] + 1), *range(odd[0], odd[1] + 1)}:
+            values = _order(rows[rank]).view(winners.dtype)
+            ranked[rank] = values if values.itemsize > 2 else values.float()
+        if trim is None:
+            means = [_middle(ranked[low], ranked[high]) for low, high in (even, odd)]
+        else:
+            means = [_mean(ranked, even, by_half=False), _mean(ranked, odd, by_half=True)]
+        target.copy_((torch.where(is_odd, means[1], means[0]) * factor).masked_fill_(failed, torch.nan))
+    return out
+
+
+def _order(bits: Tensor) -> Tensor:
+    """Return the bits of floats as integers in the same order, and of such integers those of the floats."""
+    size = torch.iinfo(bits.dtype)
+    return bits ^ ((bits >> (size.bits - 1)) & size.max)
+
+
+def _middle(low: Tensor, high: Tensor) -> Tensor:
+    """Return the mean of two values, which is never outside of them and does not overflow."""
+    return low if low is high else torch.where(low == high, low, low * 0.5 + high * 0.5)
+
+
+def _mean(ranked: dict[int, Tensor], ranks: tuple[int, int], *, by_half: bool) -> Tensor:
+    """Return the mean of the values from one rank to another, the first and the last by half if so."""
+    first, last = ranks
+    weights = [0.5 if by_half and rank in ranks else 1.0 for rank in range(first, last + 1)]
+    total = ranked[first] * weights[0]
+    for rank, weight in zip(range(first + 1, last + 1), weights[1:], strict=True):
+        total = total + ranked[rank] * weight
+    # Rounding and overflow must not lead out of the range.
+    return (total * (1 / sum(weights))).clamp(ranked[first], ranked[last])
+
+
+def sorting_network(count: int) -> Iterator[tuple[int, int]]:
+    """Yield the comparators (i, j), i < j, that sort this many values: Batcher's merge exchange.
+
+    Source: Knuth, The Art of Computer Programming, volume 3, section 5.2.2, algorithm M.
+    """
+    top = (1 << (count - 1).bit_length()) >> 1
+    p = top
+    while p > 0:
+        q, r, distance = top, 0, p
+        while True:
+            yield from ((i, i + distance) for i in range(count - distance) if i & p == r)
+            if q == p:
+                break
+            distance, q, r = q - p, q // 2, p
+        p //= 2
+
+
+def _selection(count: int, ranks: Sequence[int]) -> list[tuple[int, int, bool, bool]]:
+    """Return the comparators that are needed for these ranks alone, and which of their two results are."""
+    needed, kept = set(ranks), []
+    for i, j in reversed(list(sorting_network(count))):
+        smaller, larger = i in needed, j in needed
+        if smaller or larger:
+            kept.append((i, j, smaller, larger))
+            needed |= {i, j}
+    return kept[::-1]
