@@ -422,7 +422,7 @@ def _beyond(communicator, name, code, bad):
     transport = make_transport(name, code, communicator)
 
     def alter(values):
-        values += communicator.worker if bad[communicator.worker] == "apart" else 1e6
+        values += communicator.worker + 1 if bad[communicator.worker] == "apart" else 1e6
 
     values = [message_of(code, communicator.worker, i, alter if communicator.worker in bad else None) for i in range(2)]
     outcomes = run_overlapped(transport, [transport.exchange(message, i) for i, (message, _) in enumerate(values)])
