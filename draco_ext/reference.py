@@ -75,9 +75,7 @@ def robust_mean(winners: Tensor, lost: Tensor, trim: int | None) -> Tensor:
     most = (count - 1) // 2 if trim is None else trim
     if int(lost.sum()) > most:
         return torch.full_like(winners[0], math.nan, dtype=torch.float64)
-    bits = present.view(_INTEGERS[present.dtype])
-    key = torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
-    ordered = present.gather(0, key.sort(0).indices).double()
+    ordered = present.double().nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).sort(0).values
     if trim is None:
         return ordered[[(len(present) - 1) // 2, len(present) // 2]].mean(0)
     low, high = trim - (count - len(present)) // 2, trim - (count - len(present) + 1) // 2

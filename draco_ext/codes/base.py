@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -77,6 +78,7 @@ class Code(abc.ABC):
             machines with other instruction sets may round differently.
         uses_projections: bad messages are found by random projections. `decode` then uses its `seed`, and `project`,
             `locate` and `combine` do its work in steps, for ranks that have only some of the messages.
+        sliceable: the same columns of all messages are decoded to these columns of the gradient. Transports need it.
 
     Raises:
         TypeError: an argument is not an int.
@@ -90,6 +92,7 @@ class Code(abc.ABC):
     message_is_gradient: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     uses_projections: ClassVar[bool] = False
+    sliceable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.check_workers(self.workers, self.adversaries)
@@ -129,16 +132,30 @@ class Code(abc.ABC):
 
     @property
     def bounded(self) -> bool:
-        """Whether the decoded gradient is a robust mean of the parts' gradients, bounded by them, and not their mean.
+        """Return whether the decoded gradient is a robust mean of the parts' gradients, and not their mean.
 
-        It is then as good as promised while the votes of at most `corruptible` parts are wrong.
+        It is then bounded by those of honest parts while the votes of at most `corruptible` parts are wrong.
         """
         return False
 
     @property
     def corruptible(self) -> int:
-        """How many parts may have more than s bad workers; 0 if the code is not `bounded`."""
+        """The number of parts that may have more than s bad workers; 0 if the code is not `bounded`."""
         return 0
+
+    def distorted_parts(self, colluders: Iterable[int]) -> tuple[int, ...]:
+        """Return the parts of which more than s workers are among these: the parts that these colluders can spoil.
+
+        If they are all but s of a part's workers, and so for groups of 2s+1 in any case, they win its vote, and nobody
+        notices; see `draco_ext.codes.collusion.worst_colluders` for the set that spoils most.
+
+        Args:
+            colluders: workers.
+        """
+        bad = set(colluders)
+        for worker in bad:
+            self._check_worker(worker)
+        return tuple(part for part in range(self.parts) if len(bad.intersection(self.holders(part))) > self.adversaries)
 
     @functools.cached_property
     def replica_groups(self) -> tuple[tuple[int, ...], ...]:

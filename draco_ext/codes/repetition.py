@@ -74,12 +74,12 @@ class RepetitionCode(Code):
 
     @property
     def bounded(self) -> bool:
-        """Whether there is a second stage."""
+        """Return whether there is a second stage."""
         return self.beyond != "fail"
 
     @property
     def corruptible(self) -> int:
-        """How many groups may be corrupted before the gradient is not bounded any more."""
+        """The number of groups that may be corrupted before the gradient is not bounded any more."""
         return check_beyond(self.beyond, self.trim, self.parts)
 
     @property

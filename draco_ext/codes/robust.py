@@ -11,10 +11,8 @@ from draco_ext import _checks
 
 BEYOND = ("fail", "median", "trimmed-mean")
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-# Columns processed at once on a CPU: few enough that all winners' stay in its cache.
-_TILE = 16384
+# Columns processed at once on a CPU: enough to use its threads, few enough to stay in its cache.
+_TILE = 65536
 
 
 def check_beyond(beyond: object, trim: object, parts: int) -> int:
@@ -42,7 +40,7 @@ def check_beyond(beyond: object, trim: object, parts: int) -> int:
 def robust_mean(winners: Tensor, lost: Tensor, trim: int | None, *, factor: float, out: Tensor) -> Tensor:
     """Write a robust mean of the rows into `out`, coordinate by coordinate; it never waits for the device.
 
-    A NaN counts as larger (or, with the sign bit, as smaller) than every number. A lost row stands for half a row at
+    A NaN counts as infinity, so that it does not spread. A lost row stands for half a row at
     either end: where their number is odd, the mean of the two ways to put the last one at an end is taken. So with
     `e` lost and `c` arbitrary rows each element is between those of the other rows, for the median while
     `2c + e < G`, and for the trimmed mean while `c + e <= trim`.
@@ -66,34 +64,27 @@ def robust_mean(winners: Tensor, lost: Tensor, trim: int | None, *, factor: floa
     else:
         even, odd = (trim, count - trim - 1), (trim - 1, count - trim - 1)
     number = lost.cumsum(0)
-    limits = torch.iinfo(_INTEGERS[winners.element_size()])
-    filler = torch.where(number % 2 == 1, limits.max, limits.min).to(_INTEGERS[winners.element_size()])
-    is_odd, failed = number[-1] % 2 == 1, number[-1] > most
+    computed = winners.dtype if winners.dtype.itemsize > 2 else torch.float32
+    filler = torch.where(number % 2 == 1, torch.inf, -torch.inf).to(computed)
+    is_odd = number[-1] % 2 == 1
+    # Added to the result: NaN if it failed, and otherwise 0, since which of 0 and -0 is smaller depends on the machine.
+    zero = torch.where(number[-1] > most, torch.nan, 0.0).to(computed)
     network = _selection(count, range(min(even[0], odd[0]), max(even[1], odd[1]) + 1))
     tiles = (winners.split(_TILE, dim=1), out.split(_TILE)) if winners.is_cpu else ((winners,), (out,))
     for tile, target in zip(*tiles, strict=True):
-        keys = torch.where(lost[:, None], filler[:, None], _order(tile.view(filler.dtype)))
-        rows = list(keys)
+        values = tile.to(computed).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        rows = list(torch.where(lost[:, None], filler[:, None], values))
         for i, j, smaller, larger in network:
             low = torch.minimum(rows[i], rows[j]) if smaller else rows[i]
             rows[j] = torch.maximum(rows[i], rows[j]) if larger else rows[j]
             rows[i] = low
-        ranked: dict[int, Tensor] = {}
-        for rank in {*range(even[0], even[1] + 1), *range(odd[0], odd[1] + 1)}:
-            values = _order(rows[rank]).view(winners.dtype)
-            ranked[rank] = values if values.itemsize > 2 else values.float()
         if trim is None:
-            means = [_middle(ranked[low], ranked[high]) for low, high in (even, odd)]
+            means = [_middle(rows[low], rows[high]) for low, high in (even, odd)]
         else:
-            means = [_mean(ranked, even, by_half=False), _mean(ranked, odd, by_half=True)]
-        target.copy_((torch.where(is_odd, means[1], means[0]) * factor).masked_fill_(failed, torch.nan))
+            means = [_mean(rows, even, by_half=False), _mean(rows, odd, by_half=True)]
+        mean = torch.where(is_odd, means[1], means[0])
+        target.copy_(mean.mul_(factor).add_(zero) if factor != 1 else mean.add_(zero))
     return out
-
-
-def _order(bits: Tensor) -> Tensor:
-    """Return the bits of floats as integers in the same order, and of such integers those of the floats."""
-    size = torch.iinfo(bits.dtype)
-    return bits ^ ((bits >> (size.bits - 1)) & size.max)
 
 
 def _middle(low: Tensor, high: Tensor) -> Tensor:
@@ -101,7 +92,7 @@ def _middle(low: Tensor, high: Tensor) -> Tensor:
     return low if low is high else torch.where(low == high, low, low * 0.5 + high * 0.5)
 
 
-def _mean(ranked: dict[int, Tensor], ranks: tuple[int, int], *, by_half: bool) -> Tensor:
+def _mean(ranked: Sequence[Tensor], ranks: tuple[int, int], *, by_half: bool) -> Tensor:
     """Return the mean of the values from one rank to another, the first and the last by half if so."""
     first, last = ranks
     weights = [0.5 if by_half and rank in ranks else 1.0 for rank in range(first, last + 1)]

@@ -121,7 +121,7 @@ def test_a_median_holds_with_lost_and_won_groups_together():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [3, 4, 5, 6, *(pytest.param(n, marks=pytest.mark.long) for n in (7, 8, 9))])
 def test_robust_mean_matches_reference(count, dtype, device, simt, generator):
-    """Every number of lost rows, NaN of either sign, -0 and infinities included."""
+    """Every set of lost rows, with NaN, -0 and infinities."""
     winners = torch.randn(count, 40001 if count == 5 and not simt else 37, generator=generator).to(dtype)
     winners[0, ::5], winners[1, ::7], winners[2, ::9], winners[0, 1::5] = torch.nan, -torch.nan, torch.inf, -0.0
     winners[1, 1::5] = 0.0

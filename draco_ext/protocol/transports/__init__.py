@@ -56,4 +56,6 @@ def make_transport(
         atol: the absolute tolerance between honest messages; see `draco_ext.decode`.
         rtol: the relative one.
     """
+    if not code.sliceable:
+        raise ValueError(f"code must be decoded column by column to have a transport, got {code!r}: use decode")
     return TRANSPORTS[FORMER_NAMES.get(name, name)](code, communicator, deadline=deadline, atol=atol, rtol=rtol)
