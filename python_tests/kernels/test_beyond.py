@@ -48,6 +48,7 @@ def test_every_set_of_bad_workers_is_bounded_or_fails(code, attack, device, simt
         pytest.skip("left to the faster devices")
     gradients = torch.randn(code.parts, 5, generator=generator)
     messages = honest_messages(code, gradients)
+    clean = on(device, draco_ext.decode, messages, code)
     for bad in every_set(code.workers):
         sent = attacked(messages, bad, attack, generator)
         out = on(device, draco_ext.decode, sent, code)
@@ -57,6 +58,8 @@ def test_every_set_of_bad_workers_is_bounded_or_fails(code, attack, device, simt
             assert not out.failed or out.gradient.isnan().all(), where
             continue
         assert not out.failed, where
+        if not groups:
+            assert torch.equal(out.gradient, clean.gradient), where
         others = [g for g in range(code.parts) if g not in groups]
         check_between(out.gradient, gradients[others], where)
         for g in others:  # here suspects are exactly the bad ones
