@@ -1,4 +1,4 @@
-"""What colluders can reach with a code, and who they are, by the agreement of workers on the parts they share."""
+"""The parts that colluders spoil, and the colluders themselves, found by who agrees with whom on shared parts."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import draco_ext
-from draco_ext import RepetitionCode
+from draco_ext import ByzShieldCode, RepetitionCode
 from draco_ext.testing.local import run_local
 
 
@@ -19,6 +19,8 @@ def _train(rank, report, transport, ledger):
     model = DistributedDataParallel(nn.Linear(20, 2))
     with pytest.raises(ValueError, match="transport must be 'verified' or 'server' for a code with a second stage"):
         draco_ext.protect(model, code)
+    with pytest.raises(ValueError, match="code must be decoded column by column, got ByzShieldCode"):
+        draco_ext.protect(model, ByzShieldCode(9, 1), transport="server")
 
     def adversary(step, message):
         """Rank 3 is wrong in step 1; in step 2 it colludes with 4, and in step 3 they do not agree."""

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from draco_ext import CyclicCode, RepetitionCode
+from draco_ext import ByzShieldCode, CyclicCode, RepetitionCode
 from draco_ext.protocol import keys, messages
 from draco_ext.protocol.communicator import Pending
 from draco_ext.protocol.encoder import CHUNK, GradientEncoder
@@ -457,8 +457,11 @@ def test_a_second_stage_bounds_what_more_than_s_bad_workers_do(name):
                 assert (decoded <= honest.max(1).values).all()
 
 
-def test_an_all_reduce_refuses_a_second_stage():
+def test_codes_that_transports_refuse():
     def work(communicator):
+        for name in TRANSPORTS:
+            with pytest.raises(ValueError, match="code must be decoded column by column to have a transport"):
+                make_transport(name, ByzShieldCode(3, 0), communicator)
         with pytest.raises(ValueError, match="code must have no second stage for 'allreduce', which adds up blindly"):
             make_transport("allreduce", RepetitionCode(3, 0, beyond="median"), communicator)
 
