@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode
+from draco_ext.protocol import communicator
 from draco_ext.protocol.communicator import ProcessGroupCommunicator
 from draco_ext.protocol.differences import Difference
 from draco_ext.protocol.exchange import run_alone
@@ -109,6 +110,26 @@ def test_an_attack_on_a_large_bucket_takes_little_memory():
             assert smallest == largest == 1
             assert outcome.suspects == {1: Difference(15_000_000, 0, 1.0)}
             assert more < 60 + 25, (name, more)
+
+
+# ----------------------------------------------------------------------------------------------- batches
+
+
+def _in_batches(rank, report):
+    """Point-to-point operations begin as on NCCL."""
+    communicator._needs_batch = lambda values: True
+    for code in (RepetitionCode(3, 1), CyclicCode(3, 1)):
+        transport = make_transport("verified", code, ProcessGroupCommunicator(dist.group.WORLD, range(3)))
+        values = torch.arange(40.0) + (rank == 1 and code.message_is_gradient)
+        outcome = exchange(transport, values, 0)
+        report(everybodys((values.tolist(), set(outcome.suspects))))
+
+
+def test_operations_may_begin_in_batches():
+    repetition, cyclic = run_local(_in_batches, 3)
+    assert repetition == [(list(range(40)), {1})] * 3
+    assert len(cyclic) == 3
+    assert all(each == cyclic[0] for each in cyclic)
 
 
 # ------------------------------------------------------------------------------------------- empty buckets
