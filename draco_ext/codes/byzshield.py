@@ -165,7 +165,7 @@ class ByzShieldCode(Code):
         gradient = messages.new_empty(d) if out is None else out
         rows = messages.unflatten(1, (self.load, d))
         absent = None if missing is None else self._by_part(missing)
-        winners, ballot = messages.new_empty(self.parts, d), messages.new_empty(self.redundancy, d)
+        winners, ballot = messages.new_empty(self.parts + 1, d), messages.new_empty(self.redundancy, d)
         split, differing = [], []
         for part in range(self.parts):
             for vote, worker in zip(ballot, self.holders(part), strict=True):
@@ -186,7 +186,7 @@ class ByzShieldCode(Code):
             trim = None if self.beyond == "median" else self.corruptible
             robust_mean(winners, lost, trim, factor=1 if reduction == "mean" else self.parts, out=gradient)
         else:  # a part without a majority is NaN, and so is the mean
-            ops.majority_vote(winners, (1,) * self.parts, 0, mean=reduction == "mean", out=gradient)
+            ops.majority_vote(winners[:-1], (1,) * self.parts, 0, mean=reduction == "mean", out=gradient)
         suspects = self._of_workers(torch.stack(differing))
         in_lost = self._of_workers(lost[:, None].expand(-1, self.redundancy))
         left_out = suspects | (in_lost if missing is None else in_lost & ~missing)

@@ -200,10 +200,10 @@ class RepetitionCode(Code):
         if out is not None:
             _checks.check_out(out, messages.size(1), "messages", messages)
         gradient = messages.new_empty(messages.size(1)) if out is None else out
-        winners = messages.new_empty(self.parts, messages.size(1))
+        winners = messages.new_empty(self.parts + 1, messages.size(1))
         split, differing = [], []
         end = 0
-        for winner, size in zip(winners, self.group_sizes, strict=True):
+        for winner, size in zip(winners[:-1], self.group_sizes, strict=True):
             begin, end = end, end + size
             _, differs, failed = ops.majority_vote(
                 messages[begin:end],
