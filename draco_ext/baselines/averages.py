@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from draco_ext import _checks, ops
+from draco_ext.codes.robust import sorting_network
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -45,30 +46,13 @@ def mean(messages: Tensor) -> Tensor:
     return messages.mean(dim=0)
 
 
-def _sorting_network(n: int) -> Iterator[tuple[int, int]]:
-    """Return the comparators (i, j), i < j, that sort n values: Batcher's merge exchange.
-
-    Source: Knuth, The Art of Computer Programming, volume 3, section 5.2.2, algorithm M.
-    """
-    top = (1 << (n - 1).bit_length()) >> 1
-    p = top
-    while p > 0:
-        q, r, distance = top, 0, p
-        while True:
-            yield from ((i, i + distance) for i in range(n - distance) if i & p == r)
-            if q == p:
-                break
-            distance, q, r = q - p, q // 2, p
-        p //= 2
-
-
 def _sorted_rows(messages: Tensor) -> Iterator[list[Tensor]]:
     """Yield the n rows of each tile of columns, sorted within every column; a NaN makes its whole column NaN.
 
     A network of row-wise minima and maxima is several times faster than torch.sort or torch.median,
     which gather each column with a stride.
     """
-    network = list(_sorting_network(messages.size(0)))
+    network = list(sorting_network(messages.size(0)))
     for tile in _tiles(messages):
         rows = list(tile)
         for i, j in network:

@@ -325,6 +325,7 @@ def _network_options(command: Callable[..., None]) -> Callable[..., None]:
     type=click.FloatRange(0, 1, min_open=True),
     help="Rate of draco_ext.Audit, to see it beside the codes.",
 )
+@click.option("--colluders", type=Count(1), help="Print what up to so many colluders spoil, by placement of the parts.")
 @_network_options
 def plan(
     workers: int,
@@ -335,17 +336,23 @@ def plan(
     learning_rate: float | None,
     samples: int | None,
     audit_rate: float | None,
+    colluders: int | None,
     **network: Any,
 ) -> None:
     """Print what each code costs at this size, what it cannot survive, and what becomes of a script's batches.
 
     With --parameters what each code costs, and a model of the bytes and the time of a step's exchange in a network of
     the given speed; with --batch-size what becomes of a script's batch size, learning rate and number of steps. With
-    --audit also what it costs to recompute parts in some steps only, and how many wrong updates that lets pass.
+    --audit also what it costs to recompute parts in some steps only, and how many wrong updates that lets pass. With
+    --colluders how many parts of a batch more than s colluders spoil; this tries all sets of them.
     """
     _check_workers(workers, adversaries)
-    if parameters is None and batch_size is None:
-        raise click.UsageError("plan needs --parameters for the costs, or --batch-size for the batches, or both")
+    if parameters is None and batch_size is None and colluders is None:
+        raise click.UsageError(
+            "plan needs --parameters for the costs, --batch-size for the batches, or --colluders for what they spoil"
+        )
+    if colluders is not None and colluders > workers:
+        raise click.UsageError(f"--colluders must be at most the {workers} workers, got {colluders}")
     for option, value in (("--learning-rate", learning_rate), ("--samples", samples)):
         if batch_size is None and value is not None:
             raise click.UsageError(f"{option} needs --batch-size")
@@ -364,6 +371,8 @@ def plan(
     if parameters is not None:
         item, speeds = planning.ITEM_BYTES[dtype], network_model.Network(**network)
         tables.append(network_model.make_table(workers, adversaries, parameters, item, speeds))
+    if colluders is not None:
+        tables.append(planning.make_collusion_table(workers, adversaries, colluders))
     console = Console()
     for table in tables:
         console.print(table)
