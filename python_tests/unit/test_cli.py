@@ -350,7 +350,7 @@ def test_plan_of_an_audit_stands_beside_the_codes():
         "0 if it is wrong in the first step; else 99 expected, at most 458 with a probability of 99%"
     )
     # The first two steps are audited, and the first one makes its own pass twice.
-    assert audit["compute per worker"].endswith("; once 5 passes more in the first 2 steps")
+    assert audit["compute per worker"].endswith("; once 5 passes more in the first 2 steps, one less with FSDP2")
     assert repetition["wrong updates before a bad worker is named"] == "0"
     assert "every audited gradient is right" in audit["what holds"]
     assert audit["cannot survive"].startswith("a fault that occurs once: corrected with a probability of 1% only; ")
