@@ -242,6 +242,7 @@ def _audit(audit: Audit, parameters: int, dtype: str) -> dict[str, str]:
     plain = _bytes(_sent_by_plain(n, parameters, dtype))
     chance, auditors = f"{100 * audit.rate:.3g}%", f"{s} other worker{'s' if s > 1 else ''}"
     beginning = f"; once {audit.cost(0, FIRST_STEPS) * FIRST_STEPS:.4g} passes more in the first {FIRST_STEPS} steps"
+    beginning += ", one less with FSDP2"
     if audit.rate == 1:
         when, audited, updates, once = "every step", "gradient", "0", ""
         beginning = ""

@@ -51,13 +51,17 @@ class Connection(abc.ABC):
     It has no timeout, and its waiting does not count in `Seconds`.
     """
 
-    @abc.abstractmethod
     def send(self, values: Tensor) -> None:
         """Send values and wait until they are sent.
 
         Raises:
             RuntimeError: the connection is closed.
         """
+        self.start_send(values)()
+
+    @abc.abstractmethod
+    def start_send(self, values: Tensor) -> Callable[[], None]:
+        """Start to send values; return a function that waits until they are sent, and raises what `send` raises."""
 
     @abc.abstractmethod
     def receive(self, values: Tensor) -> None:
@@ -311,8 +315,13 @@ class _ProcessGroupConnection(Connection):
     group: dist.ProcessGroup
     rank: int
 
-    def send(self, values: Tensor) -> None:
-        dist.send(values, group=self.group, group_dst=self.rank, tag=tag_of(values))
+    def start_send(self, values: Tensor) -> Callable[[], None]:
+        work: Any = dist.isend(values, group=self.group, group_dst=self.rank, tag=tag_of(values))
+
+        def wait() -> None:
+            work.wait()
+
+        return wait
 
     def receive(self, values: Tensor) -> None:
         dist.recv(values, group=self.group, group_src=self.rank, tag=tag_of(values))

@@ -153,6 +153,7 @@ def _empty(rank, report):
             model = DistributedDataParallel(_WithEmpty())
             guard = draco_ext.protect(model, code, transport=name)
             for step in guard.steps([torch.full((1, 3), float(part)) for part in code.assignment(rank)] * 2):
+                model.zero_grad()  # no optimizer uses them
                 for x in step:
                     model(x).backward()
             gradients = [p.grad.tolist() for p in model.parameters()]
