@@ -122,7 +122,7 @@ def record(code: Code, transport: str, *, tree: bool = False) -> Traffic:
     size = _NUMBER * (8 + 2 * len(code.assignment(0)))  # step, flag, three digests of state, one of each part's inputs
     if transport == "server":
         return _to_server(n, size, payload=False) + _from_server(n, n * size, payload=False)
-    if transport == "verified" and (code.adversaries > 0 or not code.message_is_gradient):
+    if transport == "verified" and (code.adversaries > 0 or code.bounded or not code.message_is_gradient):
         return _to_all(n, size, payload=False)
     return _all_gather(n, size, tree)
 
@@ -243,7 +243,7 @@ def _all_to_all(code: Code, lengths: Sequence[int], item: int) -> Traffic:
 
 
 def _verified(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traffic:
-    if not code.message_is_gradient:
+    if not code.message_is_gradient or code.bounded:
         return _all_to_all(code, lengths, item)
     if code.adversaries == 0:
         return _allreduce_repetition(code, lengths, item, tree)
@@ -301,7 +301,7 @@ def _deliveries(sizes: Sequence[int], length: int, item: int) -> Traffic:
 
 def _server(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traffic:
     n, total = code.workers, Traffic()
-    has_replicas = code.message_is_gradient and code.adversaries > 0
+    has_replicas = code.message_is_gradient and not code.bounded and code.adversaries > 0
     for length in lengths:
         most = SLICE * (SLICES_AT_ONCE if has_replicas else 1)
         full, rest = divmod(code.message_length(length) * item, most)

@@ -2,7 +2,8 @@
 
 from draco_ext.codes.audit import Audit
 from draco_ext.codes.base import Code, Decoded, DecodingError, decode
+from draco_ext.codes.byzshield import ByzShieldCode
 from draco_ext.codes.cyclic import CyclicCode
 from draco_ext.codes.repetition import RepetitionCode
 
-__all__ = ["Audit", "Code", "CyclicCode", "Decoded", "DecodingError", "RepetitionCode", "decode"]
+__all__ = ["Audit", "ByzShieldCode", "Code", "CyclicCode", "Decoded", "DecodingError", "RepetitionCode", "decode"]

@@ -297,9 +297,12 @@ class Guard(GuardBase):
             outcome, bucket = each.outcome, each.bucket
             if outcome.is_clean:
                 continue
-            if not outcome.failed:
+            if self.code.bounded:
+                undecided = sorted(set(outcome.left_out) - set(outcome.suspects))
+                self._recorder.add_undecided(undecided, step=self.step, bucket=bucket, failed=outcome.failed)
+            elif not outcome.failed:
                 self._recorder.weigh(outcome.left_out, outcome.suspects, self.step)
-            elif failure is None:
+            if outcome.failed and failure is None:
                 failure = self._policy.explain_decoding(
                     self.step,
                     bucket,

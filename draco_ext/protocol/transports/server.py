@@ -86,8 +86,10 @@ class ServerTransport(Transport):
         self._rounds = itertools.count()
         self._groups = code.decoding_groups
         self._group_of = {j: g for g, members in enumerate(self._groups) for j in members}
-        # Otherwise messages differ by nature, or one rank's word has to do.
-        self._has_replicas = code.message_is_gradient and code.adversaries > 0 and atol == rtol == 0
+        # Otherwise messages differ by nature, one rank's word has to do, or a part may do without a majority.
+        self._has_replicas = (
+            code.message_is_gradient and not code.bounded and code.adversaries > 0 and atol == rtol == 0
+        )
         if own.worker == self.server:
             self._arrived: queue.Queue[_Arrival] = queue.Queue()
             others = (j for j in range(code.workers) if j != self.server)
