@@ -24,9 +24,9 @@ TEST(offsets_are_evenly_spread) {
   for (int n = 1; n <= 200; ++n) {
     for (int s = 0; 2 * s + 1 <= n; ++s) {
       const int r = 2 * s + 1;
-      CHECK_EQ(cyclic_offset(n, s, 0), 0, "n = ", n, ", s = ", s);
+      CHECK_EQ(cyclic_offset(n, r, 0), 0, "n = ", n, ", s = ", s);
       for (int t = 0; t < r; ++t) {
-        const int own = cyclic_offset(n, s, t), next = t + 1 < r ? cyclic_offset(n, s, t + 1) : n;
+        const int own = cyclic_offset(n, r, t), next = t + 1 < r ? cyclic_offset(n, r, t + 1) : n;
         CHECK_EQ(own, static_cast<int>(std::llround(static_cast<long double>(t) * n / r)), "n = ", n, ", s = ", s,
                  ", t = ", t);
         // Strictly increasing, and no gap, that around the end included, differs from another by more than one.
@@ -37,9 +37,9 @@ TEST(offsets_are_evenly_spread) {
 }
 
 TEST(offsets_of_many_workers) {  // whose products need 64 bits
-  const int n = 2000000011, s = 1000000000;
+  const int n = 2000000011, r = 2000000001;
   for (int t : {0, 1, 999999999, 1000000000, 1999999999, 2000000000})
-    CHECK_EQ(cyclic_offset(n, s, t), static_cast<int>(std::llround(static_cast<long double>(t) * n / (2 * s + 1.0L))),
+    CHECK_EQ(cyclic_offset(n, r, t), static_cast<int>(std::llround(static_cast<long double>(t) * n / r)),
              "t = ", t);
 }
 
@@ -90,7 +90,7 @@ static void check_conditions(int n, int s) {
   }
   for (int m = 0; m < r; ++m) {
     Complex sum{m == 0 ? -1.0 : 0.0, 0};
-    for (int t = 0; t < r; ++t) sum = sum + weight[t] * node[static_cast<long long>(m) * cyclic_offset(n, s, t) % n];
+    for (int t = 0; t < r; ++t) sum = sum + weight[t] * node[static_cast<long long>(m) * cyclic_offset(n, r, t) % n];
     CHECK_LE(std::sqrt(norm2(sum)), 1e-12, "n = ", n, ", s = ", s, ", m = ", m);
   }
 }
@@ -111,7 +111,7 @@ TEST(encoding_weights_meet_them_to_30_digits) {
     DoubleDouble re{-1, 0}, im{0, 0}, first_re{0, 0}, first_im{0, 0};
     for (int t = 0; t <= 2 * s; ++t) {
       const EncodingWeight w = cyclic_weight(n, s, t, sine);
-      const int offset = cyclic_offset(n, s, t);
+      const int offset = cyclic_offset(n, 2 * s + 1, t);
       const DoubleDouble x = sine_of_pi(4LL * offset + n, 2LL * n), y = sine_of_pi(2LL * offset, n);
       re = re + w.re;
       im = im + w.im;
@@ -128,10 +128,10 @@ TEST(weights_are_lagranges) {
   for (int n = 1; n < 40; ++n) {
     for (int s = 0; 2 * s + 1 <= n; ++s) {
       for (int t = 0; t <= 2 * s; ++t) {
-        const Exact own = exact_node(n, cyclic_offset(n, s, t));
+        const Exact own = exact_node(n, cyclic_offset(n, 2 * s + 1, t));
         Exact want = 1;
         for (int i = 0; i <= 2 * s; ++i) {
-          const Exact other = exact_node(n, cyclic_offset(n, s, i));
+          const Exact other = exact_node(n, cyclic_offset(n, 2 * s + 1, i));
           if (i != t) want *= other / (other - own);
         }
         CHECK_LE(distance(cyclic_weight(n, s, t), want), 1e-15, "n = ", n, ", s = ", s, ", t = ", t);
@@ -147,9 +147,9 @@ TEST(positions_invert_the_assignment) {
     for (int s = 0; 2 * s + 1 <= n; ++s) {
       for (int part = 0; part < n; ++part) {
         std::vector<int> position(n, -1);
-        for (int t = 0; t <= 2 * s; ++t) position[(part + cyclic_offset(n, s, t)) % n] = t;
+        for (int t = 0; t <= 2 * s; ++t) position[(part + cyclic_offset(n, 2 * s + 1, t)) % n] = t;
         for (int worker = 0; worker < n; ++worker)
-          CHECK_EQ(cyclic_position(n, s, worker, part), position[worker], "n = ", n, ", s = ", s, ", worker ", worker,
+          CHECK_EQ(cyclic_position(n, 2 * s + 1, worker, part), position[worker], "n = ", n, ", s = ", s, ", worker ", worker,
                    ", part ", part);
       }
     }
