@@ -94,9 +94,8 @@ inline void check_pairs(const char* op, const Tensor& messages, int64_t length, 
 
 // Returns for how many blocks there are weights.
 inline int check_weights(const char* op, const Tensor& weights, const Tensor& messages) {
-  STD_TORCH_CHECK((weights.dim() == 1 || weights.dim() == 2) &&
-                      weights.size(weights.dim() - 1) == messages.size(0) && weights.is_contiguous() &&
-                      weights.scalar_type() == ScalarType::ComplexDouble,
+  STD_TORCH_CHECK((weights.dim() == 1 || weights.dim() == 2) && weights.size(weights.dim() - 1) == messages.size(0) &&
+                      weights.is_contiguous() && weights.scalar_type() == ScalarType::ComplexDouble,
                   op, ": weights must be a contiguous complex128 tensor with one entry per message, or rows of them");
   STD_TORCH_CHECK(weights.get_device_index() == messages.get_device_index(), op,
                   ": weights must be on the messages' device");

@@ -4,7 +4,8 @@
 // A gradient is cut into k blocks. Part p is computed by r = 2s+k evenly spread workers and enters their messages with
 // a weight for each of its blocks b: z_j = sum over p and b of W_jpb g_p[b]. The weights solve
 //
-//   sum_j W_jpb x_j^m = [m == m_b]   for r consecutive moments m: the checks 1 .. 2s, and the k answers m_b beside them.
+//   sum_j W_jpb x_j^m = [m == m_b]   for r consecutive moments m: the checks 1 .. 2s, and the k answers m_b beside
+//   them.
 //
 // So sum_j x_j^(m_b) z_j is block b of the sum of the gradients, and the checks vanish as they do in the cyclic code.
 // Half of the answers lie on each side of the checks, which makes noise grow least. With k = 1 the only answer is

@@ -24,7 +24,8 @@ DRACO_HD int64_t message_length(int64_t length, int compression) {
   return (length + 2 * compression - 1) / (2 * compression) * 2;
 }
 
-// The moment of the messages that is a block of the sum of the gradients: 0, -1, -2, ... below the checks, then 2s+1, 2s+2,
+// The moment of the messages that is a block of the sum of the gradients: 0, -1, -2, ... below the checks, then 2s+1,
+// 2s+2,
 // ... above them.
 DRACO_HD int answer_moment(int adversaries, int compression, int answer) {
   const int below = (compression + 1) / 2;

@@ -43,8 +43,8 @@ struct Projections {
 template <typename T>
 struct Blocks {
   T* out;
-  int64_t length;    // of the gradient: behind it the last blocks are padding
-  int64_t columns;   // of a block: the messages' length
+  int64_t length;   // of the gradient: behind it the last blocks are padding
+  int64_t columns;  // of a block: the messages' length
   int count = 1;
 
   // Writes the sums of some columns, divided by `divisor`: (count, stride).
@@ -71,13 +71,13 @@ struct WeightedRows {
     std::vector<size_t> used;
     for (size_t j = 0; j < n; ++j) {
       bool counts = given == nullptr;
-      for (size_t i = j; given != nullptr && i < blocks * n; i += n) counts |= given[2 * i] != 0 || given[2 * i + 1] != 0;
+      for (size_t i = j; given != nullptr && i < blocks * n; i += n)
+        counts |= given[2 * i] != 0 || given[2 * i + 1] != 0;
       if (all[j] != nullptr && counts) used.push_back(j);
     }
     for (const size_t j : used) rows.push_back(all[j]);
     for (int b = 0; b < blocks && given != nullptr; ++b)
-      for (const size_t j : used)
-        weights.insert(weights.end(), given + 2 * (b * n + j), given + 2 * (b * n + j) + 2);
+      for (const size_t j : used) weights.insert(weights.end(), given + 2 * (b * n + j), given + 2 * (b * n + j) + 2);
   }
 
   // sums: (blocks, columns).
@@ -178,19 +178,20 @@ class Sweep {
   Scratch phi_;  // on whole lines of the cache: every vector of it is loaded for every two rows
 };
 
-// Writes the first `width` columns of the blocks: sum_j weights_j rows_j, divided by `divisor`, over the rows whose weight
-// is not 0 in some block, or of all present rows where there are no weights. To the last bit what Sweep::run makes of
-// the same weights and divisor.
+// Writes the first `width` columns of the blocks: sum_j weights_j rows_j, divided by `divisor`, over the rows whose
+// weight is not 0 in some block, or of all present rows where there are no weights. To the last bit what Sweep::run
+// makes of the same weights and divisor.
 template <typename T>
 void combine(const std::vector<const T*>& rows, const double* weights, double divisor, int64_t width,
              const Blocks<T>& blocks) {
   const WeightedRows<T> weighted(rows, weights, blocks.count);
   const int64_t chunk = blocks.count == 1 ? 8192 : 2048;  // columns; of several sums four rows stay in the first cache
-  for_each_chunk(width, chunk, kAlignment, 0, blocks.count * sizeof(T), [&](int64_t begin, int64_t columns, void* lent) {
-    auto* sums = static_cast<T*>(lent);
-    weighted.add_up(begin, columns, blocks.count, sums);
-    blocks.finish(sums, columns, begin, columns, divisor);
-  });
+  for_each_chunk(width, chunk, kAlignment, 0, blocks.count * sizeof(T),
+                 [&](int64_t begin, int64_t columns, void* lent) {
+                   auto* sums = static_cast<T*>(lent);
+                   weighted.add_up(begin, columns, blocks.count, sums);
+                   blocks.finish(sums, columns, begin, columns, divisor);
+                 });
 }
 
 struct Verdict {

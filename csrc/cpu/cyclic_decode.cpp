@@ -1,6 +1,6 @@
 // The fused decode: sum and project in one sweep, looking for suspects after the first tiles and after the last. Moves
-// n messages in and d elements out; once more for the tiles that were summed with suspects found later, the first sixteenth
-// as a rule, and all for one that is bad in none of those.
+// n messages in and d elements out; once more for the tiles that were summed with suspects found later, the first
+// sixteenth as a rule, and all for one that is bad in none of those.
 #include "cpu/cyclic.h"
 
 namespace draco {
@@ -45,9 +45,8 @@ Verdict decode(const Tensor& messages, const std::vector<uint8_t>& missing, cons
       f(decoding_weights(n, s, blocks.count, without, mean ? 1.0 / n : 1.0).data(), 1.0);
     };
     const auto run = [&](int64_t first, int64_t last, const std::vector<uint8_t>& without) {
-      with_weights(without, [&](const double* weights, double divisor) {
-        sweep.run(first, last, weights, divisor, &blocks);
-      });
+      with_weights(without,
+                   [&](const double* weights, double divisor) { sweep.run(first, last, weights, divisor, &blocks); });
     };
     // A worker that is bad is so in the first tiles, as a rule: known from there on, it costs no second sweep.
     const int64_t tiles = tile_count(length), head = tiles / kHeadPart;
@@ -63,9 +62,8 @@ Verdict decode(const Tensor& messages, const std::vector<uint8_t>& missing, cons
     verdict = find_suspects(sweep.projections, missing, s, length, model, head > 0 ? &early : nullptr);
     if (!verdict.failed && !verdict.overflow && (verdict.erased != without || verdict.erased != left_out)) {
       const int64_t wrong = verdict.erased != without ? length : head * kTile;
-      with_weights(verdict.erased, [&](const double* weights, double divisor) {
-        combine<T>(rows, weights, divisor, wrong, blocks);
-      });
+      with_weights(verdict.erased,
+                   [&](const double* weights, double divisor) { combine<T>(rows, weights, divisor, wrong, blocks); });
     }
   }
   if (verdict.failed || verdict.overflow)
@@ -90,10 +88,10 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_decode_out(const Tensor& messages, con
   Verdict verdict;
   dispatch_real(op, messages.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    verdict = decode<T>(messages, absent, likely, s, noise_model(sizeof(T) == 8, static_cast<int>(n), atol, rtol), mean,
-                        seed.has_value() ? static_cast<uint64_t>(*seed) : fresh_seed(op),
-                        Blocks<T>{static_cast<T*>(out.data_ptr()), length, messages.size(1),
-                                  static_cast<int>(compression)});
+    verdict =
+        decode<T>(messages, absent, likely, s, noise_model(sizeof(T) == 8, static_cast<int>(n), atol, rtol), mean,
+                  seed.has_value() ? static_cast<uint64_t>(*seed) : fresh_seed(op),
+                  Blocks<T>{static_cast<T*>(out.data_ptr()), length, messages.size(1), static_cast<int>(compression)});
   });
   std::vector<uint8_t> left_out(n, 0);
   for (int64_t j = 0; j < n && !verdict.failed && !verdict.overflow; ++j) left_out[j] = verdict.erased[j] && !absent[j];

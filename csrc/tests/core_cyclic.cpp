@@ -39,8 +39,7 @@ TEST(offsets_are_evenly_spread) {
 TEST(offsets_of_many_workers) {  // whose products need 64 bits
   const int n = 2000000011, r = 2000000001;
   for (int t : {0, 1, 999999999, 1000000000, 1999999999, 2000000000})
-    CHECK_EQ(cyclic_offset(n, r, t), static_cast<int>(std::llround(static_cast<long double>(t) * n / r)),
-             "t = ", t);
+    CHECK_EQ(cyclic_offset(n, r, t), static_cast<int>(std::llround(static_cast<long double>(t) * n / r)), "t = ", t);
 }
 
 // ---------------------------------------------------------------------------------------------- nodes
@@ -149,8 +148,8 @@ TEST(positions_invert_the_assignment) {
         std::vector<int> position(n, -1);
         for (int t = 0; t <= 2 * s; ++t) position[(part + cyclic_offset(n, 2 * s + 1, t)) % n] = t;
         for (int worker = 0; worker < n; ++worker)
-          CHECK_EQ(cyclic_position(n, 2 * s + 1, worker, part), position[worker], "n = ", n, ", s = ", s, ", worker ", worker,
-                   ", part ", part);
+          CHECK_EQ(cyclic_position(n, 2 * s + 1, worker, part), position[worker], "n = ", n, ", s = ", s, ", worker ",
+                   worker, ", part ", part);
       }
     }
   }

@@ -117,8 +117,8 @@ class Parity {
   }
 
   // The weights b_j that give the sum of the gradients from the workers not in the mask: b = 1 + X q, b = 0 on those in
-  // it, of minimal norm. Times `by`. At most 2s workers may be in the mask, and none are erased. Of shorter messages the
-  // weights of every block (core/answers.h), (compression, workers): b = x^(m_b) + X q.
+  // it, of minimal norm. Times `by`. At most 2s workers may be in the mask, and none are erased. Of shorter messages
+  // the weights of every block (core/answers.h), (compression, workers): b = x^(m_b) + X q.
   DRACO_TEAM_CALL void weights(const uint8_t* mask, double by, Complex* b, int compression = 1) {
     const Set set{at_.erased, list(team_, mask, workers, at_.erased)};
     Work unlimited;
