@@ -4,7 +4,7 @@ A test's folder is its layer, and its marker. Tests and cases that are marked `l
 the fixture `long` tells tests which size to take.
 
 Whole folders run on all cores, by pytest-xdist; files, selections (-k, -m) and whatever else a debugger may look into
-in one process, and everything with ``-n 0``. Tests that share the result of a fixture are run by the same process.
+in one process, and everything with ``-n 0``. The tests of a file, which may share a fixture, are run by one process.
 
 Tests that use the fixture `device` run on the CPU and on a GPU where there is one, or, with `--simt LIBRARY`, they
 alone run, on kernels written for the GPU that were compiled for the host: the library registers every op again for CPU
@@ -67,12 +67,13 @@ def pytest_cmdline_main(config):
     if option.numprocesses is None and not alone and not option.markexpr and all(map(os.path.isdir, config.args)):
         option.numprocesses = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
     if option.numprocesses and option.dist == "no":
-        option.dist = "loadgroup"
+        option.dist = "loadfile"
         option.loadscopereorder = False
 
 
 def pytest_configure(config):
-    if hasattr(config, "workerinput"):  # its share of the cores; threads that wait for each other's core are slow
+    if hasattr(config, "workerinput"):
+        # Its share of the cores; threads that wait for each other's core are slow.
         threads = max(1, len(os.sched_getaffinity(0)) // config.workerinput["workercount"])
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of processes that tests start
         torch.set_num_threads(threads)
@@ -110,14 +111,6 @@ def pytest_itemcollected(item):
         item.add_marker(layer)
     if _uses_gpu(item):
         item.add_marker(pytest.mark.gpu)
-    if item.config.pluginmanager.hasplugin("xdist") and _shares(item):
-        item.add_marker(pytest.mark.xdist_group(item.module.__name__))
-
-
-def _shares(item):
-    """Whether a fixture of the test's own module is made once for several tests."""
-    fixtures = item._fixtureinfo.name2fixturedefs.values()
-    return any(fixture[-1].scope == "module" for fixture in fixtures)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from draco_ext.codes import Code, CyclicCode, RepetitionCode
 from draco_ext.ops.cyclic import projections_shape
+from draco_ext.protocol.keys import SHARE_BYTES
 from draco_ext.protocol.messages import SLICE
 from draco_ext.protocol.transports.server import SLICES_AT_ONCE
 from draco_ext.protocol.transports.verified import SMALL
@@ -214,7 +215,7 @@ def _all_to_all(code: Code, lengths: Sequence[int], item: int) -> Traffic:
         whole = _to_all(n, size)
         total += Traffic(whole.payload, 0, whole.link, count * whole.messages, bool(count), n * size)
         if code.uses_projections:
-            share = _to_all(n, 32, payload=False)
+            share = _to_all(n, SHARE_BYTES, payload=False)
             commitment = Traffic(0, share.checks, share.link, share.messages)  # under way with the messages
             total += sum(count * [commitment, share], Traffic())
     return total
@@ -230,7 +231,7 @@ def _verified(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traf
         if length * item <= SMALL:
             each = _all_to_all(code, [length], item)
         elif len(sizes) == 1:
-            each = _compare(sizes) + Traffic(reads=code.workers * length * item)
+            each = _compare(sizes) + Traffic(waits=1, reads=length * item)  # waits also for commitments
         else:
             each = _deliveries(sizes, length, item)
         total += sum(times * [each], Traffic())
@@ -240,16 +241,17 @@ def _verified(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traf
 def _compare(sizes: Sequence[int]) -> Traffic:
     """Return the traffic of one comparison of digests among groups of these sizes; see `Delivery`.
 
-    Everybody sends everybody a key; whether its vector is known, and the digests of its own group's pieces; a verdict,
-    a count, and for each of the receiver's pieces whether it is wanted.
+    Everybody sends everybody a commitment, under way with the pieces, and a share in the key; the key, whether its
+    vector is known, and the digests of its own group's pieces; a verdict, a count, and for each of the receiver's
+    pieces whether it is wanted.
     """
     n, most = sum(sizes), max(sizes)
-    answers_and_keys = (n - 1) * (2 + 2 * most)
+    shares, answers = 2 * SHARE_BYTES // _NUMBER, 2 + 2 * most
     verdicts = sum(size * (2 + size) for size in sizes) - (2 + most)
     return Traffic(
-        checks=_NUMBER * (n - 1) * sum(size * (4 + 3 * size) for size in sizes),
-        link=_NUMBER * (answers_and_keys + verdicts),
-        messages=3 * (n - 1),
+        checks=_NUMBER * (n - 1) * sum(size * (shares + 4 + 3 * size) for size in sizes),
+        link=_NUMBER * ((n - 1) * (shares + answers) + verdicts),
+        messages=4 * (n - 1),
         waits=3,
     )
 
@@ -269,8 +271,8 @@ def _deliveries(sizes: Sequence[int], length: int, item: int) -> Traffic:
         leaving += (n - own) * -(-shard // own) - own * -(-shard // own)
         arriving = (count - 1) * shard + length - shard
         link = max(link, leaving, arriving)
-        # Digests of this rank's own vectors, one for each verifier; those of what has arrived; and adding up.
-        reads = max(reads, to_committees + n * shard + arriving + count * shard)
+        # Digests of this rank's message, the sum of its shards, and what has arrived; and adding up.
+        reads = max(reads, length + shard + arriving + count * shard)
     comparison = _compare(sizes)
     pieces = Traffic(payload * item, 0, link * item, 2 * (n - min(sizes)), 2, reads * item)
     return pieces + comparison + comparison

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from torch import Tensor
 from draco_ext.protocol.communicator import Communicator
 from draco_ext.protocol.differences import Difference
 from draco_ext.protocol.exchange import Steps, run_alone
-from draco_ext.protocol.keys import Digest
+from draco_ext.protocol.keys import Digest, commitment, draw_secret, join_shares, to_bytes, to_tensor
 from draco_ext.protocol.verifier import Verdict, Verifier, digests_of, read_digests
+
+_LARGEST_KEY = 2**63 - 1  # and none is negative
 
 
 def more_than(adversaries: int, workers: Collection[int], groups: Sequence[Sequence[int]]) -> bool:
@@ -27,16 +29,22 @@ class Delivery:
     All members of a group have the same vector. It has as many pieces as the group has members, and each member sends
     one, if the receiver is not a member itself and has its own copy. A receiver is a verifier:
 
-    1. When its pieces have arrived, it draws a key and sends it to all ranks.
-    2. Each answers with the digests of all pieces of its own copy under that key.
+    1. Together with the pieces it gets from each rank a commitment to a share in a key. When all have arrived, it
+       reveals its own share to all ranks.
+    2. With all shares, each rank has the key, and answers all with the digests of all pieces of its own copy under it.
     3. Of each piece the digest that the group's majority gives is right. The verifier tells all whether its own copy
        is. If not, it also asks a member of the majority for each wrong piece.
-    4. It then verifies what has come under a new key, since the sender may have chosen it to fit the old one. Of each
-       piece a wrong sender is known by now, so s repetitions are enough if no more than s members are bad.
+    4. It then verifies what has come under a key of its own, which it sends to all ranks, since the sender may have
+       chosen the piece to fit the old one. Of each piece a wrong sender is known by now, so s repetitions are enough if
+       no more than s members are bad.
 
-    A key is known to nobody before what it verifies has arrived, and a verifier uses no other's. So nothing has to be
-    agreed on, and a rank that says different things to different ranks gains nothing. An honest member is never found
-    wrong. All ranks take the same steps until the first comparison; only those concerned go on, without a pause.
+    A verifier's share is part of the only key that it uses, and it reveals it when everything has arrived that is
+    verified: so nobody knows the key before. A rank that shows different shares to different ranks makes them have
+    different keys. An answer contains its key, so the verifier then does not judge who gave it; where too few answers
+    have its own key, it repeats the comparison under one that it draws alone. So nothing has to be agreed on, an honest
+    member is never found wrong, and in steps without bad ranks a rank takes the digest of each vector once, not once
+    for each verifier. All ranks take the same steps until the first comparison; only those concerned go on, without a
+    pause.
 
     Args:
         communicator: connects the workers.
@@ -97,40 +105,66 @@ class Delivery:
             if members != self._members
             for piece_and_sender in zip(vector.tensor_split(len(members)), members, strict=True)
         ]
+        secret = draw_secret()
+        promise = to_tensor(commitment(self._own, secret), self._device)
+        promises = {j: torch.empty_like(promise) for j in self._others}
+        leaving += [(promise, j) for j in self._others]
+        arriving += [(values, j) for j, values in promises.items()]
         yield self._communicator.exchange(leaving, arriving)
-        verifiers = yield from self._verify(range(self._communicator.workers), self._adversaries)
-        for repetitions in reversed(range(self._adversaries)):
+
+        key = yield from self._reveal(secret, {j: to_bytes(values) for j, values in promises.items()})
+        everybody = range(self._communicator.workers)
+        verifiers = yield from self._verify(dict.fromkeys(everybody, key), self._adversaries + 1)
+        for repetitions in reversed(range(self._adversaries + 1)):
             if not verifiers:
                 break
             # Other exchanges must not go on meanwhile: only some ranks are concerned, and the order must be the same.
-            verifiers = run_alone(self._verify(verifiers, repetitions))
+            verifiers = run_alone(self._verify_alone(verifiers, repetitions))
         if not self.failed:
             self._verifier.finish()
 
-    def _verify(self, verifiers: Collection[int], repetitions: int) -> Steps[set[int]]:
+    def _reveal(self, secret: bytes, commitments: Mapping[int, bytes]) -> Steps[int]:
+        """Reveal this rank's share, when everything has arrived that is to be verified, and return the key."""
+        own_share = to_tensor(secret, self._device)
+        shares = {j: torch.empty_like(own_share) for j in self._others}
+        yield self._communicator.exchange(
+            [(own_share, j) for j in self._others], [(values, j) for j, values in shares.items()]
+        )
+        revealed = {j: to_bytes(values) for j, values in shares.items()} | {self._own: secret}
+        seed, _ = join_shares(revealed, {**commitments, self._own: commitment(self._own, secret)})
+        return seed & _LARGEST_KEY
+
+    def _verify_alone(self, verifiers: Collection[int], repetitions: int) -> Steps[set[int]]:
+        """Compare again, each verifier under a key that it draws now; see `_verify`."""
+        own = self._own
+        keys = {j: self._numbers(1) for j in verifiers}
+        if own in verifiers:
+            keys[own][0] = secrets.randbits(64) & _LARGEST_KEY
+        yield self._communicator.exchange(
+            [(keys[own], j) for j in self._others] if own in verifiers else [],
+            [(values, j) for j, values in keys.items() if j != own],
+        )
+        return (yield from self._verify({j: int(key) for j, key in keys.items()}, repetitions))
+
+    def _verify(self, keys: Mapping[int, int], repetitions: int) -> Steps[set[int]]:
         """Compare digests, and get what is wrong from others; return the verifiers that must go on.
 
         Args:
-            verifiers: the workers that compare.
+            keys: of the workers that compare.
             repetitions: how often they may do it again.
         """
         exchange, own = self._communicator.exchange, self._own
-        others = [j for j in self._others if j in verifiers]
-        everybody = self._others if own in verifiers else []  # with whom this rank compares
+        others = [j for j in self._others if j in keys]
+        everybody = self._others if own in keys else []  # with whom this rank compares
 
-        keys = {j: self._numbers(1) for j in verifiers}
-        if own in verifiers:
-            keys[own][0] = secrets.randbits(63)
-        yield exchange([(keys[own], j) for j in everybody], [(keys[j], j) for j in others])
-
-        own_answers = self._answers({j: int(key) for j, key in keys.items()})
-        answers = {j: self._numbers(1 + 2 * len(self._groups[self._group_of[j]])) for j in everybody}
+        own_answers = self._answers(keys)
+        answers = {j: self._numbers(2 + 2 * len(self._groups[self._group_of[j]])) for j in everybody}
         yield exchange([(own_answers[j], j) for j in others], [(answers[j], j) for j in everybody])
 
         verdict, wanted = Verdict.VERIFIED, dict[int, list[int]]()
-        if own in verifiers:
+        if own in keys:
             answers[own] = own_answers[own]
-            verdict, wanted = self._compare(int(keys[own]), {j: _read(answer) for j, answer in answers.items()})
+            verdict, wanted = self._compare(keys[own], {j: answer.tolist() for j, answer in answers.items()})
             if verdict == Verdict.AGAIN and repetitions == 0:
                 verdict, wanted = Verdict.FAILED, {}
             self.failed = verdict == Verdict.FAILED
@@ -138,23 +172,31 @@ class Delivery:
         yield exchange([(self._word(verdict, wanted, j), j) for j in everybody], [(words[j], j) for j in others])
         return self._send_and_get(words, wanted) | ({own} if verdict == Verdict.AGAIN else set())
 
-    def _answers(self, keys: dict[int, int]) -> dict[int, Tensor]:
-        """Return the answers to verifiers: whether this rank has its group's vector, and digests of all its pieces."""
+    def _answers(self, keys: Mapping[int, int]) -> dict[int, Tensor]:
+        """Return the answers to verifiers: their key, whether this rank has its group's vector, and all its digests."""
         alike: dict[int, list[int]] = defaultdict(list)  # verifiers to which this rank delivers the same vector
         for worker in keys:
             alike[id(self._serve(worker))].append(worker)
         answers: dict[int, Tensor] = {}
         for workers in alike.values():
-            seeds = [keys[worker] for worker in workers]
+            seeds = sorted({keys[worker] for worker in workers})
             digests = digests_of(self._pieces_for(workers[0]), seeds)
-            known = torch.full((len(workers), 1), int(self._is_known), device=self._device)
-            answers.update(zip(workers, torch.cat([known, digests], 1), strict=True))
+            known = torch.tensor([[seed, int(self._is_known)] for seed in seeds], device=self._device)
+            rows = dict(zip(seeds, torch.cat([known, digests], 1), strict=True))
+            answers.update((worker, rows[keys[worker]]) for worker in workers)
         return answers
 
-    def _compare(self, key: int, answers: dict[int, list[Digest] | None]) -> tuple[Verdict, dict[int, list[int]]]:
+    def _compare(self, key: int, answers: Mapping[int, list[int]]) -> tuple[Verdict, dict[int, list[int]]]:
         """Compare this rank's copies with what the majorities of the groups say; see `Verifier.compare`."""
-        self.failing.update(j for j, answer in answers.items() if answer is None and j != self._own)
-        return self._verifier.compare(key, answers)
+        undecided, digests = set(), dict[int, list[Digest] | None]()
+        for j, (answered, known, *numbers) in answers.items():
+            if answered != key:
+                undecided.add(j)
+            else:
+                digests[j] = read_digests(numbers) if known == 1 else None
+                if known != 1 and j != self._own:
+                    self.failing.add(j)
+        return self._verifier.compare(key, digests, undecided=undecided)
 
     def _describes(self, worker: int) -> bool:
         """Return whether it is this rank, of its group, that asks a wrong worker for its pieces and compares them."""
@@ -195,9 +237,3 @@ class Delivery:
 
     def _numbers(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int64, device=self._device)
-
-
-def _read(answer: Tensor) -> list[Digest] | None:
-    """Return the digests in an answer, or None if the rank has none to give."""
-    known, *numbers = answer.tolist()
-    return read_digests(numbers) if known == 1 else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import secrets
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -31,12 +31,45 @@ def draw_key(communicator: Communicator, device: torch.device) -> Pending:
     return communicator.all_reduce(draw_share(device), resume_on_next_bucket=True)
 
 
-class SharedSeed:
-    """A seed that is the same on all ranks and that no rank can choose, drawn by commit and reveal.
+def draw_secret() -> bytes:
+    """Draw this rank's share in a seed drawn by commit and reveal, from the operating system.
 
-    Each rank draws a share and commits to it by a hash that also contains its worker number, so that a copied
-    commitment cannot be opened. It reveals the share when all commitments and messages have arrived. The seed is a hash
-    of all shares. It has connections of its own, so that a share does not wait behind the next messages.
+    Each rank commits to its share by a hash that also contains its worker number, so that a copied commitment cannot be
+    opened. It reveals the share when all commitments and messages have arrived. The seed is a hash of all shares, so
+    no rank can choose it, or know it before all have revealed theirs.
+    """
+    return secrets.token_bytes(SHARE_BYTES)
+
+
+def commitment(worker: int, share: bytes) -> bytes:
+    """Return the commitment to a worker's share, of `SHARE_BYTES`; see `draw_secret`."""
+    return hashlib.sha256(worker.to_bytes(4, "big") + share).digest()
+
+
+def join_shares(shares: Mapping[int, bytes], commitments: Mapping[int, bytes]) -> tuple[int, list[int]]:
+    """Return the seed that all workers' shares make, 64 bits, and the workers whose share is another than they said.
+
+    The seed does not contain those shares. Ranks with other shares or commitments have another seed.
+    """
+    fits = [j for j in sorted(shares) if commitment(j, shares[j]) == commitments[j]]
+    digest = hashlib.sha256(b"".join(j.to_bytes(4, "big") + shares[j] for j in fits)).digest()
+    return int.from_bytes(digest[:8], "big", signed=True), [j for j in sorted(shares) if j not in fits]
+
+
+def to_tensor(text: bytes, device: torch.device) -> Tensor:
+    """Return a share or commitment as a tensor (SHARE_BYTES,) uint8."""
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+
+
+def to_bytes(values: Tensor) -> bytes:
+    """Return the share or commitment in a tensor."""
+    return bytes(values.tolist())
+
+
+class SharedSeed:
+    """A seed that is the same on all ranks and that no rank can choose; see `draw_secret`.
+
+    It has connections of its own, so that a share does not wait behind the next messages.
     """
 
     def __init__(self, communicator: Communicator) -> None:
@@ -44,8 +77,8 @@ class SharedSeed:
 
     def commit(self, device: torch.device) -> tuple[bytes, Pending]:
         """Draw a share and start to gather the commitments; return both."""
-        share = secrets.token_bytes(SHARE_BYTES)
-        return share, self._all_gather(_commitment(self._communicator.worker, share), device)
+        share = draw_secret()
+        return share, self._all_gather(commitment(self._communicator.worker, share), device)
 
     def reveal(self, share: bytes, commitments: Pending) -> tuple[int, list[int]]:
         """Open the commitments, after all messages have arrived.
@@ -55,20 +88,14 @@ class SharedSeed:
             shares.
         """
         rows = commitments.wait()
-        committed, shares = _texts(rows), _texts(self._all_gather(share, rows.device).wait())
-        fits = [_commitment(j, share) == committed[j] for j, share in enumerate(shares)]
-        digest = hashlib.sha256(b"".join(itertools.compress(shares, fits))).digest()
-        return int.from_bytes(digest[:8], "big", signed=True), [j for j, fit in enumerate(fits) if not fit]
+        shares = self._all_gather(share, rows.device).wait()
+        return join_shares(_texts(shares), _texts(rows))
 
     def _all_gather(self, text: bytes, device: torch.device) -> Pending:
         # A share that was truncated on the way ends with zeros on all ranks.
         rows = torch.zeros(self._communicator.workers, len(text), dtype=torch.uint8, device=device)
-        return self._communicator.all_gather_p2p(torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device), rows)
+        return self._communicator.all_gather_p2p(to_tensor(text, device), rows)
 
 
-def _commitment(worker: int, share: bytes) -> bytes:
-    return hashlib.sha256(worker.to_bytes(4, "big") + share).digest()
-
-
-def _texts(rows: Tensor) -> list[bytes]:
-    return [bytes(row) for row in rows.tolist()]
+def _texts(rows: Tensor) -> dict[int, bytes]:
+    return {j: to_bytes(row) for j, row in enumerate(rows)}

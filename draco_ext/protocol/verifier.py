@@ -103,7 +103,11 @@ class Verifier:
         }
 
     def compare(
-        self, key: int, answers: Mapping[int, Sequence[Digest] | None], missing: Collection[int] = ()
+        self,
+        key: int,
+        answers: Mapping[int, Sequence[Digest] | None],
+        missing: Collection[int] = (),
+        undecided: Collection[int] = (),
     ) -> tuple[Verdict, dict[int, list[int]]]:
         """Compare what has arrived with what the majorities of the groups say.
 
@@ -111,6 +115,8 @@ class Verifier:
             key: see `prepare`.
             answers: the digests under it of all pieces of each worker's own copy, or None from one that has none.
             missing: the workers that count as missing.
+            undecided: the workers that have answered under another key. They are not judged; where too few others agree
+                without them, the comparison has to be made again.
 
         Returns:
             The verdict, and the numbers of the pieces that are wanted from each worker.
@@ -124,6 +130,9 @@ class Verifier:
             needed = votes_needed(sum(j not in missing for j in members), self._adversaries)
             ballots = Counter(digests for j, digests in said.items() if j not in self.wrong)
             right, votes = ballots.most_common(1)[0] if ballots else ((), 0)
+            if votes < needed and any(j in undecided for j in members):
+                verdict = max(verdict, Verdict.AGAIN)
+                continue
             if votes < needed:
                 verdict = Verdict.FAILED
                 self._blame_minority(said)

@@ -202,8 +202,8 @@ TWO = Fault((0, 1), steps=(4,))
 LESS_OFTEN = ("persistent, begins later", "transient in step 0", "wrong in opinions", "zero")  # only in the long layer
 
 
-@functools.cache
-def _quick():
+@pytest.fixture(scope="module")
+def quick():
     """Results of all quick runs, by name, and by mesh and name."""
     runs = {
         ("shards", "plain"): {},
@@ -218,8 +218,8 @@ def _quick():
     return _run_all(runs)
 
 
-@functools.cache
-def _thorough():
+@pytest.fixture(scope="module")
+def thorough():
     """Results of further runs."""
     return _run_all(
         {
@@ -239,9 +239,9 @@ def _thorough():
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.long if name in LESS_OFTEN else ()) for name in KINDS]
 )
-def test_every_kind_of_fault_changes_nothing(name):
-    state, raised, report = (_thorough() if name in LESS_OFTEN else _quick())["shards", name]
-    _check_kind(name, (state, raised, report), _quick()["shards", "plain"][0])
+def test_every_kind_of_fault_changes_nothing(name, request, quick):
+    state, raised, report = request.getfixturevalue("thorough" if name in LESS_OFTEN else "quick")["shards", name]
+    _check_kind(name, (state, raised, report), quick["shards", "plain"][0])
     if name == "none":  # one audit and the own pass
         assert report.audit.passes == pytest.approx(2 * STEPS)
     if name == "persistent":  # opinions on two parts, and the own pass again
@@ -249,63 +249,63 @@ def test_every_kind_of_fault_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", ["none", "persistent"])
-def test_every_rank_is_audited_over_replicas_and_shards(name):
-    _check_kind(name, _quick()["replicas", name], _quick()["replicas", "plain"][0])
+def test_every_rank_is_audited_over_replicas_and_shards(name, quick):
+    _check_kind(name, quick["replicas", name], quick["replicas", "plain"][0])
 
 
 @pytest.mark.long
-def test_every_kind_of_fault_changes_nothing_over_replicas_and_shards():
+def test_every_kind_of_fault_changes_nothing_over_replicas_and_shards(thorough):
     for name in KINDS:
-        _check_kind(name, _thorough()["replicas", name], _thorough()["replicas", "plain"][0])
+        _check_kind(name, thorough["replicas", name], thorough["replicas", "plain"][0])
 
 
-def test_accumulated_gradients_are_put_right():
-    state, raised, report = _quick()["accumulated"]
+def test_accumulated_gradients_are_put_right(quick):
+    state, raised, report = quick["accumulated"]
     assert raised is None
-    assert same_bits(state, _quick()["plain, accumulated"][0])
+    assert same_bits(state, quick["plain, accumulated"][0])
     assert report.audit.convicted == {0: 2}
 
 
-def test_more_wrong_ranks_than_the_audit_corrects():
-    plain = _quick()["plain of 4"][0]
-    state, raised, report = _quick()["both"]
+def test_more_wrong_ranks_than_the_audit_corrects(quick):
+    plain = quick["plain of 4"][0]
+    state, raised, report = quick["both"]
     assert "no gradient in step 4" in raised
     assert same_bits(state, plain)  # no update since
     assert report.failed_steps == (4,)
 
 
 @pytest.mark.long
-def test_a_failed_step_is_left_out():
-    state, raised, report = _thorough()["skipped"]
+def test_a_failed_step_is_left_out(quick, thorough):
+    state, raised, report = thorough["skipped"]
     assert raised is None
     assert report.failed_steps == (4,)
-    assert same_bits(state, _quick()["plain of 4"][0])
+    assert same_bits(state, quick["plain of 4"][0])
 
 
 @pytest.mark.long
-def test_what_happens_on_conviction():
-    state, raised, _ = _thorough()["raise"]
+def test_what_happens_on_conviction(quick, thorough):
+    state, raised, _ = thorough["raise"]
     assert "rank 2 on " in raised
     assert "convicted" in raised
-    assert same_bits(state, _quick()["plain of 4"][0])
+    assert same_bits(state, quick["plain of 4"][0])
     # What a dropped rank computes has no influence: another fault of it leads to the same bits.
-    dropped, other = _thorough()["drop"], _thorough()["drop, zero"]
+    dropped, other = thorough["drop"], thorough["drop, zero"]
     assert same_bits(dropped[0], other[0])
     assert dropped[1] is None
     assert dropped[2].audit.convicted == {2: 4}
-    assert not same_bits(dropped[0], _quick()["shards", "plain"][0])
+    assert not same_bits(dropped[0], quick["shards", "plain"][0])
 
 
 @pytest.mark.long
-def test_ranks_that_are_not_equal_in_bits():
-    _, raised, report = _thorough()["noise"]
+def test_ranks_that_are_not_equal_in_bits(quick, thorough):
+    _, raised, report = thorough["noise"]
     assert raised is None
     assert report.audit.disputes == []
     assert report.audit.sees > 0
-    state, raised, report = _thorough()["tolerant"]
+    state, raised, report = thorough["tolerant"]
     assert raised is None
     assert report.audit.convicted == {2: 0}
-    assert same_bits(state, _quick()["shards", "plain"][0])  # what a rank without noise has sent is added up
+    assert same_bits(state, quick["shards", "plain"][0])  # what a rank without noise has sent is added up
 
 
 SETTINGS = [

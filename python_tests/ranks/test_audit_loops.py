@@ -417,9 +417,10 @@ class Deep(nn.Module):
 
 
 def _live():
-    """The bytes of all tensors that Python knows."""
+    """The bytes of all strided tensors that Python knows."""
     gc.collect()
-    storages = [o.untyped_storage() for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)]
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter) and o.layout == torch.strided]
+    storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

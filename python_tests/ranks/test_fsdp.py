@@ -291,19 +291,19 @@ QUICK = {
 }
 
 
-@functools.cache
-def _quick():
+@pytest.fixture(scope="module")
+def quick():
     return dict(zip(QUICK, _trained(list(QUICK.values())), strict=True))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_liar_changes_no_bit(name):
-    _check(_quick()[name], _quick()[f"{name}, liar"], exact=name != "cyclic")
+def test_a_liar_changes_no_bit(name, quick):
+    _check(quick[name], quick[f"{name}, liar"], exact=name != "cyclic")
 
 
-def test_honest_bits_are_those_of_plain_fsdp():
+def test_honest_bits_are_those_of_plain_fsdp(quick):
     # All replicas compute the same part: what plain FSDP makes of it on the ranks of one replica.
-    assert _quick()["plain"]["bits"] == _quick()["fsdp"]["bits"]
+    assert quick["plain"]["bits"] == quick["fsdp"]["bits"]
 
 
 @pytest.mark.long
@@ -314,8 +314,8 @@ def test_a_liar_changes_no_bit_in_other_settings():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_fault_is_put_right(kind):
-    honest, found = _quick()["plain"], _quick()[kind]
+def test_every_kind_of_fault_is_put_right(kind, quick):
+    honest, found = quick["plain"], quick[kind]
     assert found["bits"] == honest["bits"]
     assert found["errors"] == []
     assert found["largest"] == honest["largest"]
@@ -327,13 +327,13 @@ def test_every_kind_of_fault_is_put_right(kind):
     assert suspects == {"layer": {1: [0, 1, 2]}, "parameter": {1: [1]}}.get(kind, {})
 
 
-def test_shards_are_decoded_each_for_itself():
+def test_shards_are_decoded_each_for_itself(quick):
     every_step = list(range(STEPS))
-    _check(_quick()["plain"], _quick()["apart"], named={0: ([0], every_step, 9), 1: ([3], every_step, 9)})
+    _check(quick["plain"], quick["apart"], named={0: ([0], every_step, 9), 1: ([3], every_step, 9)})
 
 
-def test_two_bad_replicas_change_nothing():
-    honest, raised, skipped = (_quick()[name] for name in ("plain", "raised", "skipped"))
+def test_two_bad_replicas_change_nothing(quick):
+    honest, raised, skipped = (quick[name] for name in ("plain", "raised", "skipped"))
     assert raised["bits"] == skipped["bits"] != honest["bits"]
     assert raised["failed"] == skipped["failed"] == (1,)
     assert len(raised["errors"]) == 1
@@ -474,7 +474,7 @@ def _raise(grad):
 @pytest.mark.skipif(
     not hasattr(FSDPModule, "reset_iter_state"), reason="FSDP2 cannot go on after an error before torch 2.13"
 )
-def test_errors_in_backward_passes():
+def test_errors_in_backward_passes(quick):
     inputs, steps, pending, message, after, *tests, apart = run_local(_errors, 6)
     reproducible, same_steps, not_reproducible = tests
     assert inputs == [inputs[0]] * 6
@@ -486,7 +486,7 @@ def test_errors_in_backward_passes():
     assert after == [after[0]] * 6
     number, suspects, bits = after[0]
     assert (number, suspects) == (3, {})
-    assert bits == _quick()["sgd"]["bits"]
+    assert bits == quick["sgd"]["bits"]
     assert reproducible == ["gradients are bit-reproducible, on each rank and across ranks"] * 6
     assert same_steps == [3] * 6
     assert not_reproducible == [not_reproducible[0]] * 6

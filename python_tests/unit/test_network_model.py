@@ -113,7 +113,7 @@ def test_messages_waits_and_the_busiest_link_of_the_verified_all_reduce(code):
 
     counted = run_workers(work, code.workers)
     modelled = traffic(code, "verified", [length], 4)
-    assert {each.waits for each in counted} == {modelled.waits} == {3 if code.parts == 1 else 8}
+    assert {each.waits for each in counted} == {modelled.waits} == {4 if code.parts == 1 else 8}
     assert max(len(each.leaving) for each in counted) == modelled.messages
     busiest = max(max(sum(each.leaving), sum(each.arriving)) for each in counted)
     assert modelled.link == pytest.approx(

@@ -210,9 +210,9 @@ class _Dishonest(keys.SharedSeed):
     def commit(self, device):
         share = bytes(keys.SHARE_BYTES)
         if self._communicator.worker == 0:
-            return share, self._all_gather(keys._commitment(0, share), device)
+            return share, self._all_gather(keys.commitment(0, share), device)
         if self._communicator.worker == 1 and self.how == "copied":
-            return share, self._all_gather(keys._commitment(0, share), device)
+            return share, self._all_gather(keys.commitment(0, share), device)
         return super().commit(device)
 
     def reveal(self, share, commitments):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from draco_ext import RepetitionCode
+from draco_ext.protocol import keys
 from draco_ext.protocol.communicator import Communicator
 from draco_ext.protocol.exchange import ExchangeScheduler, run_alone
 from draco_ext.protocol.messages import GradientBuffer, Message
@@ -17,7 +18,7 @@ from draco_ext.testing.communicator import run_workers
 
 CODES = [RepetitionCode(*arguments) for arguments in [(3, 1), (4, 1), (5, 2), (6, 1), (7, 1), (8, 1), (9, 1), (7, 3)]]
 LENGTH = 211  # of a message; its pieces have different lengths
-VALUES, KEY, ANSWER, WORD, CLAIMS = "values", "key", "answer", "word", "claims"
+COMMITMENT, VALUES, SHARE, KEY, ANSWER, WORD, CLAIMS = range(7)  # kinds of what is sent
 
 
 @pytest.fixture(autouse=True)
@@ -33,17 +34,23 @@ class Liar(Communicator):
         self._inner = inner
         self._members = members  # the number of members of this worker's group
         self._lie = lie
+        self._committed = False
 
     def exchange(self, leaving, arriving):
-        lies = [(self._lie(self._kind(values), to, values.clone()), to) for values, to in leaving]
+        shares = SHARE if self._committed else COMMITMENT
+        lies = [(self._lie(self._kind(values) or shares, to, values.clone()), to) for values, to in leaving]
+        if any(self._kind(values) is None for values, _ in leaving):
+            self._committed = not self._committed
         return self._inner.exchange([(values, to) for values, to in lies if values is not None], arriving)
 
     def _kind(self, values):
         if values.dtype == torch.float64:
             return CLAIMS
+        if values.dtype == torch.uint8:
+            return None  # a commitment, and next time a share
         if values.dtype != torch.int64:
             return VALUES
-        return {1: KEY, 1 + 2 * self._members: ANSWER}.get(values.numel(), WORD)
+        return {1: KEY, 2 + 2 * self._members: ANSWER}.get(values.numel(), WORD)
 
     def _unused(self, *arguments, **keywords):
         raise NotImplementedError
@@ -164,17 +171,17 @@ def _not_a_number(communicator, bad, kind, to, values):
 
 def _wrong_answers(communicator, bad, kind, to, values):
     if kind == ANSWER:
-        values[1:] ^= 1
+        values[2:] ^= 1
 
 
 def _wrong_answers_to_some(communicator, bad, kind, to, values):
     if kind == ANSWER and _to_some(to, communicator.worker):
-        values[1:3] += 1
+        values[2:4] += 1
 
 
 def _no_vector(communicator, bad, kind, to, values):
     if kind == ANSWER:
-        values[0] = 0
+        values[1] = 0
 
 
 def _fails(communicator, bad, kind, to, values):
@@ -192,6 +199,22 @@ def _other_keys(communicator, bad, kind, to, values):
         values.fill_(to)
 
 
+def _other_keys_in_answers(communicator, bad, kind, to, values):
+    if kind == ANSWER:
+        values[0] ^= 1
+
+
+def _other_shares(communicator, bad, kind, to, values):
+    """They do not fit what was committed to."""
+    if kind == SHARE:
+        values[0] += to
+
+
+def _other_commitments(communicator, bad, kind, to, values):
+    if kind == COMMITMENT and _to_some(to, communicator.worker):
+        values.zero_()
+
+
 EVERYWHERE = {
     "values": _wrong_values,
     "values to some": _wrong_values_to_some,
@@ -203,8 +226,11 @@ EVERYWHERE = {
     "failure": _fails,
     "no verdict": _no_verdict,
     "other keys": _other_keys,
+    "other keys in answers": _other_keys_in_answers,
+    "other shares": _other_shares,
+    "other commitments": _other_commitments,
 }
-HARMLESS = ("no verdict", "other keys")  # seen by nobody
+HARMLESS = ("no verdict", "other keys", "other keys in answers", "other shares", "other commitments")  # seen by nobody
 
 
 @pytest.mark.parametrize("name", EVERYWHERE)
@@ -263,6 +289,30 @@ def test_wrong_again_when_asked_for_a_repair(code, first, most):
         check(code, bad, attack)
 
 
+@pytest.mark.parametrize("code", CODES, ids=repr)
+@pytest.mark.parametrize("wrong", [False, True])
+def test_who_shows_every_rank_another_share_gains_nothing(code, wrong, most):
+    """Honest ranks then have different keys in the first comparison, and draw their own."""
+
+    def attack(communicator, code, bad, members):
+        own = communicator.worker
+
+        def secret(to):
+            return bytes([to]) * keys.SHARE_BYTES
+
+        def lie(kind, to, values):
+            if kind == COMMITMENT:
+                return keys.to_tensor(keys.commitment(own, secret(to)), values.device)
+            if kind == SHARE:
+                return keys.to_tensor(secret(to), values.device)
+            return values + 1 if wrong and kind == VALUES else values
+
+        return Liar(communicator, members, lie)
+
+    for bad in sets_of_bad(code, most):
+        check(code, bad, attack, named=bad if wrong and len(code.replica_groups) > 1 else set())
+
+
 def test_who_is_lied_to_names_the_liar():
     """Whoever gets a wrong piece names its sender, others do not; if more than s of a group are lied to, all do."""
     code, liar = RepetitionCode(6, 1), 4
@@ -286,7 +336,7 @@ def test_digests_of_the_step_before_are_worth_nothing(most):
         def lie(kind, to, values):
             if kind != ANSWER:
                 return values
-            told = before.get(to, values)
+            told = torch.cat([values[:2], before.get(to, values)[2:]])  # under the key of now
             before[to] = values
             return told
 
@@ -369,7 +419,7 @@ def test_who_never_ends_is_left_alone(most):
             check(code, bad, attack)
 
 
-@pytest.mark.parametrize("kind", [VALUES, KEY, ANSWER, WORD])
+@pytest.mark.parametrize("kind", [VALUES, COMMITMENT, SHARE, ANSWER, WORD])
 def test_silence_is_an_error_that_names_the_silent(kind):
     def attack(communicator, code, bad, members):
         silent = []
@@ -418,6 +468,8 @@ def test_random_liars(seed, pytestconfig):
                     values.zero_()
             elif kind == KEY:
                 values[0] = own.choice((0, -1, 2**63 - 1))
+            elif kind in (COMMITMENT, SHARE):
+                values += 1
             elif kind == ANSWER:
                 values[own.randrange(values.numel())] += own.choice((1, -1, 2**40))
             elif kind == WORD and values[0] != 1:  # one that goes on, or does not, unlike what it says, is silent then
