@@ -135,9 +135,7 @@ def digest_stats_and_scale_(values: Tensor, seed: int, factor: float) -> tuple[T
 
 
 @functools.lru_cache(maxsize=16)
-def cyclic_tables(
-    workers: int, adversaries: int, compression: int = 1
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cyclic_tables(workers: int, adversaries: int, compression: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Nodes (n,), supports (n, r) and weights from their definitions.
 
     The weights are (n, n), in long double: hundreds of factors. With `compression` k > 1 they are (n, n, k), solutions
@@ -176,9 +174,7 @@ def _pairs(vectors: Tensor) -> Tensor:
     return torch.view_as_complex(padded.unflatten(-1, (-1, 2)))
 
 
-def cyclic_encode(
-    gradients: Tensor, workers: int, adversaries: int, worker: int, *, compression: int = 1
-) -> Tensor:
+def cyclic_encode(gradients: Tensor, workers: int, adversaries: int, worker: int, *, compression: int = 1) -> Tensor:
     """As `ops.cyclic_encode`, in float64."""
     _, supports, weights = cyclic_tables(workers, adversaries, compression)
     parts = np.flatnonzero((supports == worker).any(1))

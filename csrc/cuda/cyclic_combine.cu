@@ -11,7 +11,8 @@ namespace {
 constexpr int kSumThreads = 256, kBlocksPerMultiprocessor = 32;
 constexpr int kMostSums = 8;
 // Rows whose weights wait in shared memory.
-constexpr int batch_rows(int sums) { return sums < kMostSums ? 256 : 64; }
+template <int kSums>
+constexpr int kBatchRows = kSums < kMostSums ? 256 : 64;
 
 template <typename T>
 struct WeightedSum {
@@ -28,7 +29,7 @@ struct WeightedSum {
 template <typename T, int kSums, bool kWhole>
 DRACO_DEVICE void add_row(const WeightedSum<T>& sum, int j, const T* re, const T* im, int64_t column,
                           Vector<T> (&total)[kSums]) {
-  constexpr int kBatch = batch_rows(kSums);
+  constexpr int kBatch = kBatchRows<kSums>;
   const Vector<T> z = load<kWhole>(sum.rows + j * sum.stride + column, sum.columns - column);
 #pragma unroll
   for (int b = 0; b < kSums; ++b) {
@@ -49,7 +50,7 @@ DRACO_DEVICE void add_rows(const WeightedSum<T>& sum, const int* row, const T* r
 template <typename T, int kSums>
 __global__ void __launch_bounds__(kSumThreads, kSums == 1 ? 4 : 2)
     weighted_sum(const __grid_constant__ WeightedSum<T> sum, bool aligned) {
-  constexpr int kCount = Vector<T>::kCount, kBatch = batch_rows(kSums);
+  constexpr int kCount = Vector<T>::kCount, kBatch = kBatchRows<kSums>;
   DRACO_SHARED(int, row, kBatch);
   DRACO_SHARED(T, re, kBatch * kSums);
   DRACO_SHARED(T, im, kBatch * kSums);

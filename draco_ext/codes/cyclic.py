@@ -199,6 +199,4 @@ def _coefficients(erased: int, gap: int) -> list[float]:
         erased: how many workers they vanish on.
         gap: how many moments lie between the block's and the checks.
     """
-    return [1.0] + [
-        float(math.comb(erased + gap, gap + j) * math.comb(gap + j - 1, gap)) for j in range(1, erased + 1)
-    ]
+    return [1.0] + [float(math.comb(erased + gap, gap + j) * math.comb(gap + j - 1, gap)) for j in range(1, erased + 1)]

@@ -52,7 +52,7 @@ def cyclic_encode(
         out: (L,), receives the message; see `draco_ext.ops`.
 
     Returns:
-        (L,), the gradients' dtype, where L is d / k rounded up to an even number. What the last blocks lack counts as 0.
+        (L,), the gradients' dtype; L is d / k rounded up to an even number. What the last blocks lack counts as 0.
     """
     _checks.check_tensor("gradients", gradients, 2, CYCLIC_DTYPES)
     _checks.check_rows("gradients", gradients)
@@ -217,10 +217,10 @@ def cyclic_locate(
         compression: k, see `cyclic_encode`.
 
     Returns:
-        weights (n,) complex128, with compression > 1 (k, n), of each block, 0 for workers left out, NaN where there is no gradient; suspects (n,) bool; failed ()
-        bool, whether no set of as many workers as may be bad explains the projections. More non-finite messages
-        than could be put right (2 * nonfinite + missing > 2 * s) give NaN weights, no suspects and no failure: then the
-        gradient itself is not finite.
+        weights (n,) complex128, with compression > 1 (k, n), of each block: 0 for workers left out, NaN where there is
+        no gradient; suspects (n,) bool; failed () bool, whether no set of as many workers as may be bad explains the
+        projections. More non-finite messages than could be put right (2 * nonfinite + missing > 2 * s) give NaN
+        weights, no suspects and no failure: then the gradient itself is not finite.
     """
     _checks.check_tensor("projections", projections, 3, (torch.complex128,))
     _checks.check_workers(projections.size(0), adversaries, "projections' rows", compression)
@@ -329,9 +329,10 @@ def cyclic_decode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Decode the cyclic code in one sweep over the messages, two if there are suspects that were not expected.
 
-    On a GPU always two with compression > 1. On the CPU the second one is of the first sixteenth alone, unless a suspect shows only after that. Equivalent to
-    `cyclic_project`, `cyclic_locate` and `cyclic_combine`. To the last bit the gradient is that of who is left out: it
-    depends on the seed only through which errors at the noise floor are noticed, and not on `expected`.
+    On a GPU always two with compression > 1. On the CPU the second one is of the first sixteenth alone, unless a
+    suspect shows only after that. Equivalent to `cyclic_project`, `cyclic_locate` and `cyclic_combine`. To the last bit
+    the gradient is that of who is left out: it depends on the seed only through which errors at the noise floor are
+    noticed, and not on `expected`.
 
     Args:
         messages: (n, L), L even, float32 or float64.

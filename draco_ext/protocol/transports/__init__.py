@@ -17,14 +17,18 @@ __all__ = ["FORMER_NAMES", "TRANSPORTS", "Transport", "make_transport"]
 def _all_reduce(code: Code, communicator: Communicator, *, deadline: float, **tolerance: float) -> Transport:
     if code.message_is_gradient:
         return AllReduceRepetition(code, communicator, **tolerance)
-    if code.uses_projections:
+    if code.uses_projections and code.blocks == 1:
         return AllReduceCyclic(code, communicator, **tolerance)
-    raise ValueError(f"code must have messages that are gradients, or projections, for 'allreduce'; got {code!r}")
+    raise ValueError(
+        f"code must have messages that are gradients, or as long and with projections, for 'allreduce'; got {code!r}"
+    )
 
 
 def _verified(
     code: Code, communicator: Communicator, *, deadline: float, atol: float = 0.0, rtol: float = 0.0
 ) -> Transport:
+    if code.blocks > 1:
+        raise ValueError(f"code must have messages as long as a gradient for 'verified'; got {code!r}")
     if not code.message_is_gradient or atol > 0 or rtol > 0:  # messages differ by nature, so all go to all
         return AllGather(code, communicator, atol=atol, rtol=rtol)
     if code.adversaries == 0:
