@@ -274,7 +274,7 @@ def decoding_weights(workers: int, adversaries: int, erased: Iterable[int], mome
     """(n,) complex128: b = x^moment + X q, zero on the erased workers, of minimal norm, by least squares."""
     nodes = np.exp(2j * np.pi * np.arange(workers) / workers)
     powers = nodes[:, None] ** np.arange(1, 2 * adversaries + 1)
-    answer = np.exp(2j * np.pi * (np.arange(workers) * moment % workers) / workers)
+    answer: np.ndarray = np.exp(2j * np.pi * (np.arange(workers) * moment % workers) / workers)
     erased = sorted(erased)
     if not erased:
         return answer
