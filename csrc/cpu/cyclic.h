@@ -185,7 +185,7 @@ template <typename T>
 void combine(const std::vector<const T*>& rows, const double* weights, double divisor, int64_t width,
              const Blocks<T>& blocks) {
   const WeightedRows<T> weighted(rows, weights, blocks.count);
-  const int64_t chunk = blocks.count == 1 ? 8192 : 2048;  // columns; of several sums four rows stay in the first cache
+  const int64_t chunk = blocks.count == 1 ? 8192 : 1024;  // columns; of several sums four rows stay in the first cache
   for_each_chunk(width, chunk, kAlignment, 0, blocks.count * sizeof(T),
                  [&](int64_t begin, int64_t columns, void* lent) {
                    auto* sums = static_cast<T*>(lent);

@@ -1,8 +1,10 @@
+#include <algorithm>
 #include <cmath>
 #include <complex>
 #include <limits>
 #include <vector>
 
+#include "core/answers.h"
 #include "core/cyclic.h"
 #include "tests/check.h"
 
@@ -134,6 +136,50 @@ TEST(weights_are_lagranges) {
           if (i != t) want *= other / (other - own);
         }
         CHECK_LE(distance(cyclic_weight(n, s, t), want), 1e-15, "n = ", n, ", s = ", s, ", t = ", t);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- shorter messages
+
+TEST(moments_of_blocks_stand_beside_the_checks) {
+  for (int s = 0; s < 5; ++s) {
+    for (int k = 1; k < 12; ++k) {
+      std::vector<int> moments;
+      for (int m = 1; m <= 2 * s; ++m) moments.push_back(m);
+      for (int b = 0; b < k; ++b) moments.push_back(answer_moment(s, k, b));
+      std::sort(moments.begin(), moments.end());
+      for (int i = 0; i < 2 * s + k; ++i)
+        CHECK_EQ(moments[i], moments[0] + i, "s = ", s, ", k = ", k);  // r consecutive ones
+      CHECK_EQ(answer_moment(s, k, 0), 0, "s = ", s, ", k = ", k);
+      CHECK_EQ(-moments[0], (k - 1) / 2, "s = ", s, ", k = ", k);
+    }
+  }
+}
+
+TEST(lengths_of_messages) {
+  CHECK_EQ(message_length(0, 4), int64_t{0});
+  for (int k = 1; k < 9; ++k) {
+    for (int64_t d = 1; d < 60; ++d) {
+      const int64_t length = message_length(d, k);
+      CHECK_EQ(length % 2 == 0 && length * k >= d && (length - 2) * k < d, true, "d = ", d, ", k = ", k);
+    }
+  }
+}
+
+// sum_t w_tb x_{o_t}^m is 1 for block b's moment and 0 for all others, far below double's rounding.
+TEST(weights_of_blocks_meet_their_conditions_to_30_digits) {
+  const int codes[][3] = {{3, 1, 1}, {7, 1, 3}, {9, 2, 4}, {15, 3, 4}, {45, 5, 4}, {64, 5, 8}, {24, 0, 24}};
+  for (const auto& [n, s, k] : codes) {
+    const int r = 2 * s + k, lowest = 1 - (k + 1) / 2;
+    const std::vector<EncodingWeight> weights = answer_weights(n, s, k);
+    for (int b = 0; b < k; ++b) {
+      for (int m = lowest; m < lowest + r; ++m) {
+        EncodingWeight sum{{m == answer_moment(s, k, b) ? -1.0 : 0.0, 0}, {0, 0}};
+        for (int t = 0; t < r; ++t)
+          sum = sum + weights[t * k + b] * encoding_node(n, ((m * cyclic_offset(n, r, t)) % n + n) % n);
+        CHECK_LE(std::abs(sum.re.hi) + std::abs(sum.im.hi), 1e-29, "n = ", n, ", s = ", s, ", k = ", k, ", m = ", m);
       }
     }
   }
