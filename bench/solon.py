@@ -74,7 +74,8 @@ def measure(n, s, k, d, rounds):
     size = 4e-6 * messages.size(1)
     print(
         f"| {n}, {s}, {k} | {code.redundancy} | {size:.3g} MB | {encode * 1e3:.0f} ms "
-        f"| {found['combine'] / found['read']:.2f} | {found['clean'] / found['read']:.2f} | {found['attacked'] / found['read']:.2f} "
+        f"| {found['combine'] / found['read']:.2f} | {found['clean'] / found['read']:.2f} "
+        f"| {found['attacked'] / found['read']:.2f} "
         f"| {found['clean'] * 1e3:.0f} ms | {cells[0]:.1f} s | {cells[1]:.2f} s |"
     )
 

@@ -371,11 +371,10 @@ def test_plan_of_short_messages_stands_beside_the_codes():
 def test_plan_takes_a_compression():
     arguments = ("plan", "--workers=9", "--adversaries=2", "--parameters=1e6")
     assert "Solon" not in invoke(*arguments).output
-    result = invoke(*arguments, "--compression=4", "--bandwidth=8Mbit/s", "--latency=1ns")
+    result = invoke(*arguments, "--compression=4")
     assert result.exit_code == 0
-    (row,) = (line for line in result.output.splitlines() if line.startswith("│ server, Solon"))
-    # Eight messages of 1 MB come in, and eight gradients of 4 MB go out, one after the other.
-    assert float(row.split("│")[6].split()[0]) == pytest.approx(40e3, rel=1e-2)
+    assert "Solon's code, k = 4" in " ".join(result.output.replace("┃", " ").split())
+    assert "Solon" in result.output.split("A step's exchange")[1]
     refused = invoke(*arguments, "--compression=6")
     assert refused.exit_code == 2
     assert "--compression must be at most workers - 2 * adversaries = 5, got 6" in refused.output
