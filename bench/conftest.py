@@ -14,6 +14,7 @@ from draco_ext.cli.bench.timing import Timing, keep_memory
 def pytest_addoption(parser):
     group = parser.getgroup("draco_ext benchmark")
     group.addoption("--quick", action="store_true", help="only the smallest size")
+    group.addoption("--ranks", type=int, default=6, metavar="N", help="processes of test_step.py (6)")
     group.addoption("--bench-output", type=Path, metavar="FOLDER", help="write JSON, Markdown and pictures there")
 
 

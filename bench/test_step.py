@@ -1,8 +1,8 @@
 """A training step's communication and decoding, under plain DistributedDataParallel and under `protect`.
 
-    pytest bench/test_step.py [--quick] [--bench-output FOLDER]
+    pytest bench/test_step.py [--quick] [--ranks 6] [--bench-output FOLDER]
 
-Six ranks run over gloo on this machine, with a model whose gradient costs almost nothing. Every variant alternates with
+The ranks run over gloo on this machine, with a model whose gradient costs almost nothing. Every variant alternates with
 the plain one, round by round. The time is measured on rank 0 from a barrier: a backward pass that communicates, minus
 one that does not (but encodes, if a code has several parts). A step of an audit is measured as a whole, minus as many
 backward passes that do not communicate as it has passes.
@@ -10,6 +10,7 @@ backward passes that do not communicate as it has passes.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
@@ -29,26 +30,28 @@ from draco_ext.protocol.transports import TRANSPORTS
 from draco_ext.testing.local import run_local
 from draco_ext.training.audit.guard import AuditGuard
 
-RANKS = 6
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
 SPLIT = ("encode", "communicate", "decode")
 PLAIN = "DistributedDataParallel"
 CODES = {
-    "repetition s=0": RepetitionCode(RANKS, 0),
-    "repetition s=1": RepetitionCode(RANKS, 1),
-    "cyclic s=1": CyclicCode(RANKS, 1),
+    "repetition s=0": (RepetitionCode, 0),
+    "repetition s=1": (RepetitionCode, 1),
+    "cyclic s=1": (CyclicCode, 1),
 }
+NEVER = 1e-12  # a rate at which the coin falls on none of the steps
+# name -> code as a function of the number of ranks, options of `protect`
 VARIANTS = {PLAIN: None} | {
-    f"{transport}, {name}": (code, {"transport": transport}) for transport in TRANSPORTS for name, code in CODES.items()
+    f"{transport}, {name}": (functools.partial(code, adversaries=s), {"transport": transport})
+    for transport in TRANSPORTS
+    for name, (code, s) in CODES.items()
 }
 # The others compare parameters in the first step, which is not measured.
 VARIANTS["allreduce, repetition s=1, parameters compared in every step"] = (
-    CODES["repetition s=1"],
+    functools.partial(RepetitionCode, adversaries=1),
     {"transport": "allreduce", "check_state_every": 1},
 )
-NEVER = 1e-12  # a rate at which the coin falls on none of the steps
-VARIANTS["Audit s=1, not audited"] = (Audit(RANKS, 1, NEVER), {})
-VARIANTS["Audit s=1, audited"] = (Audit(RANKS, 1, 1.0), {})
+VARIANTS["Audit s=1, not audited"] = (functools.partial(Audit, adversaries=1, rate=NEVER), {})
+VARIANTS["Audit s=1, audited"] = (functools.partial(Audit, adversaries=1, rate=1.0), {})
 
 
 class Scales(nn.Module):
@@ -82,7 +85,8 @@ class Variant:
         self.model = DistributedDataParallel(Scales(d))
         self.guard = None
         if protection is not None:
-            code, options = protection
+            make_code, options = protection
+            code = make_code(dist.get_world_size())
             self.guard = draco_ext.protect(self.model, code, **options)
             if isinstance(code, Audit):
                 self.steps = self.guard.steps(itertools.repeat(torch.ones(1)))
@@ -162,10 +166,11 @@ def test_step(request, d, name, add_row):
     quick = request.config.option.quick
     if quick and (d > 10**6 or "cyclic" in name or "s=0" in name):
         pytest.skip("--quick")
-    rounds = list(run_local(_rank, RANKS, d, name, 3 if quick else 11))
+    ranks = request.config.option.ranks
+    rounds = list(run_local(_rank, ranks, d, name, 3 if quick else 11))
     add_row(
         report="step",
-        n=RANKS,
+        n=ranks,
         d=d,
         rule=name,
         seconds=statistics.median(own.exchange for _, own in rounds),

@@ -3,6 +3,7 @@
 from draco_ext._version import __version__
 from draco_ext.codes import (
     Audit,
+    ByzShieldCode,
     Code,
     CyclicCode,
     Decoded,
@@ -25,6 +26,7 @@ __all__ = [
     "AuditGuard",
     "AuditReport",
     "AuditStep",
+    "ByzShieldCode",
     "Code",
     "CyclicCode",
     "Decoded",

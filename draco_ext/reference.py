@@ -66,6 +66,32 @@ def majority_vote(
     return total / len(winners) if mean else total, suspects, torch.tensor(False)
 
 
+def robust_mean(winners: Tensor, lost: Tensor, trim: int | None) -> Tensor:
+    """As `codes.robust.robust_mean` with the factor 1, in float64: sorts the rows that are not lost.
+
+    Where an odd number is lost, a trimmed mean is that of two windows, which have the odd one at either end.
+    """
+    present, count = winners[~lost].double(), len(winners)
+    if int(lost.sum()) > ((count - 1) // 2 if trim is None else trim):
+        return torch.full_like(winners[0], math.nan, dtype=torch.float64)
+    if trim is None:
+        infinity = torch.full_like(present[:1], math.inf)
+        rows = [present, torch.cat([present, infinity])] if len(present) % 2 == 0 else [present]
+        return torch.stack([_lower_median(each) for each in rows]).mean(0)
+    ordered = present.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).sort(0).values
+    low, high = trim - (count - len(present)) // 2, trim - (count - len(present) + 1) // 2
+    windows = ordered[low : len(present) - high], ordered[high : len(present) - low]
+    return torch.stack(windows).mean((0, 1))
+
+
+def _lower_median(rows: Tensor) -> Tensor:
+    """Return the lower median; NaN everywhere if half of the rows or more are infinitely far from it somewhere."""
+    most = (len(rows) - 1) // 2
+    middle = rows.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).sort(0).values[most]
+    apart = ~(rows.isfinite() & middle.isfinite()) & (rows != middle)
+    return torch.full_like(middle, math.nan) if int(apart.any(1).sum()) > most else middle
+
+
 def _failed(d: int, suspects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.full((d,), math.nan, dtype=torch.float64), suspects, torch.tensor(True)
 

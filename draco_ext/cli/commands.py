@@ -24,6 +24,7 @@ from draco_ext.cli import doctor as doctors
 from draco_ext.cli import ledger_report, network_model, planning, train_report
 from draco_ext.cli.bench import report as bench_report
 from draco_ext.cli.bench import suites as bench_suites
+from draco_ext.cli.bench.neighbours import SEEDS
 from draco_ext.cli.bench.timing import keep_memory
 from draco_ext.cli.digits import TRAIN_SAMPLES
 from draco_ext.cli.faults import BAD_CHOICES
@@ -109,6 +110,13 @@ def draco() -> None:
     default=LEARNING.momentum,
     help="Momentum of SGD.",
 )
+@click.option(
+    "--worker-momentum",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="Momentum that workers add to their own gradients before any rule or code, in place of SGD's; "
+    "see draco_ext.baselines.WorkerMomentum.",
+)
 @click.option("--seed", type=_SEED, default=0, help="Seed of the data, the net and the attack.")
 @click.option(
     "--output",
@@ -188,10 +196,14 @@ def _check(config: Config, context: click.Context, console: Console) -> Config:
         if asked("workers") and config.workers != ranks:
             raise click.UsageError(f"--workers must be torchrun's {ranks} ranks, got {config.workers}")
         config = dataclasses.replace(config, workers=ranks)
-    for option in ("learning_rate", "momentum"):
+    for option in ("learning_rate", "momentum", "worker_momentum"):
         if not isfinite(getattr(config, option)):
             name = "--" + option.replace("_", "-")
             raise click.UsageError(f"{name} must be finite, got {getattr(config, option)}")
+    if config.worker_momentum:
+        if asked("momentum") and config.momentum:
+            raise click.UsageError("--worker-momentum takes the place of SGD's --momentum: give one of them")
+        config = dataclasses.replace(config, momentum=0.0)
     n, s = config.workers, config.adversaries
     _check_workers(n, s)
     rules = tuple(dict.fromkeys(config.rules))
@@ -239,8 +251,9 @@ def _check_workers(workers: int, adversaries: int) -> None:
 
 def _learns(config: Config) -> bool:
     """Return whether the net is known to learn well with these settings."""
+    used = dataclasses.replace(config, momentum=config.momentum or config.worker_momentum)
     return config.steps >= LEARNING.steps and all(
-        getattr(config, name) == value for name, value in LEARNING._asdict().items() if name != "steps"
+        getattr(used, name) == value for name, value in LEARNING._asdict().items() if name != "steps"
     )
 
 
@@ -313,6 +326,7 @@ def _network_options(command: Callable[..., None]) -> Callable[..., None]:
     help="Rate of draco_ext.Audit, to see it beside the codes.",
 )
 @click.option("--compression", type=Count(1), help="Compression of draco_ext.SolonCode, to see it beside the codes.")
+@click.option("--colluders", type=Count(1), help="Print what up to so many colluders spoil, by placement of the parts.")
 @_network_options
 def plan(
     workers: int,
@@ -324,6 +338,7 @@ def plan(
     samples: int | None,
     audit_rate: float | None,
     compression: int | None,
+    colluders: int | None,
     **network: Any,
 ) -> None:
     """Print what each code costs at this size, what it cannot survive, and what becomes of a script's batches.
@@ -331,11 +346,16 @@ def plan(
     With --parameters what each code costs, and a model of the bytes and the time of a step's exchange in a network of
     the given speed; with --batch-size what becomes of a script's batch size, learning rate and number of steps. With
     --audit also what it costs to recompute parts in some steps only, and how many wrong updates that lets pass. With
-    --compression also the code whose messages are so many times shorter, for servers that cannot ask back.
+    --compression also the code whose messages are so many times shorter, for servers that cannot ask back. With
+    --colluders how many parts of a batch more than s colluders spoil; this tries all sets of them.
     """
     _check_workers(workers, adversaries)
-    if parameters is None and batch_size is None:
-        raise click.UsageError("plan needs --parameters for the costs, or --batch-size for the batches, or both")
+    if parameters is None and batch_size is None and colluders is None:
+        raise click.UsageError(
+            "plan needs --parameters for the costs, --batch-size for the batches, or --colluders for what they spoil"
+        )
+    if colluders is not None and colluders > workers:
+        raise click.UsageError(f"--colluders must be at most the {workers} workers, got {colluders}")
     for option, value in (("--learning-rate", learning_rate), ("--samples", samples)):
         if batch_size is None and value is not None:
             raise click.UsageError(f"{option} needs --batch-size")
@@ -357,6 +377,8 @@ def plan(
     if parameters is not None:
         item, speeds = planning.ITEM_BYTES[dtype], network_model.Network(**network)
         tables.append(network_model.make_table(workers, adversaries, parameters, item, speeds, compression))
+    if colluders is not None:
+        tables.append(planning.make_collusion_table(workers, adversaries, colluders))
     console = Console()
     for table in tables:
         console.print(table)
@@ -433,39 +455,52 @@ def report(ledgers: tuple[str, ...], as_json: bool, picture: Path | None) -> Non
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where: decode and paper.")
 @click.option("--peers/--no-peers", default=True, help="With the libraries that people install: decode.")
 @click.option(
+    "--seed",
+    "seeds",
+    multiple=True,
+    type=_SEED,
+    default=SEEDS,
+    help="Seed of data, net and attacks; may be repeated: neighbours.",
+)
+@click.option("--quick", is_flag=True, help="Few steps, to see that it runs: neighbours.")
+@click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("draco-bench"),
     help="Folder for each suite's JSON, Markdown and picture.",
 )
-def bench(suites: tuple[str, ...], workers: int, parameters: int, device: str, peers: bool, output: Path) -> None:
+def bench(suites: tuple[str, ...], output: Path, **options: Any) -> None:
     """Measure decoders and compare them with what people use instead.
 
     \b
-    decode    decoders, robust averages and other libraries
-    kernels   every kernel beside its yardstick
-    scaling   time per byte for growing sizes
-    paper     the paper's comparison, on gradients of the sizes of its models
-    accuracy  time to accuracy under attack
-    all       all of them
+    decode      decoders, robust averages and other libraries
+    kernels     every kernel beside its yardstick
+    scaling     time per byte for growing sizes
+    paper       the paper's comparison, on gradients of the sizes of its models
+    accuracy    time to accuracy under attack
+    neighbours  other methods that learn in spite of bad workers: accuracy, bytes, compute, guarantees
+    all         all of them
 
     Without a name: decode. Every call alternates with a yardstick, usually one read of the same messages. A rule that
     cannot run is reported. To install the other libraries: pip install "draco_ext[bench]".
     """  # noqa: D301, since a raw docstring would show click's mark for lines that stay as they are
     console = Console()
-    if device == "cuda" and not (torch.cuda.is_available() and build_info()["cuda"]):
+    if options["device"] == "cuda" and not (torch.cuda.is_available() and build_info()["cuda"]):
         raise click.UsageError("--device cuda needs a CUDA device and a draco_ext built with CUDA")
     _make_folder(output)
     keep_memory()
     chosen = [*bench_suites.SUITES] if "all" in suites else list(dict.fromkeys(suites)) or ["decode"]
     for suite in chosen:
-        jobs = list(bench_suites.SUITES[suite](device, workers, parameters, peers))
+        jobs = list(bench_suites.SUITES[suite](bench_suites.Options(**options)))
         rows = _measure(jobs, console)
         cuda = rows[0].report == "cuda"
-        console.rule(bench_report.REPORTS[rows[0].report].title)
-        lines = [bench_report.facts(cuda), bench_report.REPORTS[rows[0].report].legend]
-        for line in [*lines, *bench_report.table(rows)]:
+        kind = bench_report.REPORTS[rows[0].report]
+        console.rule(kind.title)
+        lines = [bench_report.facts(cuda), kind.legend, *([] if kind.wraps else bench_report.table(rows))]
+        for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if kind.wraps:
+            console.print(bench_report.wrapped_table(rows))
         with _writing_to(output):
             files = bench_report.write(output, rows)
         console.print(f"Wrote {', '.join(map(str, files))}", soft_wrap=True)

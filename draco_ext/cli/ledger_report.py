@@ -29,6 +29,7 @@ COLOURS = {
     "persistent": "#CC79A7",
     "transient": "#009E73",
     "state": "#0072B2",
+    "undecided": "#56B4E9",
     "missing": "#999999",
 }
 MOST_DRAWN = 40  # rows of a picture
@@ -169,7 +170,7 @@ def read(paths: Iterable[str]) -> LedgerReport:
 
 
 def _wrong(rank: RankHistory) -> int:
-    return sum(number for kind, number in rank.kinds.items() if kind != "missing")
+    return sum(number for kind, number in rank.kinds.items() if kind not in ("missing", "undecided"))
 
 
 def _history(who: Who, entry: _Entry, last_step: int) -> RankHistory:

@@ -121,8 +121,8 @@ def record(code: Code, transport: str, *, tree: bool = False) -> Traffic:
     n = code.workers
     size = _NUMBER * (8 + 2 * len(code.assignment(0)))  # step, flag, three digests of state, one of each part's inputs
     if transport == "server":
-        return _through_server(n, size, n * size, payload=False)
-    if transport == "verified" and (code.adversaries > 0 or not code.message_is_gradient):
+        return _to_server(n, size, payload=False) + _from_server(n, n * size, payload=False)
+    if transport == "verified" and (code.adversaries > 0 or code.bounded or not code.message_is_gradient):
         return _to_all(n, size, payload=False)
     return _all_gather(n, size, tree)
 
@@ -151,15 +151,36 @@ def _to_all(workers: int, size: int, *, payload: bool = True) -> Traffic:
     return Traffic(*_split(workers * others * size, payload), link=others * size, messages=others, waits=1)
 
 
-def _through_server(workers: int, size: int, result: int, *, payload: bool = True) -> Traffic:
-    """Return the traffic if every worker sends so many bytes to the server and then gets a verdict and the result.
+def _to_server(workers: int, size: int, *, payload: bool = True) -> Traffic:
+    """Return the traffic if every worker sends so many bytes to the server, whose link it is."""
+    sent = (workers - 1) * size
+    return Traffic(*_split(sent, payload), link=sent, waits=1)
 
-    The time is that of the server, which sends only when it has received: so both directions count in `link`.
+
+def _from_server(workers: int, size: int, *, payload: bool = True) -> Traffic:
+    """Return the traffic if every worker gets a result of so many bytes and a verdict from the server.
+
+    Everything begins with a status and a key.
     """
     others, verdict = workers - 1, _NUMBER * _VERDICT_COLUMNS * (workers + 1)
-    link = others * (size + verdict + result)
-    sent = Traffic(*_split(others * (size + result), payload))
-    return sent + Traffic(checks=others * verdict, link=link, messages=2 * others, waits=2)
+    checks = others * (2 * _NUMBER + verdict)
+    return Traffic(*_split(others * size, payload)) + Traffic(
+        checks=checks, link=others * size + checks, messages=3 * others, waits=1
+    )
+
+
+def _in_shards(workers: int, size: int) -> Traffic:
+    """Return the traffic if every worker gets a shard of a result from the server, and the others pass theirs on.
+
+    Each gets a status, who takes part, and its shard; says which shards are missing; gets a status, the verdict and
+    the digests of all shards; and says which are wrong. While shards are passed on the server's link is idle, so those
+    that a worker sends count in `link`, too.
+    """
+    relays, verdict = workers - 1, _NUMBER * _VERDICT_COLUMNS * (workers + 1)
+    checks = relays * (4 * _NUMBER + workers + 2 * relays + verdict + 2 * _NUMBER * relays)
+    link = size + checks + (relays - 1) * -(-size // relays)
+    # The server digests the result while shards are passed on, and then each relay what it has got.
+    return Traffic(relays * size, checks, link, 6 * relays, 4, size)
 
 
 def _split(sent: int, payload: bool) -> tuple[int, int]:
@@ -222,7 +243,7 @@ def _all_to_all(code: Code, lengths: Sequence[int], item: int) -> Traffic:
 
 
 def _verified(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traffic:
-    if not code.message_is_gradient:
+    if not code.message_is_gradient or code.bounded:
         return _all_to_all(code, lengths, item)
     if code.adversaries == 0:
         return _allreduce_repetition(code, lengths, item, tree)
@@ -280,7 +301,7 @@ def _deliveries(sizes: Sequence[int], length: int, item: int) -> Traffic:
 
 def _server(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traffic:
     n, total = code.workers, Traffic()
-    has_replicas = code.message_is_gradient and code.adversaries > 0
+    has_replicas = code.message_is_gradient and not code.bounded and code.adversaries > 0
     for length in lengths:
         most = SLICE * (SLICES_AT_ONCE if has_replicas else 1)
         full, rest = divmod(code.message_length(length) * item, most)
@@ -288,7 +309,9 @@ def _server(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traffi
             if has_replicas and size > SMALL:
                 each = _pieces_to_server(code, size)
             else:
-                each = _through_server(n, size, code.blocks * size) + Traffic(reads=n * size)
+                each = _to_server(n, size) + Traffic(reads=n * size)
+            result = code.blocks * size
+            each += _in_shards(n, result) if result > SMALL and n > 2 else _from_server(n, result)
             total += sum(times * [each], Traffic())
     return total
 
@@ -296,14 +319,14 @@ def _server(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traffi
 def _pieces_to_server(code: Code, size: int) -> Traffic:
     """Return the traffic if one message of each group but the server's own comes in pieces, and the server verifies it.
 
-    The server asks each other worker for digests under a key, and then announces, sends the verdict and the result.
+    The server asks each other worker for digests under a key.
     """
     others, groups = code.workers - 1, list(map(len, code.decoding_groups))
     digests = 2 * _NUMBER * (sum(each * each for each in groups) - groups[0])
-    checks = others * (4 * _NUMBER + _NUMBER * _VERDICT_COLUMNS * (code.workers + 1)) + digests
-    payload = (len(groups) - 1 + others) * size
+    checks = others * 2 * _NUMBER + digests
+    payload = (len(groups) - 1) * size
     # A worker digests its message while the server digests all groups', and then adds them up.
-    return Traffic(payload, checks, payload + checks, 4 * others, 4, 2 * len(groups) * size)
+    return Traffic(payload, checks, payload + checks, others, 3, 2 * len(groups) * size)
 
 
 _MODELS: Mapping[str, Callable[[Code, Sequence[int], int, bool], Traffic]] = {

@@ -9,8 +9,9 @@ import numpy as np
 from rich.table import Table
 
 from draco_ext.cli.network_model import buckets, traffic
-from draco_ext.codes import Audit, Code, CyclicCode, RepetitionCode, SolonCode
+from draco_ext.codes import Audit, ByzShieldCode, Code, CyclicCode, RepetitionCode, SolonCode
 from draco_ext.codes.audit import FIRST_STEPS
+from draco_ext.codes.collusion import worst_colluders
 from draco_ext.protocol.transports import TRANSPORTS
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
@@ -205,6 +206,46 @@ def make_batch_table(
     return table
 
 
+def make_collusion_table(workers: int, adversaries: int, colluders: int) -> Table:
+    """Return a table of the share of a batch that colluders spoil, more than s of them included, by placement.
+
+    Args:
+        workers: n.
+        adversaries: s.
+        colluders: the largest number of colluders.
+
+    Raises:
+        ValueError: a code cannot have these arguments.
+    """
+    n, s = workers, adversaries
+    groups = RepetitionCode(n, s)
+    placements: dict[str, Code | str] = {"groups (DETOX)": groups}
+    try:
+        placements["lines of a plane (ByzShield)"] = ByzShieldCode(n, s)
+    except ValueError as error:
+        placements["lines of a plane (ByzShield)"] = f"not offered: {error}"
+    table = Table(
+        title=f"What colluders spoil of a batch: {n} workers, votes that correct {s} bad",
+        title_style="bold",
+        caption="Votes on so many parts are lost, if the colluders are those that spoil most. A second stage (beyond=) "
+        "bounds the gradient while it is less than half of the parts.",
+    )
+    table.add_column("colluders", justify="right")
+    table.add_column("one part each", justify="right")
+    for name in placements:
+        table.add_column(name, justify="right")
+    for count in range(colluders + 1):
+        cells = []
+        for code in placements.values():
+            if isinstance(code, str):
+                cells.append(code if count == 0 else "")
+            else:
+                spoilt = len(code.distorted_parts(worst_colluders(code, count)))
+                cells.append(f"{spoilt} of {code.parts} ({100 * spoilt / code.parts:.3g}%)")
+        table.add_row(f"{count}", f"{count} of {n} ({100 * count / n:.3g}%)", *cells)
+    return table
+
+
 def _costs(code: Code, parameters: int, dtype: str) -> dict[str, str]:
     """Return a code's cells in the rows of costs."""
     costs = cost(code, parameters, dtype)
@@ -232,6 +273,7 @@ def _audit(audit: Audit, parameters: int, dtype: str) -> dict[str, str]:
     plain = _bytes(_sent_by_plain(n, parameters, dtype))
     chance, auditors = f"{100 * audit.rate:.3g}%", f"{s} other worker{'s' if s > 1 else ''}"
     beginning = f"; once {audit.cost(0, FIRST_STEPS) * FIRST_STEPS:.4g} passes more in the first {FIRST_STEPS} steps"
+    beginning += ", one less with FSDP2"
     if audit.rate == 1:
         when, audited, updates, once = "every step", "gradient", "0", ""
         beginning = ""

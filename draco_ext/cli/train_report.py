@@ -114,6 +114,7 @@ def _title(config: Config) -> str:
     return (
         f"{config.workers} workers, {bad if config.adversaries else 'none bad'}, "
         f"{config.steps} steps of {config.batch_size} digits, seed {config.seed}"
+        + (f", momentum {config.worker_momentum:g} at the workers" if config.worker_momentum else "")
     )
 
 

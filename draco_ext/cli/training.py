@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
+from draco_ext.baselines import WorkerMomentum
 from draco_ext.cli.averages import Averaging
 from draco_ext.cli.digits import TRAIN_SAMPLES, Digits, make_net
 from draco_ext.cli.faults import Corruption, Fault, bad_workers
@@ -83,6 +84,15 @@ class Config:
     momentum: float
     seed: int
     audit_rate: float = AUDIT_RATE
+    worker_momentum: float = 0.0
+
+    def sgd_momentum(self, rule: str) -> float:
+        """Return the momentum of a training's optimizer.
+
+        Ranks that recompute a part in an audit do not have its owner's momentum. So it stays in the optimizer there,
+        where it does the same, since the rule is a plain mean.
+        """
+        return self.worker_momentum if self.worker_momentum and rule == AUDIT else self.momentum
 
     @property
     def audit(self) -> Audit:
@@ -322,7 +332,9 @@ class Learner:
         self._code = code_for(training.rule, n, s)
         self._net = make_net(config.seed).to(data.train.tensors[0].device)
         self._model = DistributedDataParallel(self._net)
-        self._optimizer = torch.optim.SGD(self._net.parameters(), lr=config.learning_rate, momentum=config.momentum)
+        self._optimizer = torch.optim.SGD(
+            self._net.parameters(), lr=config.learning_rate, momentum=config.sgd_momentum(training.rule)
+        )
         batches = RedundantBatchSampler(
             TRAIN_SAMPLES, self._code, batch_size=config.batch_size, rank=rank, seed=config.seed
         )
@@ -354,11 +366,23 @@ class Learner:
             self._average = Averaging(training.rule, s, self._corruption)
             self._model.register_comm_hook(None, self._average.hook)
             self._steps = (iter([batch]) for _ in itertools.count() for batch in loader)
+        self._mini_batch = 0  # of the step, counted from 0
+        if config.worker_momentum and not audited:
+            self._keep_momentum(WorkerMomentum(config.worker_momentum))
         self._work: list[Work] = []
         self._passes = [0.0]  # of an audit, before the first step and after each
         self._every = max(1, config.steps // EVALUATIONS)
         self._evaluations: list[tuple[int, float, float]] = []
         self._evaluate()
+
+    def _keep_momentum(self, momentum: WorkerMomentum) -> None:
+        """Replace each gradient that this rank computes by its momentum: one for each parameter and part.
+
+        A rank has the same parts in each step, in the same order. DistributedDataParallel copies gradients into its
+        buckets behind these hooks.
+        """
+        for name, parameter in self._net.named_parameters():
+            parameter.register_hook(lambda gradient, name=name: momentum(gradient, key=(self._mini_batch, name)))
 
     def step(self) -> None:
         """Run one step, without an update if decoding fails."""
@@ -367,7 +391,7 @@ class Learner:
         losses = []
         self._optimizer.zero_grad()
         step = next(self._steps)
-        for images, labels in step:
+        for self._mini_batch, (images, labels) in enumerate(step):
             loss = cross_entropy(self._model(images), labels)
             loss.backward()
             if not isinstance(step, AuditStep) or step.own:

@@ -146,7 +146,7 @@ class Audit:
         steps = math.log1p(-level) / math.log1p(-found)
         return math.ceil(steps * (1 - 1e-12)) - 1  # the factor: where steps is an integer, but for rounding
 
-    def cost(self, false_triggers: float = 0.001, steps: int | None = None) -> float:
+    def cost(self, false_triggers: float = 0.001, steps: int | None = None, *, rehearsal: bool = True) -> float:
         """Return the mean number of extra passes per step while no worker is wrong: q * s + 2 * false_triggers.
 
         An audit costs s passes, and a false trigger an audit pass and the own pass again. A plain step is one pass.
@@ -155,13 +155,15 @@ class Audit:
             false_triggers: the share of steps in which statistics trigger an audit though nothing is wrong.
             steps: the length of the training, to include its beginning: the first two steps are audited at any rate,
                 and the first one makes its own pass twice. Default: any; the beginning does not count.
+            rehearsal: whether the first step makes its own pass twice, as under DistributedDataParallel, which puts
+                gradients into other buckets after its first one; False for FSDP2.
         """
         often = 2 * _check_chance("false_triggers", false_triggers)
         if steps is None:
             return self.rate * self.adversaries + often
         first = min(FIRST_STEPS, _checks.check_int("steps", steps, 1))
         audited = first + self.rate * (steps - first)
-        return (1 + audited * self.adversaries) / steps + often
+        return (bool(rehearsal) + audited * self.adversaries) / steps + often
 
     def _chance(self, passes: int) -> float:
         """Return the chance that a step is audited."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,6 +30,8 @@ class Decoded:
         left_out: (n,) bool: all whose messages the gradient does not contain, suspects included, missing ones not. Who
             is left out again and again, without being a suspect, probably is bad.
         code: the code that was decoded.
+        bounded: the gradient is a robust mean of the parts' and not their mean, so only as good as the second stage of
+            the code says (`Code.bounded`), even if nobody is bad.
     """
 
     gradient: Tensor
@@ -36,12 +39,19 @@ class Decoded:
     failed: Tensor
     left_out: Tensor
     code: Code
+    bounded: bool = False
 
     def raise_if_failed(self) -> Decoded:
         """Return self, or raise DecodingError. Waits for the device to finish decoding."""
         if not self.failed:
             return self
         named = self.suspects.nonzero().flatten().tolist()
+        if self.bounded:
+            raise DecodingError(
+                f"no gradient: more parts have no majority among their workers than {self.code!r} can do without "
+                f"({self.code.corruptible} of {self.code.parts}); workers that differ from the majority of another "
+                f"part: {named}"
+            )
         raise DecodingError(
             f"no gradient: more of the {self.code.workers} workers are bad or missing than {self.code!r} can correct "
             f"({self.code.adversaries} bad, or {2 * self.code.adversaries} missing); {len(named)} worker(s) differ "
@@ -68,6 +78,7 @@ class Code(abc.ABC):
             machines with other instruction sets may round differently.
         uses_projections: bad messages are found by random projections. `decode` then uses its `seed`, and `project`,
             `locate` and `combine` do its work in steps, for ranks that have only some of the messages.
+        sliceable: the same columns of all messages are decoded to these columns of the gradient. Transports need it.
 
     Raises:
         TypeError: an argument is not an int.
@@ -81,6 +92,7 @@ class Code(abc.ABC):
     message_is_gradient: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     uses_projections: ClassVar[bool] = False
+    sliceable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _checks.check_workers(self.workers, self.adversaries)
@@ -122,6 +134,33 @@ class Code(abc.ABC):
         """Return the workers that compute a part, in ascending order."""
         self._check_part(part)
         return tuple(worker for worker in range(self.workers) if part in self.assignment(worker))
+
+    @property
+    def bounded(self) -> bool:
+        """Return whether the decoded gradient is a robust mean of the parts' gradients, and not their mean.
+
+        It is then bounded by those of honest parts while the votes of at most `corruptible` parts are wrong.
+        """
+        return False
+
+    @property
+    def corruptible(self) -> int:
+        """The number of parts that may have more than s bad workers; 0 if the code is not `bounded`."""
+        return 0
+
+    def distorted_parts(self, colluders: Iterable[int]) -> tuple[int, ...]:
+        """Return the parts of which more than s workers are among these: the parts that these colluders can spoil.
+
+        If they are all but s of a part's workers, and so for groups of 2s+1 in any case, they win its vote, and nobody
+        notices; see `draco_ext.codes.collusion.worst_colluders` for the set that spoils most.
+
+        Args:
+            colluders: workers.
+        """
+        bad = set(colluders)
+        for worker in bad:
+            self._check_worker(worker)
+        return tuple(part for part in range(self.parts) if len(bad.intersection(self.holders(part))) > self.adversaries)
 
     @functools.cached_property
     def replica_groups(self) -> tuple[tuple[int, ...], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from draco_ext import _checks, ops
 from draco_ext.codes.base import Code, Decoded
+from draco_ext.codes.robust import check_beyond, robust_mean
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,36 @@ class RepetitionCode(Code):
 
     Where 2s+1 does not divide n, the first groups have more members. Decoding is a bitwise majority vote in each group,
     exact to the last bit. Source: DRACO, arXiv 1803.09877, section 4.1.
+
+    `beyond` says what becomes of the groups' winners. A group with more than s bad members is *corrupted*: if they
+    collude they win its vote, which nobody can notice, and otherwise it may have no majority. With "fail" the gradient
+    is the mean of the winners: exact while no group is corrupted, and `failed` if a group has no majority. The other
+    two are a second stage (DETOX, arXiv 1907.12205). It takes a robust mean of the winners, coordinate by coordinate,
+    in every step, since a group that colluders have won looks like any other:
+
+    * Each element is between the smallest and the largest of the groups that are not corrupted, as long as at most
+      `corruptible` groups are: (G - 1) // 2 of G with "median", and `trim` with "trimmed-mean". It is not their mean,
+      also if nobody is bad: `Decoded.bounded` is set. With more corrupted groups it may be anything.
+    * A group without a majority is left out, as is one whose members are all missing. All its members are in
+      `left_out`, and none is a suspect. With e such groups and c that colluders have won, the median's promise holds
+      while 2c + e < G.
+    * Suspects differ from their group's winner. In a group that colluders have won these are its honest members.
+    * `failed` is set if more than `corruptible` groups have no majority, and only then.
+
+    Args:
+        workers: n.
+        adversaries: s.
+        beyond: "fail", or the second stage: "median" or "trimmed-mean". A second stage needs at least three groups.
+        trim: with "trimmed-mean", how many winners are left out at each end of a coordinate; default: G // 4, at
+            least 1.
     """
 
     dtypes: ClassVar[tuple[torch.dtype, ...]] = ops.VOTE_DTYPES
     message_is_gradient: ClassVar[bool] = True
     exact: ClassVar[bool] = True
 
+    beyond: str = "fail"
+    trim: int | None = None
     group_sizes: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -38,6 +64,23 @@ class RepetitionCode(Code):
             )
         sizes = (size + 1,) * larger + (size,) * (groups - larger)
         object.__setattr__(self, "group_sizes", sizes)
+        check_beyond(self.beyond, self.trim, groups)
+
+    def __repr__(self) -> str:
+        """Return the constructor's call, with the arguments that are not left out."""
+        second = "" if self.beyond == "fail" else f", beyond={self.beyond!r}"
+        second += "" if self.trim is None else f", trim={self.trim}"
+        return f"RepetitionCode(workers={self.workers}, adversaries={self.adversaries}{second})"
+
+    @property
+    def bounded(self) -> bool:
+        """Return whether there is a second stage."""
+        return self.beyond != "fail"
+
+    @property
+    def corruptible(self) -> int:
+        """The number of groups that may be corrupted before the gradient is not bounded any more."""
+        return check_beyond(self.beyond, self.trim, self.parts)
 
     @property
     def parts(self) -> int:
@@ -117,13 +160,19 @@ class RepetitionCode(Code):
         out: Tensor | None = None,
         seed: int | None = None,
     ) -> Decoded:
-        """Vote in each group and average the winners; see `Code.decode`. Nothing is drawn: the seed is not used."""
+        """Vote in each group and average the winners; see `Code.decode`. Nothing is drawn: the seed is not used.
+
+        With a second stage the winners of all groups are kept in memory at once, and "sum" is the robust mean times
+        the number of groups.
+        """
         self._check_decode(messages, reduction)
         if expected is not None or length is not None:  # the vote has no use for them
             _checks.check_messages(messages, ops.VOTE_DTYPES)
             _checks.check_mask("expected", expected, messages)
         if length is not None:
             _checks.check_int("length", length, messages.size(1), messages.size(1))
+        if self.bounded:
+            return self._decode_beyond(messages, missing, atol, rtol, reduction, out)
         gradient, suspects, failed = ops.majority_vote(
             messages,
             self.group_sizes,
@@ -136,13 +185,53 @@ class RepetitionCode(Code):
         )
         return Decoded(gradient, suspects, failed, suspects, self)
 
+    def _decode_beyond(
+        self,
+        messages: Tensor,
+        missing: Tensor | None,
+        atol: float,
+        rtol: float,
+        reduction: str,
+        out: Tensor | None,
+    ) -> Decoded:
+        """Vote in each group, and take a robust mean of the winners."""
+        _checks.check_messages(messages, ops.VOTE_DTYPES)
+        _checks.check_mask("missing", missing, messages)
+        if out is not None:
+            _checks.check_out(out, messages.size(1), "messages", messages)
+        gradient = messages.new_empty(messages.size(1)) if out is None else out
+        winners = messages.new_empty(self.parts + 1, messages.size(1))
+        split, differing = [], []
+        end = 0
+        for winner, size in zip(winners[:-1], self.group_sizes, strict=True):
+            begin, end = end, end + size
+            _, differs, failed = ops.majority_vote(
+                messages[begin:end],
+                (size,),
+                self.adversaries,
+                missing=None if missing is None else missing[begin:end],
+                atol=atol,
+                rtol=rtol,
+                out=winner,
+            )
+            split.append(failed)
+            differing.append(differs & ~failed)
+        lost = torch.stack(split)
+        factor = 1 if reduction == "mean" else self.parts
+        robust_mean(winners, lost, None if self.beyond == "median" else self.corruptible, factor=factor, out=gradient)
+        suspects = torch.cat(differing)
+        in_lost = torch.cat([each.expand(size) for each, size in zip(split, self.group_sizes, strict=True)])
+        left_out = suspects | (in_lost if missing is None else in_lost & ~missing)
+        return Decoded(gradient, suspects, lost.sum() > self.corruptible, left_out, self, bounded=True)
+
     def error_bound(self, dtype: torch.dtype, *, length: int | None = None, probability: float = 1e-6) -> float:
         """Return 0: the gradient is bit-identical to the one without bad workers; see `Code.error_bound`.
 
         With atol and rtol a group's median is between its honest members' values instead, however far those are apart.
+        With a second stage it is infinite: the distance of a robust mean from the mean has no bound relative to it.
         """
         self._check_bound(dtype, length, probability)
-        return 0.0
+        return math.inf if self.bounded else 0.0
 
     def noise_amplification(self) -> float:
         """Return 1: a vote passes one member's bits on."""

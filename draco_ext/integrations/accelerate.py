@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from draco_ext.codes import Audit, Code
 from draco_ext.integrations import missing
+from draco_ext.training.adapters import is_fsdp
 from draco_ext.training.api import protect
 from draco_ext.training.audit.guard import AuditGuard
 from draco_ext.training.guard import Guard
@@ -22,19 +23,22 @@ try:
 except ImportError as error:
     raise missing("accelerate", error) from error
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
 
 class Prepared(NamedTuple):
     """The result of `prepare`.
 
     Attributes:
-        model: the model, under DistributedDataParallel.
+        model: the model, under DistributedDataParallel or made by ``fully_shard``.
         optimizer: the prepared optimizer.
         loader: the training loader; on ranks with the same part it yields the same mini-batches.
         scheduler: the prepared scheduler; None without one.
         guard: the guard.
     """
 
-    model: DistributedDataParallel
+    model: DistributedDataParallel | FSDPModule
     optimizer: Any
     loader: Any
     scheduler: Any
@@ -59,12 +63,16 @@ def prepare(
     at the end of the epoch, as with Accelerate. A loader with a `RedundantBatchSampler` is divided already; with it the
     scheduler makes one step in a step.
 
+    With FSDP2 (``fsdp_version=2``) a code needs a ``ParallelismConfig`` with as many replicas as it has workers, and an
+    `Audit` none. Then the ranks of a replica divide each part among themselves.
+
     Loaders for evaluation go through ``accelerator.prepare``. With a `CyclicCode` or an `Audit` the loop is
     ``for step in guard.steps(loader)``, without ``accelerator.accumulate``.
 
     Args:
         accelerator: the accelerator, on processes with a GPU or CPU each.
-        code: the code or audit; for ``accelerator.num_processes`` ranks.
+        code: the code or audit; for ``accelerator.num_processes`` ranks, with FSDP2 a code for as many replicas as
+            there are.
         model: the model.
         optimizer: its optimizer.
         loader: the training loader; with a `CyclicCode` its batch sampler must be a `RedundantBatchSampler`.
@@ -72,7 +80,7 @@ def prepare(
         **options: options of `protect`.
 
     Raises:
-        TypeError: an argument has the wrong type; the accelerator does not use DistributedDataParallel.
+        TypeError: an argument has the wrong type; the accelerator uses neither DistributedDataParallel nor FSDP2.
         ValueError: an argument has a wrong value, or the accelerator has a setting with which ranks with the same part
             cannot get the same mini-batches.
     """
@@ -85,6 +93,12 @@ def prepare(
     if loader in accelerator._dataloaders:
         raise ValueError("loader must not be prepared before, got one that Accelerate has divided among all ranks")
     is_divided = isinstance(loader.batch_sampler, RedundantBatchSampler)
+    if accelerator.is_fsdp2 and (is_divided or (isinstance(code, Code) and len(code.assignment(0)) > 1)):
+        raise ValueError(
+            "code must need one loader for each rank with FSDP2, whose ranks divide parts among themselves, and the "
+            f"loader must have no RedundantBatchSampler, got {code!r} and {type(loader.batch_sampler).__name__}: "
+            "prepare model and optimizer, protect the model, and make a DataLoader for each of guard.data_ranks"
+        )
     if isinstance(code, Code):
         if accelerator.dispatch_batches:
             raise ValueError(f"dispatch_batches must be False with {code!r}, whose ranks load their shares themselves")
@@ -97,8 +111,11 @@ def prepare(
         raise ValueError("loader must have a sampler as for plain DDP with an Audit, got a RedundantBatchSampler")
     seed = torch.initial_seed()  # of all ranks; the guard seeds each part in another way
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    if not isinstance(wrapped, DistributedDataParallel):
-        raise TypeError(f"accelerator must use DistributedDataParallel, got a {type(wrapped).__name__} from it")
+    if not isinstance(wrapped, DistributedDataParallel) and not is_fsdp(wrapped):
+        raise TypeError(
+            "accelerator must use DistributedDataParallel or FSDP2 (fsdp_version=2), "
+            f"got a {type(wrapped).__name__} from it"
+        )
     guard = protect(wrapped, code, **options)
     shares, share = (1, 0) if is_divided else (guard.data_replicas, guard.data_rank)
     divided = divide(

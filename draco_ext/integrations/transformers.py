@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from draco_ext.codes import Code
 from draco_ext.integrations import check_code, missing
+from draco_ext.training.adapters import is_fsdp
 from draco_ext.training.api import protect
 from draco_ext.training.guard import Guard
 from draco_ext.training.placement import place_ranks
@@ -34,8 +35,10 @@ class ProtectedTrainerMixin(_Trainer):
     """A mixin that protects the model of a Trainer by a repetition code.
 
     ``class ProtectedTrainer(ProtectedTrainerMixin, Trainer): pass``, and the same for subclasses of Trainer. The model
-    is protected once it is under DistributedDataParallel. Ranks of a group get the same mini-batches of
-    ``per_device_train_batch_size`` samples. Checkpoints contain the guard's state, with which training resumes, and
+    is protected once it is under DistributedDataParallel or FSDP2. Ranks of a group get the same mini-batches of
+    ``per_device_train_batch_size`` samples. With FSDP2 (``fsdp_config={"version": 2}``) TrainingArguments need a
+    ``parallelism_config`` with as many replicas as the code has workers; the ranks of a replica divide each part among
+    themselves. Checkpoints contain the guard's state, with which training resumes, and
     what the Trainer logs contains the metrics of the guard's report.
 
     Args:
@@ -59,7 +62,7 @@ class ProtectedTrainerMixin(_Trainer):
         self._code = check_code("Transformers' Trainer", code)
         self._protect_options = dict(protect_options or {})
         self._checkpoint: str | None = None  # from which training resumes
-        self._guarded: DistributedDataParallel | None = None  # the model of the guard
+        self._guarded: Any = None  # the model of the guard
         super().__init__(*args, **kwargs)
         if self.args.average_tokens_across_devices:
             raise ValueError(
@@ -80,13 +83,16 @@ class ProtectedTrainerMixin(_Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Return the Trainer's loader, divided among the parts of the code instead of among all ranks."""
-        worker = place_ranks(self._code, self._protect_options.get("ranks_per_host"))[self.args.process_index]
+        shards = self._shards
+        rank, shard = divmod(self.args.process_index, shards)
+        worker = place_ranks(self._code, self._protect_options.get("ranks_per_host"))[rank]
+        shares, share = self._code.parts * shards, self._code.assignment(worker)[0] * shards + shard
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         divided = []
 
         def prepare(loader: Any) -> Any:
             loader.worker_init_fn = None  # the Trainer's seeds workers by rank, instead of by part
-            divided.append(divide(self.accelerator, loader, self._code.parts, self._code.assignment(worker)[0], seed))
+            divided.append(divide(self.accelerator, loader, shares, share, seed))
             return divided[-1]
 
         # The inherited method makes a loader and passes it to the accelerator, which would divide it among all ranks.
@@ -101,10 +107,24 @@ class ProtectedTrainerMixin(_Trainer):
             )
         return loader
 
+    @property
+    def _shards(self) -> int:
+        """The number of ranks that make up a worker of the code."""
+        if not self.accelerator.is_fsdp2:
+            return 1
+        config = self.accelerator.parallelism_config
+        shards: int = self.args.world_size if config is None else config.dp_shard_size
+        if shards * self._code.workers != self.args.world_size:
+            raise ValueError(
+                f"parallelism_config in TrainingArguments must have dp_replicate_size={self._code.workers} with FSDP2, "
+                f"a replica for each worker of {self._code!r}, got {self.args.world_size // shards} replicas"
+            )
+        return shards
+
     def get_total_train_batch_size(self, args: Any) -> int:
         """Return the number of different samples in a step."""
         samples: int = super().get_total_train_batch_size(args)
-        return samples // int(args.world_size) * self._code.parts
+        return samples // int(args.world_size) * self._code.parts * self._shards
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, together with the metrics of the guard's report."""
@@ -113,8 +133,10 @@ class ProtectedTrainerMixin(_Trainer):
     def protect(self) -> None:
         """Protect the model, and restore the guard's state; called at the beginning of training."""
         model = self.model_wrapped
-        if not isinstance(model, DistributedDataParallel):
-            raise TypeError(f"the Trainer must use DistributedDataParallel, got a {type(model).__name__} from it")
+        if not isinstance(model, DistributedDataParallel) and not is_fsdp(model):
+            raise TypeError(
+                f"the Trainer must use DistributedDataParallel or FSDP2, got a {type(model).__name__} from it"
+            )
         if self.guard is None or self._guarded is not model:
             self.guard = cast("Guard", protect(model, self._code, **self._protect_options))
             self._guarded = model

@@ -51,13 +51,17 @@ class Connection(abc.ABC):
     It has no timeout, and its waiting does not count in `Seconds`.
     """
 
-    @abc.abstractmethod
     def send(self, values: Tensor) -> None:
         """Send values and wait until they are sent.
 
         Raises:
             RuntimeError: the connection is closed.
         """
+        self.start_send(values)()
+
+    @abc.abstractmethod
+    def start_send(self, values: Tensor) -> Callable[[], None]:
+        """Start to send values; return a function that waits until they are sent, and raises what `send` raises."""
 
     @abc.abstractmethod
     def receive(self, values: Tensor) -> None:
@@ -245,21 +249,41 @@ class ProcessGroupCommunicator(Communicator):
 
     def _start_p2p(self, leaving: Sequence[Addressed], arriving: Sequence[Addressed], result: Tensor) -> Pending:
         """Send tensors to workers and receive others, in turn, all at the same time; return the pending result."""
-        operations: list[dist.P2POp] = []
-        others: list[int | None] = []
-        for pair in itertools.zip_longest(leaving, arriving):
-            for op, addressed in zip((dist.isend, dist.irecv), pair, strict=True):
-                if addressed is None:
-                    continue
-                tensor, other = addressed
-                peer, tag = self.ranks[other], tag_of(tensor)
-                operations.append(dist.P2POp(op, tensor, group=self.group, group_peer=peer, tag=tag))
-                others.append(other)
-        works = dist.batch_isend_irecv(operations) if operations else []
-        if len(works) < len(operations):  # NCCL returns one work for all operations
+        pairs = itertools.zip_longest(leaving, arriving)
+        in_turn = [
+            (is_sent, *addressed)
+            for pair in pairs
+            for is_sent, addressed in zip((True, False), pair, strict=True)
+            if addressed is not None
+        ]
+        others: list[int | None] = [other for _, _, other in in_turn]
+        works = self._begin_p2p(in_turn)
+        if len(works) < len(others):  # NCCL returns one work for all operations
             others = [None] * len(works)
-        kept = (result, *(operation.tensor for operation in operations))
+        kept = (result, *(tensor for _, tensor, _ in in_turn))
         return self._pending(list(map(_Operation, works, others)), result, kept)
+
+    def _begin_p2p(self, operations: Sequence[tuple[bool, Tensor, int]]) -> list[dist.Work]:
+        """Begin to send and receive: whether it is sent, the tensor, and the other worker."""
+        if any(_needs_batch(tensor) for _, tensor, _ in operations):
+            ops = [
+                dist.P2POp(
+                    dist.isend if is_sent else dist.irecv,
+                    tensor,
+                    group=self.group,
+                    group_peer=self.ranks[other],
+                    tag=tag_of(tensor),
+                )
+                for is_sent, tensor, other in operations
+            ]
+            return dist.batch_isend_irecv(ops)
+        works: list[Any] = []
+        for is_sent, tensor, other in operations:
+            if is_sent:
+                works.append(dist.isend(tensor, group=self.group, group_dst=self.ranks[other], tag=tag_of(tensor)))
+            else:
+                works.append(dist.irecv(tensor, group=self.group, group_src=self.ranks[other], tag=tag_of(tensor)))
+        return works
 
     def _pending(
         self,
@@ -291,11 +315,21 @@ class _ProcessGroupConnection(Connection):
     group: dist.ProcessGroup
     rank: int
 
-    def send(self, values: Tensor) -> None:
-        dist.send(values, group=self.group, group_dst=self.rank, tag=tag_of(values))
+    def start_send(self, values: Tensor) -> Callable[[], None]:
+        work: Any = dist.isend(values, group=self.group, group_dst=self.rank, tag=tag_of(values))
+
+        def wait() -> None:
+            work.wait()
+
+        return wait
 
     def receive(self, values: Tensor) -> None:
         dist.recv(values, group=self.group, group_src=self.rank, tag=tag_of(values))
+
+
+def _needs_batch(values: Tensor) -> bool:
+    """Return whether operations must begin in one batch, as NCCL wants it; gloo takes twice the time for that."""
+    return values.is_cuda
 
 
 def tag_of(values: Tensor) -> int:

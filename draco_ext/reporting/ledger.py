@@ -34,9 +34,11 @@ class Finding:
         failed: whether the bucket could not be decoded. Then the suspicion is not certain, and only the ledger has it.
         missing: whether the message did not arrive in time; this is not a suspicion.
         kind: "gradient" (a wrong message), "data" (a wrong message from a rank that itself reports other inputs than
-            the ranks with the same part), "missing", "state" (other parameters, buffers or optimizer state than the
-            majority; the bucket is -1), or, found by an audit, "persistent" or "transient" (a wrong gradient that was
-            wrong again when it was computed again, or was not; the bucket is -1).
+            the ranks with the same part), "missing", "undecided" (a code's second stage did without the worker's part,
+            since more than s workers with it are wrong and nobody can say which; this is not a suspicion), "state"
+            (other parameters, buffers or optimizer state than the majority; the bucket is -1), or, found by an audit,
+            "persistent" or "transient" (a wrong gradient that was wrong again when it was computed again, or was not;
+            the bucket is -1).
         ranks: under FSDP2, where `rank` is a replica: the ranks of the job whose shards of the message were wrong. One
             bad rank can spoil all shards of its replica, or one alone.
     """

@@ -45,6 +45,12 @@ def _counts(steps_of_ranks: Mapping[int, list[int]]) -> dict[int, float]:
 METRICS = (
     Metric("steps", "counter", "Steps, including failed ones.", lambda r: r.steps),
     Metric("failed_steps", "counter", "Steps without an update.", lambda r: len(r.failed_steps)),
+    Metric(
+        "undecided_steps",
+        "counter",
+        "Steps in which a part had no majority, with a second stage.",
+        lambda r: len(r.undecided_steps) if r.bounded else None,
+    ),
     Metric("suspects", "gauge", "Ranks whose messages were wrong.", lambda r: len(r.suspects)),
     Metric("probable_suspects", "gauge", "Ranks that probably send errors near the noise.", lambda r: len(r.probable)),
     Metric(

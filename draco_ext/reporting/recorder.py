@@ -77,6 +77,7 @@ class Recorder:
         self._missing: dict[int, list[int]] = {}
         self._repaired: dict[int, list[int]] = {}
         self._failed_steps: list[int] = []
+        self._undecided: list[int] = []
         self._pending: list[Finding] = []  # of the current step
         self._callback_errors: set[type[Exception]] = set()  # types that were logged
         self._undelivered = 0
@@ -123,6 +124,33 @@ class Recorder:
         elif not failed:
             self._accuse(finding)
         self._add(finding)
+
+    def add_undecided(self, workers: Sequence[int], *, step: int, bucket: int, failed: bool) -> None:
+        """Add workers whose parts had no majority, so that a second stage did without these parts."""
+        if not workers:
+            return
+        if step not in self._undecided[-1:]:
+            self._undecided.append(step)
+            self.log(
+                "more %ss with the same part are wrong in step %d than the code corrects, among %s; %s",
+                self.unit,
+                step,
+                sorted(self._ranks[worker] for worker in workers),
+                "too many parts have no majority" if failed else "the gradient is a robust mean without this part",
+            )
+        for worker in workers:
+            self._add(
+                self._finding(
+                    worker,
+                    "undecided",
+                    step=step,
+                    bucket=bucket,
+                    elements=None,
+                    first=None,
+                    largest=None,
+                    failed=failed,
+                )
+            )
 
     def add_state(self, worker: int, sections: Sequence[str], *, step: int, repaired: bool) -> None:
         """Add a rank whose state differed from the majority's."""
@@ -203,6 +231,7 @@ class Recorder:
             0 if self._ledger is None else self._ledger.unwritten,
             self._undelivered,
             replace(seconds),
+            undecided_steps=tuple(self._undecided),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,6 +239,7 @@ class Recorder:
         return {
             "suspects": {rank: asdict(suspect) for rank, suspect in self._suspects.items()},
             "failed_steps": list(self._failed_steps),
+            "undecided_steps": list(self._undecided),
             "missing": copied_steps(self._missing),
             "repaired": copied_steps(self._repaired),
             "evidence": self.evidence.state_dict(),
@@ -219,6 +249,7 @@ class Recorder:
         """Restore the findings that `state_dict` returned."""
         self._suspects = {rank: Suspect(**suspect) for rank, suspect in state["suspects"].items()}
         self._failed_steps = list(state["failed_steps"])
+        self._undecided = list(state.get("undecided_steps", []))  # not in checkpoints of earlier versions
         self._missing = copied_steps(state["missing"])
         self._repaired = copied_steps(state.get("repaired", {}))
         if "evidence" in state:  # not in checkpoints of earlier versions

@@ -169,6 +169,10 @@ class Report:
         undelivered: the number of findings for which this rank's callback raised an error.
         seconds: the time that this rank has spent in all steps.
         audit: what an `Audit` has found; None with a code.
+        bounded: whether the code has a second stage. In every step gradients are then robust means of the parts',
+            bounded by them, and not their mean; suspects differ from the majority of their part, which may be wrong.
+        undecided_steps: the steps in which a part had no majority, since more than s ranks with it were wrong, and a
+            second stage did without it.
     """
 
     trust: str
@@ -182,6 +186,8 @@ class Report:
     undelivered: int = field(default=0, compare=False)
     seconds: Seconds = field(default_factory=Seconds, compare=False)
     audit: AuditReport | None = None
+    bounded: bool = False
+    undecided_steps: tuple[int, ...] = ()
 
     def metrics(self, prefix: str = "draco/") -> dict[str, float]:
         """Return the report as numbers by name, as loggers of scalars take them.

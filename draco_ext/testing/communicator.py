@@ -205,8 +205,9 @@ class _FakeConnection(Connection):
         self._communicator = communicator
         self._other = other
 
-    def send(self, values: Tensor) -> None:
+    def start_send(self, values: Tensor) -> Callable[[], None]:
         self._communicator.post(values, self._other)
+        return lambda: None
 
     def receive(self, values: Tensor) -> None:
         self._communicator.expect(values, self._other, None)()

@@ -56,9 +56,11 @@ class Adapter(abc.ABC):
         alike: the workers that have the same parameters, or the same shards; None: all.
         state_is_replicated: whether there are several ranks that have the same shards.
         parameters_may_be_unused: whether a pass may leave out parameters, which a majority then decides on.
+        how_to_accumulate: how a loop over the steps of a code accumulates gradients, for errors.
     """
 
     unit: ClassVar[str] = "rank"
+    how_to_accumulate: ClassVar[str]
     group: dist.ProcessGroup
     world: dist.ProcessGroup
     device: torch.device

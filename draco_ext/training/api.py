@@ -175,6 +175,13 @@ def protect(
         return _protect_by_audit(model, code, ranks_per_host, adversary, on_conviction, batch_of, settings)
     if on_conviction != "substitute" or batch_of is not None:
         raise ValueError("on_conviction and batch_of must be left out for a code: only an Audit takes them")
+    if not code.sliceable:
+        raise ValueError(f"code must be decoded column by column, got {code!r}: use draco_ext.decode in your own loop")
+    if code.bounded and transport == "allreduce":
+        raise ValueError(
+            f"transport must be 'verified' or 'server' for a code with a second stage, got 'allreduce' for {code!r}: "
+            "an all-reduce adds up what ranks send"
+        )
     if code.message_is_gradient and transport == "allreduce" and (atol > 0 or rtol > 0):
         raise ValueError("atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'verified'")
     if code.blocks > 1:

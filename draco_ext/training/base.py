@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -304,4 +305,11 @@ class GuardBase(abc.ABC):
         The report is the same on all ranks, except for `seconds`, `unwritten` and `undelivered`. It is a snapshot that
         does not change afterwards. Any thread may ask for it.
         """
-        return self._recorder.report(trust=self._transport.trust, steps=self.step, seconds=self._seconds)
+        code, trust = self.code, self._transport.trust
+        if code.bounded:
+            trust += (
+                f" {code!r}: gradients are bounded, not exact, while at most {code.corruptible} of {code.parts} parts "
+                f"have more than {code.adversaries} bad {self._recorder.unit}s."
+            )
+        found = self._recorder.report(trust=trust, steps=self.step, seconds=self._seconds)
+        return replace(found, bounded=code.bounded)

@@ -38,6 +38,7 @@ class DDPAdapter(AuditAdapter):
     Attributes: see `AuditAdapter`.
     """
 
+    how_to_accumulate = "cut a mini-batch into pieces, and pass all but the last one under model.no_sync()"
     buckets_in_all_passes = False
     ways_to_accumulate = "no_sync() or another change of model.require_backward_grad_sync"
 

@@ -194,6 +194,9 @@ class FSDPAdapter(Adapter):
     """
 
     unit = "replica"
+    how_to_accumulate = (
+        "cut a mini-batch into pieces, and pass all but the last one with set_requires_gradient_sync(False)"
+    )
 
     def __init__(self, model: FSDPModule) -> None:
         self.model = model

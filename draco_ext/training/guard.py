@@ -16,6 +16,7 @@ from draco_ext.training.adapter import Bucket
 from draco_ext.training.agreement import BucketOutcome, StepFindings
 from draco_ext.training.base import GuardBase
 from draco_ext.training.inputs import InputCheck
+from draco_ext.training.pending import PendingGradients
 from draco_ext.training.placement import place_ranks
 from draco_ext.training.record import Claims, majority
 from draco_ext.training.sampler import announce_guard, check_workers_of_samplers, step_taken
@@ -66,6 +67,7 @@ class Guard(GuardBase):
         self._elsewhere: set[int] = set()  # workers at another step, for which that was logged
 
         self._attach()
+        self._pending = PendingGradients(self._adapter.reduced(), self._adapter.how_to_accumulate)
         self._step.seed(LOADER)
         announce_guard(self, code)
 
@@ -89,7 +91,8 @@ class Guard(GuardBase):
                 with that part.
 
         Raises:
-            RuntimeError: a step ended before all its mini-batches were taken and passed backward.
+            RuntimeError: a step ended before all its mini-batches were taken and passed backward; or the gradients of
+                the step before would be lost, since no optimizer has used them.
         """
         self._step.in_loop = True
         try:
@@ -120,6 +123,8 @@ class Guard(GuardBase):
                 batch = first if i == 0 else next(iterator)
             except StopIteration:
                 raise RuntimeError(f"the loader ended within a step of {len(parts)} mini-batches") from None
+            if i == 0:
+                self._pending.check(number)
             step.begin_part(i)
             self._adapter.begin_part()
             self._record.begin_part(i)
@@ -258,6 +263,8 @@ class Guard(GuardBase):
             self._adapter.drop_gradients()
         elif self._unused is not None:
             self._unused.settle(claims.used_parameters())
+        if self._step.in_loop:  # otherwise a step does not begin without gradients
+            self._pending.begin()
         self._recorder.deliver()
         self._policy.apply(failure)
 
@@ -290,9 +297,12 @@ class Guard(GuardBase):
             outcome, bucket = each.outcome, each.bucket
             if outcome.is_clean:
                 continue
-            if not outcome.failed:
+            if self.code.bounded:
+                undecided = sorted(set(outcome.left_out) - set(outcome.suspects))
+                self._recorder.add_undecided(undecided, step=self.step, bucket=bucket, failed=outcome.failed)
+            elif not outcome.failed:
                 self._recorder.weigh(outcome.left_out, outcome.suspects, self.step)
-            elif failure is None:
+            if outcome.failed and failure is None:
                 failure = self._policy.explain_decoding(
                     self.step,
                     bucket,
@@ -321,4 +331,5 @@ class Guard(GuardBase):
     def _restart(self, step: int) -> None:
         """See `GuardBase`."""
         self._step.begin(step)
+        self._pending.forget()
         self._step.seed(LOADER)

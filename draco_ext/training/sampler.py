@@ -256,7 +256,11 @@ class RedundantSampler(DistributedSampler[Any]):
     the same. `set_epoch`, the padding without `drop_last`, and the loader's last incomplete batch are as they are
     there. The batch size stays that of a rank, so the global batch is ``code.parts`` times as large.
 
-    A `RedundantBatchSampler` takes the global batch's size, any code, and resumes within an epoch.
+    `state_dict` counts the samples that it has yielded, as torchdata's StatefulDistributedSampler does. So training
+    resumes within an epoch if the loader asks for no more than is used: a DataLoader without workers, or torchdata's
+    StatefulDataLoader, which counts for itself. A DataLoader with workers reads ahead, and the state with it.
+
+    A `RedundantBatchSampler` takes the global batch's size, any code, and its position does not depend on the loader.
 
     Args:
         dataset: the data set, with a length.
@@ -292,29 +296,62 @@ class RedundantSampler(DistributedSampler[Any]):
         _checks.check_int("rank", rank, 0, code.workers - 1)
         super().__init__(dataset, code.parts, 0, shuffle, seed, drop_last)
         self._code = code
+        order = {"shuffle": bool(shuffle), "drop_last": bool(drop_last), "seed": seed}
+        self._identity = {"samples": len(dataset), "parts": code.parts, **order}  # type: ignore[arg-type]
+        self._yielded = 0  # by the last pass
+        self._resumed: tuple[int, int] | None = None  # the epoch that the next pass continues, and behind which sample
         self._rank_of_process = rank
         self._workers = None if ranks_per_host is None else place_ranks(code, ranks_per_host)
         if ranks_per_host is None:
             announce_host(code)
 
     def __iter__(self) -> Iterator[Any]:
-        """Return the samples of an epoch."""
+        """Return the samples of an epoch, or the rest of them after `load_state_dict`."""
+        resumed, self._resumed = self._resumed, None
+        # Here, and not when the first sample is asked for, since the state may be asked for before.
+        self._yielded = resumed[1] if resumed is not None and resumed[0] == self.epoch else 0
+        return self._samples_from(self._yielded)
+
+    def _samples_from(self, first: int) -> Iterator[Any]:
         if self._workers is None:  # as late as possible; see `RedundantBatchSampler.workers`
             self._workers = place_ranks(self._code)
         self.rank = self._code.assignment(self._workers[self._rank_of_process])[0]
         seeded = None
-        for index in super().__iter__():
+        for index in itertools.islice(super().__iter__(), first, None):
             # Only when a guard has taken a step: a rank may have drawn numbers alone since then.
             if (steps := _steps_of_guards(self._code)) != seeded:
                 _seed(self._code)
                 seeded = steps
+            first += 1
+            self._yielded = first
             yield index
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch; to be called before a pass over the loader."""
         _checks.check_int("epoch", epoch, 0)
         super().set_epoch(epoch)
+        self._yielded = self._resumed[1] if self._resumed is not None and self._resumed[0] == epoch else 0
         _seed(self._code)  # the DataLoader draws its workers' seeds before it asks for the first sample
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch, and how many of its samples were yielded; see above."""
+        return {**self._identity, "epoch": self.epoch, "yielded": self._yielded}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restore the epoch that `state_dict` returned; the next pass over it begins behind what was yielded.
+
+        A pass over another epoch, chosen by `set_epoch`, is whole.
+
+        Raises:
+            ValueError: the state belongs to a sampler with other arguments, or counts more samples than an epoch has.
+        """
+        for name, value in self._identity.items():
+            if state[name] != value:
+                raise ValueError(f"state must be of a sampler with {name}={value}, got {name}={state[name]}")
+        _checks.check_int("state['epoch']", state["epoch"], 0)
+        _checks.check_int("state['yielded']", state["yielded"], 0, self.num_samples)
+        self.epoch = state["epoch"]
+        self._resumed, self._yielded = (state["epoch"], state["yielded"]), state["yielded"]
 
 
 # Samplers and guards find each other by their code.

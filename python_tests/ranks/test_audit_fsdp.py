@@ -190,6 +190,8 @@ def _check_kind(name, result, plain):
     assert same_bits(state, plain), name
     found = report.audit
     assert found.audited == STEPS
+    if name == "none":
+        assert found.passes == STEPS * (1 + Audit(RANKS, 1, 1.0).cost(0, STEPS, rehearsal=False))
     who = set() if name in ("none", "wrong in opinions") else set(KINDS[name].ranks)
     assert {dispute.rank for dispute in found.disputes} == who == set(report.suspects), name
     assert {d.persistent for d in found.disputes[:1]} == ({name in PERSISTENT} if who else set()), name

@@ -426,6 +426,22 @@ def _no_pass_for_a_part(model, guard, code, rank):
                 model(x).sum().backward()
 
 
+def _accumulate_over_steps(model, guard, code, rank):
+    """Each step begins without gradients, so those of the one before must have been used."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for step in guard.steps([X] * (5 * len(code.assignment(guard.worker)))):
+        for x in step:
+            model(x).sum().backward()
+        if guard.step == 1:
+            optimizer.step()
+        elif guard.step == 2:
+            optimizer.zero_grad()  # an update that is left out on purpose
+        elif guard.step == 3:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(parameter.grad, alpha=0.0)
+
+
 def _accumulate_with_a_closure(model, guard, code, rank):
     """An optimizer that makes the last backward pass itself, as in Lightning."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -497,7 +513,12 @@ def _two_models(rank, report):
 def _exact(rank, report):
     torch.set_num_threads(1)
     for code in (CODE, CyclicCode(RANKS, 1)):
-        for case in (_accumulate_in_a_part, _second_pass_in_a_part, _no_pass_for_a_part):
+        for case in (
+            _accumulate_in_a_part,
+            _second_pass_in_a_part,
+            _no_pass_for_a_part,
+            _accumulate_over_steps,
+        ):
             model = DistributedDataParallel(Head())
             guard = draco_ext.protect(model, code, adversary=(lambda step, z: -z) if rank == 1 else None)
             expected = None
@@ -521,12 +542,16 @@ def _exact(rank, report):
 
 def test_what_is_protected_exactly():
     *parts, closure, harmless, two_models = run_local(_exact, RANKS)
-    for accumulated, second, none in (parts[:3], parts[3:]):
+    for accumulated, second, none, over_steps in (parts[:4], parts[4:]):
         assert accumulated == (None, True, [1])
         assert re.match(
             "RuntimeError: guard.steps.. takes one backward pass for each mini-batch, got another", second[0]
         )
         assert re.match("RuntimeError: step 0 is not complete: each of its . mini-batches needs one backward", none[0])
+        assert over_steps[0].startswith(
+            "RuntimeError: step 4 would lose the gradients of step 3, which no optimizer has used: cut a mini-batch "
+            "into pieces, and pass all but the last one under model.no_sync(); or call zero_grad()"
+        )
     assert closure
     assert harmless
     assert two_models

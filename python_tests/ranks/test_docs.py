@@ -6,6 +6,7 @@ side runs. The fence of a block may have attributes behind its language::
 
     ```python {.no-test}    the block is shown and not run
     ```python {.new-run}    a new script begins: the page's first code runs again, with a new model
+    ```diff {.from-a .makes-b}   not run: applied to examples/a.py it makes examples/b.py, which a test of its own runs
 """
 
 import importlib
@@ -117,6 +118,12 @@ class Block:
     attributes: list[str]
     text: str
 
+    @property
+    def makes(self):
+        """The script that a diff makes of another one, with that one's name."""
+        named = dict(attribute[1:].split("-", 1) for attribute in self.attributes if "-" in attribute)
+        return (named["from"], named["makes"]) if "makes" in named else None
+
     def code(self):
         """Return what is to run, with the page's line numbers in tracebacks; of a diff the new side."""
         text = self.text
@@ -146,7 +153,8 @@ def hunks(text):
 
 
 def runnable(page):
-    return [b for b in blocks(page) if b.language in ("python", "diff") and ".no-test" not in b.attributes]
+    kept = [b for b in blocks(page) if b.language in ("python", "diff") and ".no-test" not in b.attributes]
+    return [b for b in kept if not b.makes]
 
 
 def run_page(page, first):
@@ -220,6 +228,24 @@ def test_every_fence_has_a_known_language():
         assert len(fences) == 2 * len(list(blocks(name))), name
 
 
+def apply(diff, script):
+    for hunk in re.split(r"^@@.*\n", diff.text, flags=re.MULTILINE):
+        lines = hunk.splitlines(keepends=True)
+        old, new = ("".join(line[1:] or "\n" for line in lines if line[:1] in kept) for kept in (" -\n", " +\n"))
+        assert script.count(old) == 1, f"{diff.page}:{diff.line} does not apply:\n{old}"
+        script = script.replace(old, new)
+    return script
+
+
+def test_diffs_make_the_examples():
+    """All but the first line, which says what a script is."""
+    diffs = [block for name in NAMES for block in blocks(name) if block.makes]
+    assert len(diffs) == 3
+    for diff in diffs:
+        before, after = ((ROOT / f"examples/{name}.py").read_text() for name in diff.makes)
+        assert apply(diff, before).splitlines()[1:] == after.splitlines()[1:]
+
+
 def test_tutorial_makes_the_protected_example():
     """The tutorial's first diff, applied to the plain script, is the protected one but for imports no longer needed."""
     script = (ROOT / "examples/ddp_digits.py").read_text()
@@ -229,11 +255,7 @@ def test_tutorial_makes_the_protected_example():
     for diff in diffs:
         if diff is diffs[-1]:  # begins with the plain script again
             script = (ROOT / "examples/ddp_digits.py").read_text()
-        for hunk in re.split(r"^@@.*\n", diff.text, flags=re.MULTILINE):
-            lines = hunk.splitlines(keepends=True)
-            old, new = ("".join(line[1:] or "\n" for line in lines if line[:1] in kept) for kept in (" -\n", " +\n"))
-            assert script.count(old) == 1, f"{diff.page}:{diff.line} does not apply:\n{old}"
-            script = script.replace(old, new)
+        script = apply(diff, script)
         made.append(script)
     body = [re.sub(r"^(import|from) .*\n|^\n", "", text, flags=re.MULTILINE) for text in made]
     protected = (ROOT / "examples/ddp_digits_protected.py").read_text()
@@ -273,8 +295,10 @@ def test_commands(command):
     """The program, its options and the files named exist."""
     place = next(place for place, other in COMMANDS if other == command)
     words = shlex.split(command)
-    while "=" in words[0]:
+    while words and (words[0] == "export" or "=" in words[0]):
         words.pop(0)
+    if not words:
+        return
     program, *arguments = words
     if program == "torchrun" and "-m" in arguments:
         module = arguments.index("-m") + 1
@@ -286,11 +310,16 @@ def test_commands(command):
         extras = re.findall(r"\.\[(\w+)\]", command)
         declared = (ROOT / "pyproject.toml").read_text()
         assert all(re.search(rf"^{extra} = \[", declared, re.MULTILINE) for extra in extras), place
+    elif program == "cd":
+        assert (ROOT / arguments[0]).is_dir(), place
     elif program in ("pytest", "bash", "python"):
         files = [word for word in arguments if re.search(r"/|\.py$|\.sh$", word)] or arguments[:1]
         assert all((ROOT / file.split("::")[0]).exists() for file in files if not file.startswith("-")), place
     elif program == "torchrun":
-        assert arguments[-1] == "digits.py", place  # the file that the tutorial has its reader make
+        [script] = [word for word in arguments if word.endswith(".py")]
+        if script != "digits.py":  # the file that the tutorial has its reader make
+            text = (ROOT / "examples" / script).read_text()
+            assert all(f'"{word}"' in text for word in arguments[arguments.index(script) :] if word[:2] == "--"), place
     else:
         assert program == "mkdocs", f"{place}: nobody checks {program}"
 

@@ -423,6 +423,7 @@ def _keys_of(rank, code):
             model = DistributedDataParallel(nn.Sequential(*(nn.Linear(20, 20) for _ in range(6))), bucket_cap_mb=0.001)
             protection = draco_ext.protect(model, code, adversary=adversary)
             for step in protection.steps([torch.ones(2, 20)] * 3 * len(code.assignment(protection.worker))):
+                model.zero_grad()  # no optimizer uses them
                 for x in step:
                     model(x).square().sum().backward()
     everybody = [None] * code.workers

@@ -4,13 +4,17 @@ One start of processes serves many runs, since six processes take seconds to sta
 """
 
 import functools
+import os
 import shutil
+import signal
 import tempfile
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.multiprocessing
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -499,6 +503,89 @@ def test_errors_in_backward_passes(quick):
         assert f"on ranks {[0, 1, 2, 4, 5] if rank == BAD else [BAD]}" in said
 
 
+# ------------------------------------------------------------------- transport="server", dead and late replicas
+
+LONG = 16  # steps
+STOP, DIE = 4, 6
+STOPPED, DEAD = 2, 5  # ranks: the first of replica 1, the second of replica 2
+
+
+def _serve(rank, folder, accidents):
+    """Train, while a rank of one replica is stopped for a while, and one of another replica is killed."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 6)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=6)
+    waited = []
+
+    def accident(step, message):
+        if accidents and (rank, step) == (STOPPED, STOP) and not (folder / "stopped").exists():
+            (folder / "stopped").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if accidents and (rank, step) == (DEAD, DIE):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if accidents and rank < SHARDS and step > DIE:
+            if not waited:
+                store.wait(["continued"])
+            waited.append(time.sleep(0.02))  # so that the replica that was stopped can catch up
+        return message
+
+    net = _sharded(_mesh(3))
+    guard = draco_ext.protect(
+        net, CODES["repetition"], transport="server", deadline=5.0, adversary=accident, check_state_every=3
+    )
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    data = torch.randn(LONG, SHARDS, SAMPLES, WIDTH, generator=torch.Generator().manual_seed(7))
+    for x in data[:, rank % SHARDS]:
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+    own = torch.cat([p.detach().to_local().flatten() for p in net.parameters()])
+    report = guard.report()
+    torch.save({"own": own, "missing": report.missing, "suspects": sorted(report.suspects)}, f"{folder}/{rank}.pt")
+    store.set(f"done {rank}", "")
+    if rank < SHARDS:  # a server may not hang up while another rank still takes its results
+        store.wait([f"done {other}" for other in range(4 if accidents else 6)])
+
+
+def _served(folder, accidents):
+    """Return the exit statuses of the ranks."""
+    folder.mkdir()
+    processes = torch.multiprocessing.start_processes(
+        _serve, (folder, accidents), nprocs=6, join=False, start_method="forkserver"
+    ).processes
+    store = dist.FileStore(f"{folder}/store", 6)
+    try:
+        if accidents:
+            processes[DEAD].join(120)
+            os.kill(processes[STOPPED].pid, signal.SIGCONT)
+            store.set("continued", "")
+        for process in processes:
+            process.join(60)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.long
+def test_the_server_goes_on_without_dead_and_late_replicas(tmp_path):
+    assert _served(tmp_path / "clean", False) == [0] * 6
+    *statuses, partner, dead = _served(tmp_path / "accidents", True)
+    assert statuses == [0] * 4
+    assert partner > 0  # it cannot gather the parameters, and FSDP raises an error
+    assert dead == -signal.SIGKILL
+    for rank in range(4):
+        clean, result = (torch.load(tmp_path / run / f"{rank}.pt") for run in ("clean", "accidents"))
+        assert torch.equal(clean["own"].view(torch.int32), result["own"].view(torch.int32))
+        assert clean["missing"] == {}
+        assert result["missing"].keys() == {1, 2}
+        assert result["missing"][2] == list(range(DIE, LONG))
+        assert result["missing"][1][0] == STOP
+        assert result["missing"][1][-1] < LONG - 1  # it has caught up
+        assert clean["suspects"] == result["suspects"] == []
+
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 
@@ -569,6 +656,15 @@ def _refusals(rank, report):
 
     said(too_early)
 
+    model = _sharded(mesh)
+
+    def over_two_steps():
+        for step in protect(model).steps([x, x]):
+            for batch in step:
+                model(batch).sum().backward()
+
+    said(over_two_steps)
+
 
 def test_what_cannot_be_protected_is_refused():
     messages = list(run_local(_refusals, 6))
@@ -590,6 +686,8 @@ def test_what_cannot_be_protected_is_refused():
         "RuntimeError: all parameters that require a gradient must get one in every backward pass, got none for some "
         "of the model, blocks.1",
         "RuntimeError: a gradient is not decoded yet",
+        "RuntimeError: step 1 would lose the gradients of step 0, which no optimizer has used: cut a mini-batch into "
+        "pieces, and pass all but the last one with set_requires_gradient_sync(False); or call zero_grad()",
     ]
     assert len(messages) == len(expected)
     for message, begin in zip(messages, expected, strict=True):

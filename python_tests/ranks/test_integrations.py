@@ -16,16 +16,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import draco_ext
-from draco_ext import Audit, CyclicCode, RedundantBatchSampler, RepetitionCode
+from draco_ext import Audit, CyclicCode, RedundantBatchSampler, RedundantSampler, RepetitionCode
 from draco_ext.testing.local import run_local
 
 RANKS, BAD = 6, 4  # two groups
 FRAMEWORKS = ("accelerate", "lightning", "transformers")
-MODULES = ("accelerate", "lightning.pytorch", "transformers.trainer", "prometheus_client")
+MODULES = (
+    "accelerate",
+    "lightning.pytorch",
+    "transformers.trainer",
+    "prometheus_client",
+    "torchdata.stateful_dataloader",
+)
 INSTALLED = {name.split(".")[0] for name in MODULES if importlib.util.find_spec(name.split(".")[0]) is not None}
 # Imported here, and so by the server that ranks are forked from: a framework takes seconds.
 for name in MODULES:
@@ -69,7 +76,8 @@ def of_all_ranks(value):
 
 
 def digest(module):
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in whole)).hexdigest()
 
 
 def pretend_torchrun(rank):
@@ -85,7 +93,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/howto/frameworks.md"
 
 
 def run_examples(framework, make_space):
-    """Run the page's blocks of a framework, each after what the reader's script has; return the guards."""
+    """Run the page's blocks of a framework, each after what the reader's script has; return the guards' reports."""
     pattern = re.compile(rf"^```text {{\.{framework}}}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
     guards = []
     for block in pattern.findall(PAGE.read_text()):
@@ -103,14 +111,42 @@ def adversary_of(rank, lies):
 # ---------------------------------------------------------------------------------------------------- Accelerate
 
 
-def _accelerated(rank, code, lies, *, batch_sampler=False, accumulate=1, **settings):
+def pretend_gpus(state):
+    """On CPUs Accelerate takes DistributedDataParallel whatever it is told, so it is told that these are GPUs."""
+    from accelerate.utils import DistributedType
+
+    state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def use_fsdp(mesh):
+    """Return what an Accelerator needs for FSDP2, over replicas and shards or shards alone."""
+    from accelerate import PartialState
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    AcceleratorState._reset_state(True)
+    pretend_gpus(PartialState(cpu=True))
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10, cpu_ram_efficient_loading=False
+    )
+    if mesh is None:
+        return {"fsdp_plugin": plugin}
+    config = ParallelismConfig(dp_replicate_size=mesh[0], dp_shard_size=mesh[1])
+    return {"fsdp_plugin": plugin, "parallelism_config": config}
+
+
+def _accelerated(rank, code, lies, *, batch_sampler=False, accumulate=1, fsdp=False, mesh=None, **settings):
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration
 
     from draco_ext.integrations.accelerate import prepare
 
     accelerator = Accelerator(
-        cpu=True, gradient_accumulation_steps=accumulate, dataloader_config=DataLoaderConfiguration(**settings)
+        cpu=True,
+        gradient_accumulation_steps=accumulate,
+        dataloader_config=DataLoaderConfiguration(**settings),
+        **(use_fsdp(mesh) if fsdp else {}),
     )
     net, data = make_net(), Samples()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
@@ -188,9 +224,9 @@ def accelerated():
     return dict(run_local(_accelerate, RANKS))
 
 
-def check(honest, lied_to, exact=True):
+def check(honest, lied_to, exact=True, bad=BAD):
     assert honest.report.suspects == {}
-    assert lied_to.report.suspects.keys() == {BAD}
+    assert lied_to.report.suspects.keys() == {bad}
     assert honest.report.failed_steps == lied_to.report.failed_steps == ()
     assert honest.report.steps == lied_to.report.steps > 1
     assert len(set(honest.bits)) == len(set(lied_to.bits)) == 1
@@ -231,6 +267,45 @@ def test_examples_of_accelerate(accelerated):
     assert repetition.steps == 3
     assert audit.steps == 1
     assert repetition.suspects == audit.suspects == {}
+
+
+SHARDED = {
+    "repetition": (RepetitionCode(3, 1), {"mesh": (3, 2)}),
+    "accumulating": (RepetitionCode(3, 1), {"mesh": (3, 2), "accumulate": 2}),
+    "audit": (Audit(RANKS, 1, rate=1.0), {}),
+}
+
+
+def _accelerate_sharded(rank, report):
+    pretend_torchrun(rank)
+    for name, (code, options) in SHARDED.items():
+        report((name, [_accelerated(rank, code, lies, fsdp=True, **options) for lies in (False, True)]))
+
+    from accelerate import Accelerator
+
+    from draco_ext.integrations.accelerate import prepare
+
+    accelerator, net = Accelerator(cpu=True, **use_fsdp((3, 2))), make_net()
+    with pytest.raises(ValueError, match="code must need one loader for each rank with FSDP2") as caught:
+        prepare(accelerator, CyclicCode(3, 1), net, torch.optim.SGD(net.parameters()), DataLoader(Samples(), 4))
+    report(("cyclic", str(caught.value)))
+
+
+@needs("accelerate")
+def test_accelerate_with_fsdp2():
+    runs = dict(run_local(_accelerate_sharded, RANKS))
+    for name in SHARDED:
+        honest, lied_to = runs[name]
+        # Rank 4 is in replica 2 of three.
+        check(honest, lied_to, bad=BAD if name == "audit" else 2)
+        # 26 samples make 7 mini-batches, and these 4 steps of two shares or 2 of six.
+        steps, schedule = {"repetition": (8, 16), "accumulating": (4, 8), "audit": (4, 24)}[name]
+        assert (honest.report.steps, honest.schedule) == (steps, schedule)
+        if name != "audit":
+            first, second = honest.seen[:2]
+            assert honest.seen == [first, second] * 3  # the two ranks of a replica divide the mini-batches
+            assert {*first} != {*second}
+    assert "make a DataLoader for each of guard.data_ranks" in runs["cyclic"]
 
 
 def _refused_by_accelerate(rank, report):
@@ -326,9 +401,12 @@ def _trainer(rank, folder, lies, **settings):
         "remove_unused_columns": False,
         **settings,
     }
+    arguments = TrainingArguments(**arguments)
+    if arguments.fsdp:
+        pretend_gpus(arguments.distributed_state)
     return ProtectedTrainer(
         model=WithLoss(),
-        args=TrainingArguments(**arguments),
+        args=arguments,
         train_dataset=Samples(),
         code=code,
         protect_options={"adversary": adversary_of(rank, lies)},
@@ -362,6 +440,23 @@ def _transformers(rank, report, folder):
             _trainer(rank, folder, False, **settings)
         refused.append(str(caught.value))
     report(("refused", refused, []))
+
+    from accelerate.parallelism_config import ParallelismConfig
+
+    sharded = {"fsdp": "full_shard", "parallelism_config": ParallelismConfig(dp_replicate_size=3, dp_shard_size=2)}
+    policy = {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 10, "cpu_ram_efficient_loading": False}
+    sharded |= {"fsdp_config": {"version": 2, **policy}, "code": RepetitionCode(3, 1)}
+    for name, resume in (("sharded", None), ("sharded and resumed", f"{folder}/sTrue/checkpoint-3")):
+        results = []
+        for lies in (True,) if resume else (False, True):
+            trainer = _trainer(rank, f"{folder}/s{lies}", lies, **sharded)
+            trainer.train(resume_from_checkpoint=resume)
+            results.append(Result(trainer.model, trainer.guard, trainer.train_dataset))
+        report((name, results, []))
+    trainer = _trainer(rank, folder, False, **{**sharded, "code": RepetitionCode(RANKS, 1)})
+    with pytest.raises(ValueError, match="parallelism_config in TrainingArguments must have dp_rep") as caught:
+        trainer.train()
+    report(("replicas", str(caught.value), []))
 
     def make_space():
         from transformers import Trainer, TrainingArguments
@@ -413,6 +508,22 @@ def test_trainer_accumulates(trained):
 
 
 @needs("transformers", "accelerate")
+def test_trainer_with_fsdp2(trained):
+    """With three replicas of two ranks: rank 4 is in replica 2. It resumes, dropout included."""
+    honest, lied_to = trained["sharded"][0]
+    check(honest, lied_to, bad=2)
+    assert honest.report.steps == 8
+    first, second = honest.seen[:2]
+    assert honest.seen == [first, second] * 3
+    assert {*first} != {*second}
+    [resumed] = trained["sharded and resumed"][0]
+    assert resumed.bits == lied_to.bits
+    assert resumed.report.suspects[2].steps == list(range(8))
+    assert "must have dp_replicate_size=6 with FSDP2" in trained["replicas"][0]
+    assert trained["replicas"][0].endswith("got 3 replicas")
+
+
+@needs("transformers", "accelerate")
 def test_trainer_refuses(trained):
     average, dispatch, cyclic, audit, number = trained["refused"][0]
     assert average.startswith("average_tokens_across_devices must be False in TrainingArguments, got True")
@@ -448,6 +559,12 @@ if "lightning" in INSTALLED:
 
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), 0.01)
+
+    class Miscomputing(Module):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            loss.register_hook(lambda gradient: -2 * gradient)
+            return loss
 
 
 def _fit(rank, folder, lies, epochs=2, resume=None, **settings):
@@ -497,6 +614,22 @@ def _lightning(rank, report, folder):
 
     os.chdir(folder)
     report(("examples", run_examples("lightning", make_space)))
+    [block] = re.findall(r"^```text {\.lightning-fsdp2}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+    class Resuming(pl.Trainer):
+        def fit(self, module):
+            super().fit(module, ckpt_path=f"{folder}/sharded/epoch=0.ckpt")
+
+    results = []
+    for lies, trainer in ((False, pl.Trainer), (True, pl.Trainer), (True, Resuming)):
+        module = Miscomputing if lies and rank == BAD else Module
+        space = {**make_space(), "data": Samples(), "Module": module, "Trainer": trainer}
+        space["other"] |= {"max_steps": -1, "max_epochs": 2, "enable_checkpointing": lies}
+        if lies and trainer is pl.Trainer:
+            space["other"] |= {"callbacks": [ModelCheckpoint(f"{folder}/sharded", save_top_k=-1, filename="{epoch}")]}
+        exec(compile(block, str(PAGE), "exec"), space)
+        results.append(Result(space["module"], space["module"].guard, space["data"]))
+    report(("fsdp2", results))
     os.environ["PL_SEED_WORKERS"] = "1"
     with pytest.raises(ValueError, match="workers=False") as caught:
         _fit(rank, folder, False)
@@ -536,6 +669,17 @@ def test_lightning_accumulates(fitted):
 def test_example_of_lightning(fitted):
     [report] = fitted["examples"]
     assert (report.steps, report.suspects) == (2, {})
+
+
+@needs("lightning")
+def test_lightning_with_fsdp2(fitted):
+    """Protected in configure_model: rank 4 is in replica 2 of three."""
+    honest, lied_to, resumed = fitted["fsdp2"]
+    check(honest, lied_to, bad=2)
+    assert honest.report.steps == 8
+    assert honest.seen == honest.seen[:2] * 3
+    assert resumed.bits == lied_to.bits  # dropout included
+    assert resumed.report.suspects[2].steps == lied_to.report.suspects[2].steps == list(range(8))
 
 
 @needs("lightning")
@@ -591,6 +735,40 @@ def test_prometheus():
     without_values = {"draco/missing_steps", "draco/repaired_steps"}  # by rank, and there was none
     assert len(shown) == len(metrics)
     assert not any(name.startswith(tuple(without_values)) for name in metrics)
+
+
+# ---------------------------------------------------------------------------------------------------- torchdata
+
+
+@needs("torchdata")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_loader_resumes_within_an_epoch(workers):
+    """It counts what the loop has got, not what its workers have read ahead."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    data = list(range(50))
+
+    def make():
+        sampler = RedundantSampler(data, RepetitionCode(7, 1), rank=4, seed=5)
+        context = "fork" if workers else None
+        return sampler, StatefulDataLoader(
+            data, 4, sampler=sampler, num_workers=workers, multiprocessing_context=context
+        )
+
+    sampler, loader = make()
+    sampler.set_epoch(1)
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    state = loader.state_dict()
+    rest = [batch.tolist() for batch in batches]
+    assert len(rest) == 4
+    sampler, loader = make()
+    loader.load_state_dict(state)
+    sampler.set_epoch(1)
+    assert [batch.tolist() for batch in loader] == rest
+    sampler.set_epoch(2)
+    assert len(list(loader)) == 7
 
 
 # --------------------------------------------------------------------------------------------- without a framework

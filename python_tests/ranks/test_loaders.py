@@ -231,6 +231,105 @@ def test_redundant_sampler_places_ranks_on_hosts():
     assert loaded[1] == loaded[3] == loaded[5]
 
 
+def test_redundant_sampler_resumes_within_an_epoch():
+    code = RepetitionCode(7, 1)
+
+    def make(dataset=Noisy(), **options):  # noqa: B008
+        return RedundantSampler(dataset, code, rank=4, seed=5, **options)
+
+    sampler, fresh = make(), make()
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    identity = {"samples": SAMPLES, "parts": 2, "shuffle": True, "drop_last": False, "seed": 5}
+    assert sampler.state_dict() == {**identity, "epoch": 2, "yielded": 25}
+    sampler.set_epoch(1)
+    assert sampler.state_dict()["yielded"] == 0
+    for _ in zip(range(9), DataLoader(Noisy(), 2, sampler=sampler), strict=False):
+        pass
+    state = sampler.state_dict()
+    assert (state["epoch"], state["yielded"]) == (1, 18)
+
+    fresh.load_state_dict(state)
+    assert fresh.state_dict() == state
+    assert iter(fresh) is not None  # a loader that was made, and asked for nothing yet
+    assert fresh.state_dict() == state
+    fresh.load_state_dict(state)
+    fresh.set_epoch(1)  # as a script does that resumes
+    rest = iter(fresh)
+    assert fresh.state_dict() == state
+    assert list(rest) == epochs[1][18:]
+    assert fresh.state_dict()["yielded"] == 25
+    assert list(fresh) == epochs[1]
+    fresh.load_state_dict(state)
+    fresh.set_epoch(2)  # another epoch is whole
+    assert (fresh.state_dict()["epoch"], fresh.state_dict()["yielded"]) == (2, 0)
+    assert list(fresh) == epochs[2]
+    fresh.load_state_dict(state | {"yielded": 25})  # at the end of the epoch nothing is left
+    assert list(fresh) == []
+
+    for other, message in [
+        ({"seed": 4}, "state must be of a sampler with seed=5, got seed=4"),
+        ({"samples": 51}, "state must be of a sampler with samples=50, got samples=51"),
+        ({"shuffle": False}, "state must be of a sampler with shuffle=True, got shuffle=False"),
+        ({"parts": 3}, "state must be of a sampler with parts=2, got parts=3"),
+        ({"yielded": 26}, r"state\['yielded'\] must be from 0 to 25, got 26"),
+        ({"epoch": -1}, r"state\['epoch'\] must be at least 0, got -1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fresh.load_state_dict(state | other)
+
+
+def test_a_loader_with_workers_reads_ahead():
+    """What the guide on checkpoints says of it."""
+    sampler = RedundantSampler(Noisy(), RepetitionCode(3, 1), rank=0)
+    loader = iter(DataLoader(Noisy(), 4, sampler=sampler, num_workers=2, multiprocessing_context="fork"))
+    next(loader)
+    assert sampler.state_dict()["yielded"] == 4 * (1 + 2 * 2)  # two mini-batches ahead for each worker
+
+
+def _resume(rank, report):
+    """Break off within an epoch, and go on with all that was made anew."""
+    torch.set_num_threads(1)
+    code, bits = RepetitionCode(3, 1), []
+    for resumes in (False, True):
+        state, taken = None, 0
+        for _ in range(1 + resumes):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 1))
+            model = DistributedDataParallel(net)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+            guard = draco_ext.protect(model, code, adversary=times_minus_two if rank == 1 else None)
+            sampler = RedundantSampler(Noisy(), code, seed=3)
+            loader = DataLoader(Noisy(), 8, sampler=sampler)
+            if state is not None:
+                guard.load_state_dict(state["guard"])
+                net.load_state_dict(state["net"])
+                sampler.load_state_dict(state["sampler"])
+            for epoch in range(sampler.epoch, 2):
+                sampler.set_epoch(epoch)
+                for x, numbers in loader:
+                    optimizer.zero_grad()
+                    ((model(x).squeeze() - numbers) ** 2).mean().backward()
+                    optimizer.step()
+                    taken += 1
+                    if resumes and state is None and taken == 10:  # in the second epoch of seven
+                        break
+            torch.rand(rank)  # a rank may draw numbers alone
+            state = {"guard": guard.state_dict(), "net": net.state_dict(), "sampler": sampler.state_dict()}
+        bits.append((taken, [p.tolist() for p in net.parameters()], sorted(guard.report().suspects)))
+    report(bits)
+
+
+def test_redundant_sampler_resumes_with_the_same_bits():
+    """Noise of the data set and dropout included."""
+    [(whole, resumed)] = run_local(_resume, 3)
+    assert whole == resumed
+    assert whole[0] == 14
+    assert whole[2] == [1]
+
+
 def test_redundant_sampler_refuses():
     code = RepetitionCode(6, 1)
     for error, message, arguments in [

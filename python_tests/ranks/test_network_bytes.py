@@ -62,6 +62,7 @@ def _rank(rank, report, protection):
         steps = guard.steps(range(6 * len(code.assignment(guard.worker))))
     counted = []
     for step in steps:
+        model.zero_grad()  # no optimizer uses them
         dist.barrier(aside)
         begin = sent_so_far()
         dist.barrier(aside)  # nobody sends anything of the step before this one has read
@@ -103,6 +104,7 @@ def _bytes(rank, report):
             if i == 2:
                 before = sent()
             for step in [parts] if code is None else guard.steps(parts):
+                model.zero_grad()
                 for _ in step:
                     model(torch.ones(1, 1000)).sum().backward()
         report((repr(code), sent() - before))

@@ -5,7 +5,6 @@ import difflib
 import gc
 import json
 import logging
-import multiprocessing
 import os
 import re
 import runpy
@@ -32,9 +31,6 @@ from draco_ext.protocol.groups import divide, gather_json, timeout_of
 from draco_ext.protocol.transports import verified
 from draco_ext.reporting.evidence import Evidence
 from draco_ext.testing.local import run_local
-
-if multiprocessing.parent_process() is not None:  # on a rank
-    verified.SMALL = 0  # messages of small models in pieces, too
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 STEPS = 20
@@ -118,6 +114,7 @@ def train(
     plain: without a guard. without: steps whose update is left out. custom: another adversary. finish: called with
     model and guard instead of gathering the parameters.
     """
+    verified.SMALL = 0  # messages of small models in pieces, too
     torch.set_num_threads(1)
     model = DistributedDataParallel(network(), **bucket_cap())
     kinds = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {"weight_decay": 0.1})}
@@ -148,6 +145,7 @@ def train(
             outcomes.append(attempt(lambda step=step: [take(x, y) for x, y in step]))
             if len(outcomes) - 1 not in without:
                 opt.step()
+            opt.zero_grad()
             if len(outcomes) == steps:
                 break
     if finish is not None:
@@ -578,39 +576,67 @@ def test_mistakes_are_named():
     ]
 
 
-def _example(rank, script, environment, output):
-    """What torchrun starts, in a process that has imported torch already."""
-    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    with open(output, "a") as file, contextlib.redirect_stdout(file):
-        runpy.run_path(script, run_name="__main__")
-
-
 EXAMPLE_RANKS = 6
+
+
+def _example(rank, ranks, runs):
+    """What torchrun starts, in a process that has imported torch already: scripts, one after the other."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {name: str(number) for name, number in numbers.items()}
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(EXAMPLES))
+    for script, arguments, port, output in runs:
+        os.environ["MASTER_PORT"] = str(port)
+        sys.argv = [script, *arguments]
+        with open(output, "a") as file, contextlib.redirect_stdout(file):
+            runpy.run_path(script, run_name="__main__")
+
+
+def run_examples(folder, ranks, *commands):
+    """Run scripts with their arguments; return what each has said."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in commands]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        ports = [probe.getsockname()[1] for probe in probes]
+    outputs = [folder / f"said {i}" for i in range(len(commands))]
+    runs = []
+    for command, port, output in zip(commands, ports, outputs, strict=True):
+        name, *arguments = command.split()
+        runs.append((str(EXAMPLES / f"{name}.py"), arguments, port, str(output)))
+    torch.multiprocessing.start_processes(_example, (ranks, runs), nprocs=ranks, start_method="forkserver")
+    return [output.read_text() for output in outputs]
 
 
 @pytest.mark.parametrize("name", ["ddp_digits", "ddp_digits_protected"])
 def test_examples(name, tmp_path):
     """The script as it stands."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment |= {"WORLD_SIZE": str(EXAMPLE_RANKS), "LOCAL_WORLD_SIZE": str(EXAMPLE_RANKS)}
-    torch.multiprocessing.start_processes(
-        _example,
-        (str(EXAMPLES / f"{name}.py"), environment, str(tmp_path / "said")),
-        nprocs=EXAMPLE_RANKS,
-        start_method="forkserver",
-    )
-    assert float((tmp_path / "said").read_text().split()[-1]) > 0.95
+    [said] = run_examples(tmp_path, EXAMPLE_RANKS, name)
+    assert float(said.split()[-1]) > 0.95
+
+
+@pytest.mark.parametrize("framework", ["ddp", "fsdp"])
+def test_examples_of_gpt(framework, tmp_path):
+    """The second tutorial, with fewer steps: an audit changes no bit, and puts right what ruins the plain script."""
+    plain, audited, short, fault = f"gpt_{framework}", f"gpt_{framework}_audited", "--steps 5", "--fault 3"
+    commands = [f"{plain} {short}", f"{plain} {short} {fault}", f"{audited} {short} {fault}"]
+    if framework == "ddp":  # others find it too late in so few steps
+        commands += [f"{audited} {short} {fault} --rate 0.001"]
+    said = run_examples(tmp_path, 4, *commands)
+    clean, ruined, corrected, *late = (text.splitlines()[-1] for text in said)
+    assert clean.startswith("validation loss ")
+    assert corrected == clean != ruined
+    assert late in ([], [ruined])
+    assert "step 3: rank 1 was wrong, and again\nconvicted: {1: 3}, " in said[2]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["ddp_digits", "ddp_digits_protected"])
-def test_examples_under_torchrun(name):
+@pytest.mark.parametrize("command", ["ddp_digits", "ddp_digits_protected", "gpt_fsdp_audited --steps 5 --fault 3"])
+def test_examples_under_torchrun(command):
+    name, *arguments = command.split()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={EXAMPLE_RANKS}"]
-    command += [EXAMPLES / f"{name}.py"]
+    command += [EXAMPLES / f"{name}.py", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     options = {"cwd": "/", "env": environment, "capture_output": True, "text": True, "timeout": 300}
     for _ in range(2):
@@ -620,7 +646,10 @@ def test_examples_under_torchrun(name):
         if "terminate called without an active exception" not in run.stderr:
             break
     assert run.returncode == 0, run.stderr
-    assert float(run.stdout.split()[-1]) > 0.95
+    if arguments:
+        assert "convicted: {1: 3}" in run.stdout
+    else:
+        assert float(run.stdout.split()[-1]) > 0.95
 
 
 def test_protection_takes_three_lines():

@@ -315,6 +315,7 @@ def _seeded(rank, report):
                 take(step, code.assignment(guard.worker)[0], x)
         else:
             for step, parts in enumerate(guard.steps(ones)):
+                model.zero_grad()
                 for part, x in zip(code.assignment(guard.worker), parts, strict=True):
                     take(step, part, x)
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).tolist()

@@ -1,6 +1,5 @@
 """`protect(transport="server")` with ranks that die and hang: erasures, not the end of the job."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -12,11 +11,8 @@ import torch.multiprocessing
 from test_protect import train
 
 from draco_ext import RepetitionCode
+from draco_ext.protocol import shards
 from draco_ext.protocol.transports import server as server_transport
-from draco_ext.protocol.transports import verified
-
-if multiprocessing.parent_process() is not None:  # on a rank
-    verified.SMALL = 0  # messages of small models in pieces, too
 
 CODE = RepetitionCode(6, 1)  # ranks 3, 4, 5 share a part: any one of them suffices
 STEPS, STOP, DIE = 20, 4, 6  # less than an epoch
@@ -27,17 +23,32 @@ def _rank(rank, folder, accidents):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(f"{folder}/store", CODE.workers)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=CODE.workers)
-    lost = {"none": [], "stopped and killed": [DEAD], "stopped for too long": [STOPPED]}[accidents]
-    waited = []
+    lost = {
+        "none": [],
+        "stopped and killed": [DEAD],
+        "stopped and killed while shards are passed on": [DEAD],
+        "stopped for too long": [STOPPED],
+    }[accidents]
+    waited, signals = [], []
+    wait_for_shards = shards.ShardExchange._await
+
+    def accident_while_waiting(*arguments):
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return wait_for_shards(*arguments)
+
+    shards.ShardExchange._await = accident_while_waiting
     if STOPPED in lost:
         server_transport.MOST_UNCLAIMED = 8
 
     def accident(step, message):
         if (rank, step) == (STOPPED, STOP) and accidents != "none" and not (folder / "stopped").exists():
             (folder / "stopped").touch()
-            os.kill(os.getpid(), signal.SIGSTOP)
+            signals.append(signal.SIGSTOP)
         if (rank, step) == (DEAD, DIE) and DEAD in lost:
-            os.kill(os.getpid(), signal.SIGKILL)
+            signals.append(signal.SIGKILL)
+        if signals and "passed on" not in accidents:
+            os.kill(os.getpid(), signals.pop())
         if rank == 0 and step > DIE and DEAD in lost:
             if not waited:
                 store.wait(["continued"])
@@ -67,7 +78,7 @@ def _run(folder, accidents):
     store = dist.FileStore(f"{folder}/store", CODE.workers)
     store.set("pid", str(processes[STOPPED].pid))
     try:
-        if accidents == "stopped and killed":
+        if accidents.startswith("stopped and killed"):
             processes[DEAD].join(120)
             os.kill(processes[STOPPED].pid, signal.SIGCONT)
             store.set("continued", "")
@@ -94,6 +105,20 @@ def test_a_rank_killed_and_a_rank_stopped(tmp_path):
         assert set(result["missing"]) == {STOPPED, DEAD}
         assert result["missing"][DEAD] == list(range(DIE, STEPS))
         assert result["missing"][STOPPED][0] == STOP
+        assert result["missing"][STOPPED][-1] < STEPS - 1  # it has caught up
+
+
+def test_a_rank_killed_and_a_rank_stopped_while_shards_are_passed_on(tmp_path):
+    """Both have sent their messages before."""
+    assert _run(tmp_path / "clean", "none") == [0] * 6
+    clean = torch.load(tmp_path / "clean" / "0.pt")
+    accidents = "stopped and killed while shards are passed on"
+    assert _run(tmp_path / "accidents", accidents) == [0] * 5 + [-signal.SIGKILL]
+    for rank in range(5):
+        result = torch.load(tmp_path / "accidents" / f"{rank}.pt")
+        assert torch.equal(result["parameters"].view(torch.int32), clean["parameters"].view(torch.int32))
+        assert set(result["missing"]) == {STOPPED, DEAD}
+        assert result["missing"][DEAD][-1] == STEPS - 1
         assert result["missing"][STOPPED][-1] < STEPS - 1  # it has caught up
 
 

@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -112,6 +114,35 @@ def test_codes_under_attack(transport, attack, bad, workers, adversaries):
     assert max(o.distance for o in (clean_repetition, clean_cyclic, cyclic)) < 1e-5
     assert mean.distance is None
     assert all(check.holds for check in judge(config, outcomes, learns=False))
+
+
+def test_momentum_at_the_workers_changes_averages_but_neither_codes_nor_the_mean():
+    at_server = Config(
+        rules=("mean", "geometric-median", "repetition", "cyclic"),
+        transport="allreduce",
+        workers=5,
+        adversaries=1,
+        attack="inner-product",
+        bad="fixed",
+        steps=4,
+        batch_size=20,
+        learning_rate=0.05,
+        momentum=0.9,
+        seed=2,
+    )
+    at_workers = replace(at_server, momentum=0.0, worker_momentum=0.9)
+    both = [run(config, lambda training: None) for config in (at_server, at_workers)]
+    for here, there in zip(*both, strict=True):
+        assert here.training == there.training
+        distance = np.linalg.norm(here.parameters - there.parameters) / np.linalg.norm(here.parameters)
+        if here.training.rule == "geometric-median":
+            assert distance > 1e-4
+        elif here.training.rule == "repetition":  # one group, so that nothing is rounded
+            assert distance == 0
+        else:
+            assert distance < 1e-5
+    for config, outcomes in zip((at_server, at_workers), both, strict=True):
+        assert all(check.holds for check in judge(config, outcomes, learns=False))
 
 
 def test_an_audit_of_every_step_trains_the_parameters_of_the_run_without_faults():

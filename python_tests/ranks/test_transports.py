@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import draco_ext
 from draco_ext import CyclicCode, RepetitionCode
+from draco_ext.protocol import communicator
 from draco_ext.protocol.communicator import ProcessGroupCommunicator
 from draco_ext.protocol.differences import Difference
 from draco_ext.protocol.exchange import run_alone
@@ -111,6 +112,26 @@ def test_an_attack_on_a_large_bucket_takes_little_memory():
             assert more < 60 + 25, (name, more)
 
 
+# ----------------------------------------------------------------------------------------------- batches
+
+
+def _in_batches(rank, report):
+    """Point-to-point operations begin as on NCCL."""
+    communicator._needs_batch = lambda values: True
+    for code in (RepetitionCode(3, 1), CyclicCode(3, 1)):
+        transport = make_transport("verified", code, ProcessGroupCommunicator(dist.group.WORLD, range(3)))
+        values = torch.arange(40.0) + (rank == 1 and code.message_is_gradient)
+        outcome = exchange(transport, values, 0)
+        report(everybodys((values.tolist(), set(outcome.suspects))))
+
+
+def test_operations_may_begin_in_batches():
+    repetition, cyclic = run_local(_in_batches, 3)
+    assert repetition == [(list(range(40)), {1})] * 3
+    assert len(cyclic) == 3
+    assert all(each == cyclic[0] for each in cyclic)
+
+
 # ------------------------------------------------------------------------------------------- empty buckets
 
 
@@ -132,6 +153,7 @@ def _empty(rank, report):
             model = DistributedDataParallel(_WithEmpty())
             guard = draco_ext.protect(model, code, transport=name)
             for step in guard.steps([torch.full((1, 3), float(part)) for part in code.assignment(rank)] * 2):
+                model.zero_grad()  # no optimizer uses them
                 for x in step:
                     model(x).backward()
             gradients = [p.grad.tolist() for p in model.parameters()]

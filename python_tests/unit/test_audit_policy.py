@@ -364,6 +364,7 @@ def test_cost_with_the_beginning(adversaries, rate, steps):
     found = (adversaries * audited / seeds + 1) / steps
     deviation = adversaries * math.sqrt(rate * (1 - rate) / seeds)
     assert abs(found - audit.cost(0, steps)) <= 5 * deviation + 1e-12
+    assert audit.cost(0, steps, rehearsal=False) == pytest.approx(audit.cost(0, steps) - 1 / steps)
     assert audit.cost(0, 10**9) == pytest.approx(audit.cost(0), rel=1e-6)
 
 

@@ -106,7 +106,7 @@ def test_coordinate_median_and_trimmed_mean_against_sorting(n):
 
 
 def test_coordinate_rules_work_across_tiles(monkeypatch):
-    monkeypatch.setattr(baselines, "_TILE", 16)
+    monkeypatch.setattr(baselines.averages, "_TILE", 16)
     messages = normal(7, 50)
     torch.testing.assert_close(baselines.coordinate_median(messages), messages.median(0).values)
 

@@ -1,14 +1,16 @@
 """`draco bench`: small runs of its suites, and what it does when a peer fails."""
 
+import io
 import json
 import math
 
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
 from draco_ext import CyclicCode, baselines, decode
-from draco_ext.cli.bench import peers, report, suites, timing, workloads
+from draco_ext.cli.bench import neighbours, peers, report, suites, timing, workloads
 from draco_ext.cli.commands import draco
 
 
@@ -180,3 +182,88 @@ def test_cuda_is_asked_for_where_there_is_none():
     run = CliRunner().invoke(draco, ["bench", "--device", "cuda"])
     assert run.exit_code == 2
     assert "needs a CUDA device" in run.output
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Every method under every attack, for a few steps."""
+    settings = neighbours.Settings(workers=9, adversaries=1, samples=3, steps=3, begin=1)
+    return {row.rule: row for method in neighbours.NEIGHBOURS for row in neighbours.run(method, settings, (0,))}
+
+
+def test_neighbours_count_bytes_and_work(small):
+    model = small["mean"].d * 4
+    for name in ("mean", "geometric median", "Krum, worker momentum", "averaging of models", "PDMM"):
+        assert (small[name].bytes, small[name].to_yardstick) == (model, 1.0)
+    assert small["each agent alone"].bytes == 0
+    assert small["weights by accumulated loss"].bytes == 8 * model
+    assert small["weights by accumulated loss"].to_yardstick == pytest.approx(1 + 9 / 3)
+    assert small["repetition code"].to_yardstick == pytest.approx(3.0)
+    assert small["cyclic code"].to_yardstick == pytest.approx(3.0)
+    assert model < small["Audit"].bytes < 2 * model
+
+
+def test_neighbours_of_codes_are_exact(small):
+    """A worker with flipped labels sends a wrong message, which the others with its part correct."""
+    for name in ("repetition code", "repetition code, worker momentum", "cyclic code"):
+        accuracies = report.accuracies(small[name])
+        assert list(accuracies) == list(neighbours.ATTACKED_BY)
+        assert len(set(accuracies.values())) == 1
+    momentum = report.accuracies(small["repetition code, worker momentum"])
+    assert momentum == report.accuracies(small["repetition code"])
+
+
+@pytest.mark.parametrize("attack", [name for name in neighbours.ATTACKED_BY if name != neighbours.NONE])
+def test_simulated_codes_have_the_bits_of_the_run_without_attack(attack):
+    settings = neighbours.Settings(steps=4, begin=2)
+    method = {method.name: method for method in neighbours.NEIGHBOURS}["repetition code"]
+    _, clean = neighbours.train(method, settings, neighbours.NONE, 1)
+    _, attacked = neighbours.train(method, settings, attack, 1)
+    assert torch.equal(clean.models(), attacked.models())
+    _, ruined = neighbours.train(neighbours.NEIGHBOURS[0], settings, attack, 1)
+    assert not torch.equal(clean.models(), ruined.models())
+
+
+def test_simulated_audit_puts_right_what_it_audits_and_does_not_see_flipped_labels():
+    every = neighbours.Settings(steps=6, begin=3, rate=1.0)
+    audit = {method.name: method for method in neighbours.NEIGHBOURS}["Audit"]
+    _, clean = neighbours.train(audit, every, neighbours.NONE, 0)
+    _, attacked = neighbours.train(audit, every, "sign flips", 0)
+    assert torch.equal(clean.models(), attacked.models())
+    assert attacked.wrong_updates == 0
+    assert attacked.work > clean.work == 6 * (1 + every.adversaries)
+    _, poisoned = neighbours.train(audit, every, neighbours.LABEL_FLIPS, 0)
+    assert not torch.equal(clean.models(), poisoned.models())
+    assert poisoned.work == clean.work
+    seldom = neighbours.Settings(steps=6, begin=3, rate=1e-9)
+    _, wrong = neighbours.train(audit, seldom, "sign flips", 0)
+    assert wrong.wrong_updates == 3
+
+
+def test_neighbours_are_shown_with_their_guarantees(small, tmp_path):
+    rows = list(small.values())
+    files = report.write(tmp_path, rows)
+    assert [file.suffix for file in files] == [".json", ".md", ".png"]
+    assert (tmp_path / "neighbours.png").stat().st_size > 10_000
+    assert len(json.loads((tmp_path / "neighbours.json").read_text())["rows"]) == len(neighbours.NEIGHBOURS)
+    text = io.StringIO()
+    Console(file=text, width=120).print(report.wrapped_table(rows))
+    for row in rows:
+        assert row.rule in text.getvalue()
+    assert "one bad worker moves it" in text.getvalue()
+    assert "one bad worker moves it" in (tmp_path / "neighbours.md").read_text()
+
+
+def test_options_of_neighbours_reach_the_trainings(monkeypatch, tmp_path):
+    seen = []
+
+    def record(method, settings, seeds):
+        seen.append((method.name, settings, seeds))
+        accuracies = {attack: 0.5 for attack in neighbours.ATTACKED_BY}
+        return [report.Row("neighbours", 15, 7, method.name, 0.0, 1.0, 4, split=accuracies, note="nothing")]
+
+    monkeypatch.setattr(neighbours, "run", record)
+    arguments = ["bench", "neighbours", "--quick", "--seed", "4", "--seed", "5", "--output", str(tmp_path)]
+    run = CliRunner().invoke(draco, arguments, catch_exceptions=False)
+    assert run.exit_code == 0, run.output
+    assert seen == [(method.name, neighbours.QUICK, (4, 5)) for method in neighbours.NEIGHBOURS]

@@ -85,6 +85,9 @@ def runs(monkeypatch):
         ("train --learning-rate nan", "--learning-rate must be finite, got nan"),
         ("train --momentum 1", "1.0 is not in the range 0<=x<1"),
         ("train --momentum nan", "--momentum must be finite, got nan"),
+        ("train --worker-momentum 1", "1.0 is not in the range 0<=x<1"),
+        ("train --worker-momentum nan", "--worker-momentum must be finite, got nan"),
+        ("train --worker-momentum 0.9 --momentum 0.5", "--worker-momentum takes the place of SGD's --momentum"),
         ("train --seed -1", "-1 is not in the range"),
         ("train --workers nine", "'nine' is not a valid integer"),
         ("train --rule krum --workers 4 --adversaries 1", "Krum needs n >= 2s+3: 5 --workers"),
@@ -97,7 +100,8 @@ def runs(monkeypatch):
         ("plan --workers 9 --adversaries -1 --parameters 10", "must be at least 0, got -1"),
         ("plan --workers 40000 --adversaries 1 --parameters 10", "got 40000"),
         ("plan --workers 9 --adversaries 1 --parameters 0", "0 is not in the range x>=1"),
-        ("plan --workers 9 --adversaries 1", "plan needs --parameters for the costs, or --batch-size"),
+        ("plan --workers 9 --adversaries 1", "plan needs --parameters for the costs, --batch-size"),
+        ("plan --workers 9 --adversaries 1 --colluders 10", "--colluders must be at most the 9 workers, got 10"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --samples 9", "--samples needs --batch-size"),
         ("plan --workers 9 --adversaries 1 --parameters 9 --learning-rate 9", "--learning-rate needs --batch-size"),
         ("plan --workers 9 --adversaries 1 --batch-size 9 --learning-rate nan", "--learning-rate must be finite, got"),
@@ -134,7 +138,7 @@ def test_counts_may_have_an_exponent(written, elements):
 
 def test_help_of_bench_keeps_its_lines():
     lines = [line.strip() for line in invoke("bench", "--help").output.splitlines()]
-    assert "kernels   every kernel beside its yardstick" in lines
+    assert "kernels     every kernel beside its yardstick" in lines
     assert not [line for line in lines if "\\b" in line or "\b" in line]
 
 
@@ -195,6 +199,17 @@ def test_rules_are_run_in_the_order_asked_and_once(runs, tmp_path):
     args = "train --rule cyclic --rule trimmed-mean --rule cyclic --output"
     assert invoke(*args.split(), str(tmp_path)).exit_code == 0
     assert runs[0].rules == ("cyclic", "trimmed-mean")
+
+
+def test_momentum_at_the_workers_takes_the_place_of_that_of_sgd(runs, tmp_path):
+    result = invoke("train", "--worker-momentum", "0.9", "--output", str(tmp_path))
+    assert result.exit_code == 0
+    assert (runs[0].momentum, runs[0].worker_momentum) == (0.0, 0.9)
+    # Ranks that recompute a part in an audit do not have the momentum of its owner.
+    assert [runs[0].sgd_momentum(rule) for rule in ("krum", "cyclic", "audit")] == [0.0, 0.0, 0.9]
+    assert commands._learns(dataclasses.replace(runs[0], steps=100))
+    assert invoke("train", "--output", str(tmp_path)).exit_code == 0
+    assert [runs[1].sgd_momentum(rule) for rule in ("krum", "cyclic", "audit")] == [0.9, 0.9, 0.9]
 
 
 def test_lines_of_the_comparison():
@@ -350,7 +365,7 @@ def test_plan_of_an_audit_stands_beside_the_codes():
         "0 if it is wrong in the first step; else 99 expected, at most 458 with a probability of 99%"
     )
     # The first two steps are audited, and the first one makes its own pass twice.
-    assert audit["compute per worker"].endswith("; once 5 passes more in the first 2 steps")
+    assert audit["compute per worker"].endswith("; once 5 passes more in the first 2 steps, one less with FSDP2")
     assert repetition["wrong updates before a bad worker is named"] == "0"
     assert "every audited gradient is right" in audit["what holds"]
     assert audit["cannot survive"].startswith("a fault that occurs once: corrected with a probability of 1% only; ")

@@ -8,9 +8,11 @@ import torch
 from conftest import attacked, honest_messages, named
 
 import draco_ext
-from draco_ext import Code, CyclicCode, Decoded, RepetitionCode
+from draco_ext import ByzShieldCode, Code, CyclicCode, Decoded, RepetitionCode
 
 CODES = [RepetitionCode(3, 1), RepetitionCode(11, 2), CyclicCode(3, 1), CyclicCode(7, 2), CyclicCode(10, 0)]
+# Those whose messages are longer than a gradient, or whose gradient is not the mean.
+CODES += [RepetitionCode(15, 1, beyond="median"), RepetitionCode(11, 1, beyond="trimmed-mean"), ByzShieldCode(9, 1)]
 
 
 @pytest.mark.parametrize("code", CODES, ids=repr)
@@ -47,7 +49,7 @@ def test_as_many_bad_workers_as_adversaries_in_each_decoding_group(code, generat
 @pytest.mark.parametrize("code", CODES, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_dtypes_and_incremental_encoding(code, dtype, generator):
-    assert (dtype in code.dtypes) == (dtype != torch.bfloat16 or code.message_is_gradient)
+    assert (dtype in code.dtypes) == (dtype != torch.bfloat16 or code.exact)
     if dtype not in code.dtypes:
         return
     for d in (50, 51):
@@ -83,7 +85,7 @@ def test_projections_in_steps(code, generator):
             lambda: code.locate(messages, messages, 100, dtype=torch.float32),
             lambda: code.combine(messages, messages[:, 0]),
         ):
-            with pytest.raises(NotImplementedError, match="RepetitionCode does not use projections"):
+            with pytest.raises(NotImplementedError, match="Code does not use projections"):
                 call()
         return
     messages = honest_messages(code, torch.randn(code.parts, 100, generator=generator))

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from draco_ext import CyclicCode, RepetitionCode, SolonCode, ops
+from draco_ext import ByzShieldCode, CyclicCode, RepetitionCode, SolonCode, ops
 from draco_ext.protocol import keys, messages
 from draco_ext.protocol.communicator import Pending
 from draco_ext.protocol.encoder import CHUNK, GradientEncoder
@@ -442,3 +442,56 @@ def test_splits_number_their_workers_in_the_order_of_the_part():
         return part.worker, part.workers, values.item(), total.item()
 
     assert run_workers(work, 4) == [(0, 2, 0, 2), (1, 2, 3, 4), (1, 2, 0, 2), (0, 2, 3, 4)]
+
+
+# --------------------------------------------------------------------------------------- a second stage
+
+
+def _beyond(communicator, name, code, bad):
+    transport = make_transport(name, code, communicator)
+
+    def alter(values):
+        values += communicator.worker + 1 if bad[communicator.worker] == "apart" else 1e6
+
+    values = [message_of(code, communicator.worker, i, alter if communicator.worker in bad else None) for i in range(2)]
+    outcomes = run_overlapped(transport, [transport.exchange(message, i) for i, (message, _) in enumerate(values)])
+    return outcomes, torch.stack([message.buffer.values for message, _ in values])
+
+
+@pytest.mark.parametrize("name", ["verified", "server"])
+def test_a_second_stage_bounds_what_more_than_s_bad_workers_do(name):
+    """One group has no majority, another is won by colluders: all ranks have the median of the decoder."""
+    code = RepetitionCode(15, 1, beyond="median")
+    for bad, lost, suspects, failed in (
+        ({}, set(), set(), False),
+        ({0: "apart", 4: "apart"}, set(), {0, 4}, False),
+        ({1: "apart", 2: "apart", 3: "colludes", 4: "colludes"}, {0, 1, 2}, {5}, False),
+        (dict.fromkeys([0, 1, 3, 4, 6, 7], "apart"), set(range(9)), set(), True),
+    ):
+        results = run_workers(_beyond, 15, name, code, bad)
+        gradients = torch.stack(
+            [torch.randn(5, sum(LENGTHS), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+        )
+        honest = gradients[:, [part for part in range(5) if len({3 * part, 3 * part + 1, 3 * part + 2} & set(bad)) < 2]]
+        for outcomes, decoded in results:
+            assert torch.equal(decoded.view(torch.int32), results[0][1].view(torch.int32))
+            for outcome in outcomes:
+                assert outcome.failed == failed
+                assert outcome.suspects.keys() == suspects
+                assert set(outcome.left_out) - suspects == lost
+            if failed:
+                assert decoded.isnan().all()
+            else:
+                assert (decoded >= honest.min(1).values).all()
+                assert (decoded <= honest.max(1).values).all()
+
+
+def test_codes_that_transports_refuse():
+    def work(communicator):
+        for name in TRANSPORTS:
+            with pytest.raises(ValueError, match="code must be decoded column by column to have a transport"):
+                make_transport(name, ByzShieldCode(3, 0), communicator)
+        with pytest.raises(ValueError, match="code must have no second stage for 'allreduce', which adds up blindly"):
+            make_transport("allreduce", RepetitionCode(3, 0, beyond="median"), communicator)
+
+    run_workers(work, 3)

@@ -163,8 +163,8 @@ def colours(path):
 
 
 def test_picture(tmp_path):
-    audited = [finding(14, 2, kind="transient", bucket=-1), finding(16, 2, kind="persistent", bucket=-1)]
-    ledger = write(tmp_path / "bad.jsonl", [*STORY, *audited])
+    others = [finding(14, 2, kind="transient", bucket=-1), finding(16, 2, kind="persistent", bucket=-1)]
+    ledger = write(tmp_path / "bad.jsonl", [*STORY, *others, finding(17, 4, kind="undecided")])
     result = invoke(ledger, "--picture", tmp_path / "bad.png")
     assert result.exit_code == 0
     assert "node-7" in result.output  # the table, too

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from draco_ext import RepetitionCode, ops
-from draco_ext.protocol.communicator import Communicator
+from draco_ext.protocol.communicator import Communicator, Connection
 from draco_ext.protocol.exchange import run_alone
 from draco_ext.protocol.messages import GradientBuffer, Message
 from draco_ext.protocol.transports import server, verified
@@ -19,7 +19,8 @@ from draco_ext.testing.communicator import FakeCommunicator, run_workers
 
 CODES = [RepetitionCode(*arguments) for arguments in [(3, 1), (4, 1), (5, 2), (6, 1), (7, 1)]]
 LENGTH = 211  # of a message; its pieces have different lengths
-PIECE, DIGESTS, AGAIN = "piece", "digests", "again"
+# What a worker sends: to the server, to others ("shard"), and to the server again: which shards are missing, and wrong.
+PIECE, DIGESTS, AGAIN, SHARD, MISSING, WRONG = "piece", "digests", "again", "shard", "missing", "wrong"
 
 
 @pytest.fixture(autouse=True)
@@ -69,19 +70,26 @@ class Sender(Communicator):
         inner: the communicator.
         stage: see `Stage`.
         tell: `tell(kind, values)` returns what it sends instead.
+        pass_on: `pass_on(values, to)` returns what it passes on to another worker instead: None for nothing, or a
+            function that waits, and returns it then.
         late: the kind of what is late, once; or of what it dies before.
         until: what it waits for then: "round", the end of the server's waiting; "end", that of all exchanges; "death".
     """
 
-    def __init__(self, inner, stage, tell=lambda kind, values: values, late=None, until="round"):
+    def __init__(self, inner, stage, tell, pass_on, late=None, until="round"):
         self.worker, self.workers, self.root, self.seconds = inner.worker, inner.workers, inner.root, inner.seconds
-        self._arguments = stage, tell, late, until
-        self._inner, self._stage, self._tell, self._late, self._until = inner, *self._arguments
-        self._has_sent_piece = False
+        self._arguments = stage, tell, pass_on, late, until
+        self._inner, self._stage, self._tell, self._pass_on, self._late, self._until = inner, *self._arguments
+        self._sent = []  # kinds, in this exchange
+
+    def _kind(self, values):
+        if values.dtype == torch.uint8:
+            return WRONG if MISSING in self._sent else MISSING
+        return DIGESTS if values.dtype == torch.int64 else AGAIN if self._sent else PIECE
 
     def send(self, values, worker):
-        kind = DIGESTS if values.dtype == torch.int64 else AGAIN if self._has_sent_piece else PIECE
-        self._has_sent_piece = True
+        kind = self._kind(values)
+        self._sent.append(kind)
         if kind == self._late:
             self._late = None
             rounds = self._stage.rounds
@@ -90,12 +98,20 @@ class Sender(Communicator):
                 raise Dead
             is_over = self._until == "end"
             self._stage.wait_for(lambda: self._stage.is_over if is_over else self._stage.rounds > rounds)
-        self._inner.send(self._tell(kind, values.clone()), worker)
+        said = self._tell(kind, values.clone())
+        if kind in (MISSING, WRONG):
+            values.copy_(said)  # it receives what it asks for
+        self._inner.send(said, worker)
+        if kind == WRONG:
+            self._sent.clear()  # the exchange is over
 
     def receive(self, values, worker):
         self._inner.receive(values, worker)
         if values.numel() == LENGTH:
-            self._has_sent_piece = False  # the result
+            self._sent.clear()  # the result, whole
+
+    def connect(self, worker):
+        return ToRelay(self._inner.connect(worker), worker, self._pass_on)
 
     def split(self, parts, **keywords):
         return Sender(self._inner.split(parts, **keywords), *self._arguments)
@@ -103,14 +119,33 @@ class Sender(Communicator):
     def _unused(self, *arguments, **keywords):
         raise NotImplementedError
 
-    all_gather = all_gather_p2p = all_reduce = broadcast = exchange = connect = _unused
+    all_gather = all_gather_p2p = all_reduce = broadcast = exchange = _unused
+
+
+class ToRelay(Connection):
+    """A worker's connection to another one, on which it passes on something else."""
+
+    def __init__(self, inner, worker, pass_on):
+        self._inner, self._worker, self._pass_on = inner, worker, pass_on
+
+    def start_send(self, values):
+        passed_on = self._pass_on(values.clone(), self._worker)
+        if callable(passed_on):
+            threading.Thread(target=lambda: self._inner.start_send(passed_on()), daemon=True).start()
+            return lambda: None
+        return self._inner.start_send(passed_on) if passed_on is not None else lambda: None
+
+    def receive(self, values):
+        self._inner.receive(values)
 
 
 def gradients_of(code, number):
     return torch.randn(code.parts, LENGTH, generator=torch.Generator().manual_seed(number))
 
 
-def exchange(communicator, code, stage, *, tells=(), late=(), alters=(), exchanges=1, catch_up=True):
+def exchange(
+    communicator, code, stage, *, tells=(), passes=(), late=(), alters=(), exchanges=1, catch_up=True, **options
+):
     """Exchange messages; return the outcomes and the decoded gradients.
 
     Args:
@@ -118,19 +153,22 @@ def exchange(communicator, code, stage, *, tells=(), late=(), alters=(), exchang
         code: the code.
         stage: see `Stage`.
         tells: by worker, what it sends instead of what it should; see `Sender`.
+        passes: by worker, what it passes on to others instead of its shard; see `Sender`.
         late: by worker, what is late, and until when; see `Sender`.
         alters: by worker, what it computes instead of what it should: `alter(values)` changes them in place.
         exchanges: the number of exchanges.
         catch_up: whether the server waits between them until all workers have their results.
+        options: of the transport.
     """
-    worker, tells, late, alters = communicator.worker, dict(tells), dict(late), dict(alters)
-    if worker in tells or worker in late:
+    worker, tells, passes, late, alters = communicator.worker, dict(tells), dict(passes), dict(late), dict(alters)
+    if worker in tells or worker in passes or worker in late:
         tell = tells.get(worker, lambda kind, values: values)
-        communicator = Sender(communicator, stage, tell, *late.get(worker, ()))
+        pass_on = passes.get(worker, lambda values, to: tell(SHARD, values))
+        communicator = Sender(communicator, stage, tell, pass_on, *late.get(worker, ()))
     if worker:
-        transport = ServerTransport(code, communicator, deadline=30.0)
+        transport = ServerTransport(code, communicator, deadline=30.0, **options)
     else:
-        transport = StagedServer(code, communicator, deadline=30.0)
+        transport = StagedServer(code, communicator, deadline=30.0, **options)
         transport.stage = stage
         stage.note(server=transport)
     results = []
@@ -153,9 +191,9 @@ def ends_with_death(late):
     return any("death" in how for how in late.values())
 
 
-def run(code, **options):
+def run(code, stage=None, **options):
     """What every worker's `exchange` returns; None of one that has died, and the message of a RuntimeError."""
-    stage = Stage()
+    stage = stage or Stage()
 
     def work(communicator):
         try:
@@ -310,6 +348,8 @@ def test_random_liars(seed):
                 return values
             if kind == DIGESTS:
                 values[0, own.randrange(values.size(1))] += own.choice((1, -1, 2**40))
+            elif kind in (MISSING, WRONG):
+                values[own.randrange(values.numel())] ^= 1
             elif values.numel():
                 values[own.randrange(values.numel())] = own.choice((0.0, torch.nan, torch.inf, 1e-45))
             return values
@@ -319,8 +359,10 @@ def test_random_liars(seed):
     for _ in range(25):
         code = rng.choice([*CODES, RepetitionCode(10, 2)])
         bad = rng.choice(sets_of_bad(code)) - {0}
-        for ((outcome, values),) in run(code, tells={j: liar(random.Random(rng.random())) for j in bad}):
-            assert torch.equal(values, truth(code))
+        results = run(code, tells={j: liar(random.Random(rng.random())) for j in bad})
+        for j, ((outcome, values),) in enumerate(results):
+            # A rank that says that a wrong shard is right keeps it.
+            assert j in bad or torch.equal(values, truth(code))
             assert not outcome.failed
             assert outcome.suspects.keys() <= bad
 
@@ -341,9 +383,9 @@ def test_every_key_is_drawn_after_what_it_verifies_has_arrived(monkeypatch):
     monkeypatch.setattr(server.secrets, "randbits", spy_draw)
     monkeypatch.setattr(StagedServer, "_await", spy_wait)
     check(RepetitionCode(6, 1), {5}, tells={5: wrong_piece})
-    # Pieces, digests, the repair, and digests again.
-    assert events == ["arrived", "key", "arrived", "arrived", "key", "arrived"]
-    assert len(set(keys)) == 2
+    # Pieces, digests, the repair, digests again, and which shards are missing: that key is sent when these are known.
+    assert events == ["arrived", "key", "arrived", "arrived", "key", "arrived", "key", "arrived"]
+    assert len(set(keys)) == 3
 
 
 @pytest.mark.parametrize("code", CODES, ids=repr)
@@ -451,7 +493,7 @@ def test_one_wrong_and_a_helper_that_dies_are_too_many_of_three():
         assert values.isnan().all()
 
 
-@pytest.mark.parametrize("when", [PIECE, DIGESTS, AGAIN])
+@pytest.mark.parametrize("when", [PIECE, DIGESTS, AGAIN, MISSING])
 def test_a_worker_that_is_too_far_behind_is_given_up_in_every_round(when, monkeypatch):
     monkeypatch.setattr(server, "MOST_UNCLAIMED", 2)
     tells = {5: wrong_piece} if when == AGAIN else {}

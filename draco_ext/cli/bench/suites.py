@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import draco_ext
 from draco_ext import baselines, ops
+from draco_ext.cli.bench import neighbours as methods
 from draco_ext.cli.bench.report import Row
 from draco_ext.cli.bench.timing import Clock, Timing, available_memory, compare, memory_limit, repeat
 from draco_ext.cli.bench.workloads import (
@@ -371,11 +372,31 @@ def _accuracy_row(config: Config, outcome: Outcome) -> Row:
     return Row("accuracy", config.workers, outcome.parameters.size, name, None, split=split)
 
 
-# name -> f(device, n, d, with_peers)
-SUITES: dict[str, Callable[[str, int, int, bool], Iterator[Job]]] = {
-    "decode": decode,
-    "kernels": lambda device, n, d, with_peers: kernels(d),
-    "scaling": lambda device, n, d, with_peers: scaling(),
-    "paper": lambda device, n, d, with_peers: paper(device),
-    "accuracy": lambda device, n, d, with_peers: accuracy(),
+# ------------------------------------------------------------------------------------------------------- neighbours
+
+
+def neighbours(settings: methods.Settings, seeds: Sequence[int]) -> Iterator[Job]:
+    """Yield jobs that train the digits by each method under each attack."""
+    for method in methods.NEIGHBOURS:
+        yield Job(method.name, functools.partial(methods.run, method, settings, seeds))
+
+
+class Options(NamedTuple):
+    """The options of ``draco bench`` that suites use."""
+
+    device: str
+    workers: int
+    parameters: int
+    peers: bool
+    quick: bool
+    seeds: Sequence[int]
+
+
+SUITES: dict[str, Callable[[Options], Iterator[Job]]] = {
+    "decode": lambda options: decode(options.device, options.workers, options.parameters, options.peers),
+    "kernels": lambda options: kernels(options.parameters),
+    "scaling": lambda options: scaling(),
+    "paper": lambda options: paper(options.device),
+    "accuracy": lambda options: accuracy(),
+    "neighbours": lambda options: neighbours(methods.QUICK if options.quick else methods.FULL, options.seeds),
 }

@@ -15,6 +15,8 @@ __all__ = ["FORMER_NAMES", "TRANSPORTS", "Transport", "make_transport"]
 
 
 def _all_reduce(code: Code, communicator: Communicator, *, deadline: float, **tolerance: float) -> Transport:
+    if code.bounded:
+        raise ValueError(f"code must have no second stage for 'allreduce', which adds up blindly; got {code!r}")
     if code.message_is_gradient:
         return AllReduceRepetition(code, communicator, **tolerance)
     if code.uses_projections and code.blocks == 1:
@@ -29,7 +31,8 @@ def _verified(
 ) -> Transport:
     if code.blocks > 1:
         raise ValueError(f"code must have messages as long as a gradient for 'verified'; got {code!r}")
-    if not code.message_is_gradient or atol > 0 or rtol > 0:  # messages differ by nature, so all go to all
+    # Messages differ by nature, or a second stage needs the winners of all votes: so all go to all.
+    if not code.message_is_gradient or code.bounded or atol > 0 or rtol > 0:
         return AllGather(code, communicator, atol=atol, rtol=rtol)
     if code.adversaries == 0:
         return AllReduceRepetition(code, communicator)
@@ -57,4 +60,6 @@ def make_transport(
         atol: the absolute tolerance between honest messages; see `draco_ext.decode`.
         rtol: the relative one.
     """
+    if not code.sliceable:
+        raise ValueError(f"code must be decoded column by column to have a transport, got {code!r}: use decode")
     return TRANSPORTS[FORMER_NAMES.get(name, name)](code, communicator, deadline=deadline, atol=atol, rtol=rtol)

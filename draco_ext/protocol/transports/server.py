@@ -31,6 +31,7 @@ from draco_ext.protocol.messages import (
     workers_in,
     write_truncation_sentinel,
 )
+from draco_ext.protocol.shards import HandedOut, Relays, ShardExchange
 from draco_ext.protocol.transports import verified
 from draco_ext.protocol.transports.base import Transport
 from draco_ext.protocol.verifier import Verdict, Verifier, digests_of, read_digests
@@ -41,7 +42,8 @@ MOST_UNCLAIMED = 32
 # Slices that are sent together in pieces: they take twice as many waits as whole messages, and less memory.
 SLICES_AT_ONCE = 2
 
-_DECODED, _FAILED, _GIVEN_UP, _TAKEN, _DIGESTS, _PIECES = range(6)
+# The statuses with which everything begins that the server sends: what follows.
+_DECODED, _FAILED, _GIVEN_UP, _TAKEN, _DIGESTS, _PIECES, _SHARD, _CHECKED = range(8)
 
 
 class ServerTransport(Transport):
@@ -52,12 +54,18 @@ class ServerTransport(Transport):
     every result, in order, and so keeps the same parameters. A rank that has died, or that is more than
     `MOST_UNCLAIMED` results behind, is an erasure from then on.
 
-    One message per rank is sent to the server and one back, slice by slice. The server holds the n slices of two turns,
-    the slices of every turn with a late rank until its slice has arrived, and the results for such a rank.
+    One message per rank is sent to the server, slice by slice. The server holds the n slices of two turns, the slices
+    of every turn with a late rank until its slice has arrived, and the results for such a rank.
 
     Where members of a group have the same message, each sends its piece of it, and the server verifies what it has put
     together; see `Verifier`. It then holds G slices instead of n. It asks only workers that are in time, and one that
     does not answer before the deadline is an erasure from there on.
+
+    The server sends each worker that is in time, a relay, a shard of the result. Relays pass the shards on among
+    themselves; see `ShardExchange`. When all of them have received, or have waited for half the deadline, the server
+    sends them the digests of all shards under a new key, and what has not come. What is wrong they get from the server.
+    So d elements leave it and not n d. Who is late, or barred (see `Relays`), gets the result whole, as all do if it is
+    short.
     """
 
     trust = (
@@ -77,16 +85,20 @@ class ServerTransport(Transport):
         self._deadline = deadline
         self._connections: dict[int, _WorkerConnection] = {}
         self._rounds = itertools.count()
-        self._verdict_form = torch.zeros(code.workers + 1, len(_COLUMNS), dtype=torch.float64)
         self._groups = code.decoding_groups
         self._group_of = {j: g for g, members in enumerate(self._groups) for j in members}
-        # Otherwise messages differ by nature, or one rank's word has to do.
-        self._has_replicas = code.message_is_gradient and code.adversaries > 0 and atol == rtol == 0
+        # Otherwise messages differ by nature, one rank's word has to do, or a part may do without a majority.
+        self._has_replicas = (
+            code.message_is_gradient and not code.bounded and code.adversaries > 0 and atol == rtol == 0
+        )
         if own.worker == self.server:
             self._arrived: queue.Queue[_Arrival] = queue.Queue()
             others = (j for j in range(code.workers) if j != self.server)
             self._connections = {j: _WorkerConnection(own.connect(j), j, self._arrived) for j in others}
+            self._relays = Relays(code.adversaries, self._groups)
             weakref.finalize(self, _close, list(self._connections.values()))
+        else:
+            self._shards = ShardExchange(own, deadline / 2)
 
     def _exchange(self, message: Message, number: int) -> Exchange:
         """Send to the server and wait for its answer, slice by slice."""
@@ -114,17 +126,13 @@ class ServerTransport(Transport):
         gradient = torch.empty_like(result)
         outcome = self._decode_rows(rows.to(values.device), gradient, absent)
         outcome = replace(outcome, missing=tuple(sorted(absent)))
-        verdict = _write(outcome, self.code.workers)
-        self._answer((verdict,) if outcome.failed else (verdict, gradient.cpu()), absent, complete=last)
+        outcome = self._hand_out(outcome, gradient.cpu(), absent, complete=last)
         result.copy_(gradient)
         return outcome
 
     def _ask_for(self, values: Tensor, result: Tensor) -> ExchangeOutcome:
         """Send a rank's values to the server and receive the decoded ones in `result`."""
-        answer = result.cpu()
-        verdict = self._ask(values, answer)
-        result.copy_(answer)
-        return _read(verdict)
+        return _read(self._ask(values, result))
 
     def _serve_in_pieces(self, values: Tensor, *, last: bool) -> ExchangeOutcome:
         """Collect a message of each group in pieces on the server, verify and decode; the result replaces its own."""
@@ -137,7 +145,7 @@ class ServerTransport(Transport):
             for j, piece in zip(members, rows[g].tensor_split(len(members)), strict=True)
         }
         del pieces[own]
-        absent = self._await(self._begin(_with_sentinels(pieces), _QUESTION))
+        absent = self._await(self._begin(_with_sentinels(pieces)))
         _reject_truncated(pieces, absent)
         if absent:
             rows = rows.clone()  # what arrives late is written into the old ones
@@ -152,8 +160,7 @@ class ServerTransport(Transport):
             gradient = torch.full_like(values, torch.nan)
         suspects = {j: join(parts) if parts else None for j, parts in sorted(verifier.wrong.items())}
         outcome = ExchangeOutcome(suspects, verdict == Verdict.FAILED, tuple(sorted(absent)), tuple(suspects))
-        result = (torch.tensor([_DECODED, 0]), _write(outcome, self.code.workers))
-        self._answer(result if outcome.failed else (*result, gradient.cpu()), absent, complete=last)
+        outcome = self._hand_out(outcome, gradient.cpu(), absent, complete=last)
         values.copy_(gradient)
         return outcome
 
@@ -168,7 +175,7 @@ class ServerTransport(Transport):
         own, key = self.server, secrets.randbits(63)
         present = [j for g in verifier.unverified for j in self._groups[g] if j not in absent]
         replies = {j: torch.zeros(1, 2 * self._replicas_of(j), dtype=torch.int64) for j in present if j != own}
-        current = self._go_on({j: (torch.tensor([_DIGESTS, key]),) for j in replies}, replies)
+        current = self._go_on({j: (_opening(_DIGESTS, key),) for j in replies}, replies)
         verifier.prepare(key)
         if own in present:
             replies = replies | {own: digests_of(values.tensor_split(self._replicas_of(own)), [key])}
@@ -187,7 +194,7 @@ class ServerTransport(Transport):
         """Return the question for some pieces of a worker's message."""
         flags = torch.zeros(self._replicas_of(worker), dtype=torch.uint8)
         flags[list(numbers)] = 1
-        return torch.tensor([_PIECES, 0]), flags
+        return _opening(_PIECES), flags
 
     def _replicas_of(self, worker: int) -> int:
         """Return how many workers have this one's message: into so many pieces it is divided."""
@@ -202,9 +209,7 @@ class ServerTransport(Transport):
         with _connection_to_server():
             self.communicator.send(piece.cpu(), self.server)
             while True:
-                question = torch.empty_like(_QUESTION)
-                self.communicator.receive(question, self.server)
-                status, key = question.tolist()
+                status, key = self._receive_opening()
                 if status == _DIGESTS:
                     reply = digests_of(pieces, [key])
                 elif status == _PIECES:
@@ -214,11 +219,7 @@ class ServerTransport(Transport):
                 else:
                     break
                 self.communicator.send(reply.cpu(), self.server)
-        _check_not_given_up(status)
-        answer = values.cpu()
-        verdict = self._receive_result(answer)
-        values.copy_(answer)
-        return _read(verdict)
+            return _read(self._receive_result(status, values))
 
     def gather_record(self, record: Tensor) -> RecordExchange:
         """Gather through the server, in turn with the buckets; see `Transport.gather_record`."""
@@ -226,8 +227,7 @@ class ServerTransport(Transport):
         if self.communicator.worker == self.server:
             rows, absent = self._collect(record.cpu())
             rows, missing = read_records(rows.clone(), absent)
-            verdict = _write(ExchangeOutcome({}, False, missing), self.code.workers)
-            self._answer((verdict, rows), absent, complete=False)
+            self._answer(self._whole(ExchangeOutcome({}, False, missing), rows), absent, complete=False)
             return rows, missing
         rows = torch.empty(self.code.workers, record.numel(), dtype=record.dtype)
         return rows, _read(self._ask(record, rows)).missing
@@ -241,10 +241,10 @@ class ServerTransport(Transport):
             self._ask(values, values)
             return
         came = torch.empty_like(values)
-        late = self._await(self._begin({worker: came}, self._verdict_form))
+        late = self._await(self._begin({worker: came}))
         if not late:
             values.copy_(came)
-        self._connections[worker].end((self._status(_TAKEN),), late=bool(late), complete=False)
+        self._connections[worker].end(_Reply((_opening(_TAKEN),)), late=bool(late))
 
     def send_from_server(self, worker: int, values: Tensor) -> None:
         """Send the server's values (CPU) to a worker, where they replace `values`. Only these two ranks call it.
@@ -256,46 +256,76 @@ class ServerTransport(Transport):
             self._ask(ready, values)
             return
         connection = self._connections[worker]
-        connection.begin(_Round(next(self._rounds), {worker: ready}, self._verdict_form))
-        connection.end((self._status(_DECODED), values), late=False, complete=False)
-
-    def _status(self, status: int) -> Tensor:
-        verdict = _write(ExchangeOutcome({}, False), self.code.workers)
-        verdict[0, 0] = status
-        return verdict
+        connection.begin(_Round(next(self._rounds), {worker: ready}))
+        connection.end(_Reply(self._whole(ExchangeOutcome({}, False), values)), late=False)
 
     def _ask(self, values: Tensor, answer: Tensor) -> Tensor:
         """Send values to the server, receive its answer unless it is a failure, and return the verdict."""
         with _connection_to_server():
             self.communicator.send(values.cpu(), self.server)
-        return self._receive_result(answer)
+            status, _ = self._receive_opening()
+            return self._receive_result(status, answer)
 
-    def _receive_result(self, answer: Tensor) -> Tensor:
-        """Receive the server's verdict, and unless it is a failure its answer; return the verdict."""
-        verdict = torch.empty_like(self._verdict_form)
-        with _connection_to_server():
-            self.communicator.receive(verdict, self.server)
-            if verdict[0, 0] == _DECODED:
-                self.communicator.receive(answer, self.server)
-        _check_not_given_up(int(verdict[0, 0]))
+    def _receive(self, values: Tensor) -> None:
+        self.communicator.receive(values, self.server)
+
+    def _receive_opening(self) -> tuple[int, int]:
+        """Receive the status with which begins what the server sends next, and a key."""
+        opening = _opening(0)
+        self._receive(opening)
+        status, key = opening.tolist()
+        return status, key
+
+    def _receive_result(self, status: int, answer: Tensor) -> Tensor:
+        """Receive the rest of a turn: the verdict, and the result unless it is a failure; return the verdict.
+
+        Args:
+            status: the status that has come.
+            answer: the tensor that the result is written into.
+        """
+        gathering, key = None, 0
+        if status == _SHARD:
+            takes_part = torch.empty(self.code.workers, dtype=torch.uint8)
+            self._receive(takes_part)
+            gathering = self._shards.gather(answer, workers_in(takes_part), self._receive)
+            self.communicator.send(gathering.missing, self.server)
+            status, key = self._receive_opening()
+        if status == _GIVEN_UP:
+            raise _GivenUp
+        verdict = _write(ExchangeOutcome({}, False), self.code.workers)
+        if status == _TAKEN:
+            return verdict
+        self._receive(verdict)
+        if status == _DECODED:
+            values = answer if answer.device.type == "cpu" else torch.empty_like(answer, device="cpu")
+            self._receive(values)
+            answer.copy_(values)
+        elif status == _CHECKED and gathering is not None:
+            digests = torch.empty(2 * len(gathering.shards), dtype=torch.int64)
+            self._receive(digests)
+            gathering.take_missing(self._receive)
+            wrong = gathering.find_wrong(key, digests.tolist())
+            self.communicator.send(wrong, self.server)
+            gathering.take_wrong(wrong, self._receive)
+            answer.copy_(gathering.values)
         return verdict
 
     def _collect(self, values: Tensor) -> tuple[Tensor, set[int]]:
         """Return all workers' values, row j from worker j, and the late workers, whose rows may still change."""
         rows = write_truncation_sentinel(values.new_empty(self.code.workers, values.numel()))
         rows[self.server] = values
-        return rows, self._await(self._begin({j: rows[j] for j in self._connections}, self._verdict_form))
+        return rows, self._await(self._begin({j: rows[j] for j in self._connections}))
 
-    def _begin(self, targets: dict[int, Tensor], opening: Tensor) -> _Round:
+    def _begin(self, targets: dict[int, Tensor]) -> _Round:
         """Begin a turn with these workers, whose values are received in place; return its first round."""
-        first = _Round(next(self._rounds), targets, opening)
+        first = _Round(next(self._rounds), targets)
         for j in targets:
             self._connections[j].begin(first)
         return first
 
     def _go_on(self, questions: Mapping[int, tuple[Tensor, ...]], targets: dict[int, Tensor]) -> _Round:
         """Go on with a turn: send questions to workers, whose replies are received in place; return the round."""
-        following = _Round(next(self._rounds), targets, _QUESTION)
+        following = _Round(next(self._rounds), targets)
         for j, question in questions.items():
             self._connections[j].ask(question, following)
         return following
@@ -320,16 +350,62 @@ class ServerTransport(Transport):
         self.communicator.seconds.communicate += time.perf_counter() - begin
         return set(current.workers - arrived)
 
+    def _whole(self, outcome: ExchangeOutcome, values: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensors of a result that is sent whole."""
+        verdict = _write(outcome, self.code.workers)
+        return (_opening(_FAILED), verdict) if outcome.failed else (_opening(_DECODED), verdict, values)
+
     def _answer(self, result: tuple[Tensor, ...], absent: set[int], *, complete: bool) -> None:
-        """Send a result, which begins with a verdict, to all workers, including late ones."""
+        """Send a result to all workers, including late ones."""
         for j, connection in self._connections.items():
-            connection.end(result, late=j in absent, complete=complete)
+            connection.end(_Reply(result, complete=complete), late=j in absent)
+
+    def _hand_out(
+        self, outcome: ExchangeOutcome, values: Tensor, absent: set[int], *, complete: bool
+    ) -> ExchangeOutcome:
+        """Send a result to all workers, to those that are in time in shards, which they pass on; return the outcome.
+
+        Args:
+            outcome: the outcome. Who has certainly passed on wrong shards before becomes a suspect in it.
+            values: the decoded values, on the CPU, which nobody changes any more.
+            absent: the late workers.
+            complete: the result is the last of its bucket.
+        """
+        found = self._relays.judge()
+        outcome = replace(outcome, suspects=dict(sorted((dict.fromkeys(found) | outcome.suspects).items())))
+        whole = self._whole(outcome, values)
+        present = (j for j, connection in self._connections.items() if j not in absent and connection.in_time)
+        relays = self._relays.choose(present)
+        if outcome.failed or len(relays) < 2 or values.numel() * values.element_size() <= verified.SMALL:
+            self._answer(whole, absent, complete=complete)
+            return outcome
+        shards = values.tensor_split(len(relays))
+        handed_out = self._relays.hand_out(relays, shards)
+        takes_part = torch.zeros(self.code.workers, dtype=torch.uint8)
+        takes_part[list(relays)] = 1
+        questions = {j: (_opening(_SHARD), takes_part, shard) for j, shard in zip(relays, shards, strict=True)}
+        reports = {j: torch.zeros(len(relays), dtype=torch.uint8) for j in relays}
+        current = self._go_on(questions, reports)
+        # Nobody else knows the key before all that will use it have received, or wait for nothing any more.
+        key = secrets.randbits(63)
+        check = (_opening(_CHECKED, key), _write(outcome, self.code.workers), digests_of(shards, [key])[0])
+        late = self._await(current)
+        for j, connection in self._connections.items():
+            reply = _Reply(whole, complete=complete)
+            if j in reports and j not in late:
+                missing = handed_out.shards_for(j, reports[j], is_wrong=False)
+                reply = _Reply((*check, *missing), complete=complete, handed_out=handed_out)
+            connection.end(reply, late=j in absent or j in late)
+        self._relays.judge(late)
+        return outcome
 
 
-# With which everything begins that the server sends in a turn with pieces: a status, and a key.
-_QUESTION = torch.zeros(2, dtype=torch.int64)
+def _opening(status: int, key: int = 0) -> Tensor:
+    """Return the tensor with which everything begins that the server sends: a status, and a key."""
+    return torch.tensor([status, key])
 
-# Columns of a verdict, the numbers that the server sends about each worker; row 0 holds the status of the bucket.
+
+# Columns of a verdict, the numbers that the server sends about each worker; row 0 says whether the bucket has failed.
 _COLUMNS = ("suspect", "missing", "known", "elements", "first", "largest", "left out")
 
 
@@ -370,17 +446,18 @@ def _reject_truncated(pieces: Mapping[int, Tensor], late: set[int]) -> None:
             reject_truncated(piece[None], none_is_missing)
 
 
+class _GivenUp(Exception):
+    """The server has given up this rank."""
+
+
 @contextmanager
 def _connection_to_server() -> Iterator[None]:
     try:
         yield
+    except _GivenUp:
+        raise RuntimeError(f"this rank was {MOST_UNCLAIMED} buckets behind the others, and was given up") from None
     except RuntimeError as error:
         raise RuntimeError("the server, rank 0, cannot be reached any more") from error
-
-
-def _check_not_given_up(status: int) -> None:
-    if status == _GIVEN_UP:
-        raise RuntimeError(f"this rank was {MOST_UNCLAIMED} buckets behind the others, and was given up")
 
 
 _Arrival = tuple[int, int | None]  # worker, and number of the round whose values have arrived; None: it is gone
@@ -392,12 +469,10 @@ class _Round:
     Args:
         number: the number of the round.
         targets: the tensors that receive the workers' values.
-        opening: a tensor like the one with which what the server sends in this turn begins.
     """
 
-    def __init__(self, number: int, targets: dict[int, Tensor], opening: Tensor) -> None:
+    def __init__(self, number: int, targets: dict[int, Tensor]) -> None:
         self.number = number
-        self.opening = opening
         self._targets: dict[int, Tensor] | None = targets
         self._forms = {j: (values.shape, values.dtype) for j, values in targets.items()}
 
@@ -424,14 +499,16 @@ class _Reply:
     """A reply, which the server sends when a worker's values have arrived.
 
     Attributes:
-        tensors: a result, which begins with a verdict, or a question.
+        tensors: a result or a question.
         following: the round that the question begins; None: the turn ends with the result.
         complete: the result is the last of its bucket.
+        handed_out: the shards of the result that the worker has got and checks; it then asks for those that are wrong.
     """
 
     tensors: tuple[Tensor, ...]
     following: _Round | None = None
     complete: bool = False
+    handed_out: HandedOut | None = None
 
 
 class _WorkerConnection(threading.Thread):
@@ -468,27 +545,26 @@ class _WorkerConnection(threading.Thread):
         if not self._gone:
             self._replies.put(_Reply(question, following))
 
-    def end(self, result: tuple[Tensor, ...], *, late: bool, complete: bool) -> None:
+    def end(self, result: _Reply, *, late: bool) -> None:
         """Store the turn's result, which the worker gets after it has sent its values, however late.
 
         Args:
-            result: the tensors to send; the first one is a verdict.
+            result: the result.
             late: the server does not wait for the worker any more.
-            complete: the result is the last of its bucket.
         """
         if late:
             self.in_time = False
         if self._gone:
             return
         self._sent += 1
-        self._buckets_sent += complete
+        self._buckets_sent += result.complete
         if self._buckets_sent - self._buckets_acknowledged > MOST_UNCLAIMED:
             self._gone = True
             while not self._replies.empty():
                 self._replies.get_nowait()
             self._replies.put(None)
         else:
-            self._replies.put(_Reply(result, complete=complete))
+            self._replies.put(result)
 
     def run(self) -> None:
         """Serve turns until there is none left or the connection fails."""
@@ -499,8 +575,10 @@ class _WorkerConnection(threading.Thread):
                     current = reply.following
                     reply = self._receive_and_reply(current)
                 if reply is None:
-                    self._connection.send(torch.full_like(current.opening, _GIVEN_UP))
+                    self._connection.send(_opening(_GIVEN_UP))
                     return
+                if reply.handed_out is not None:
+                    self._send_wrong_shards(reply.handed_out)
                 self._acknowledged += 1
                 self._buckets_acknowledged += reply.complete
         except (RuntimeError, ValueError):  # its connection is closed, or the process group destroyed
@@ -518,6 +596,15 @@ class _WorkerConnection(threading.Thread):
             for tensor in reply.tensors:
                 self._connection.send(tensor)
         return reply
+
+    def _send_wrong_shards(self, handed_out: HandedOut) -> None:
+        """Receive which shards were wrong, and send these."""
+        flags = torch.zeros(len(handed_out.relays), dtype=torch.uint8)
+        self._connection.receive(flags)
+        shards = handed_out.shards_for(self._worker, flags, is_wrong=True)
+        for joined in shards:
+            self._connection.send(joined)
+        self._keepalive = (flags, *shards)
 
     def finish(self, timeout: float) -> None:
         """Let the thread end once all results are sent."""

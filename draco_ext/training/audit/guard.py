@@ -22,10 +22,10 @@ from draco_ext.training.audit import opinions, shipping
 from draco_ext.training.audit.measures import Bits, Projections
 from draco_ext.training.audit.opinions import Row
 from draco_ext.training.audit.passes import OWN, Passes, PassRunner
-from draco_ext.training.audit.pending import PendingGradients
 from draco_ext.training.audit.triggers import Triggers
 from draco_ext.training.audit.verdict import StepVerdict, Verdicts
 from draco_ext.training.base import GuardBase
+from draco_ext.training.pending import PendingGradients
 from draco_ext.training.record import Claims
 
 ON_CONVICTION = ("substitute", "drop", "raise")
@@ -115,7 +115,10 @@ class AuditGuard(GuardBase):
             batch_of=batch_of,
             count=self._verdicts.count_passes,
         )
-        self._pending = PendingGradients(self._adapter.reduced())
+        self._pending = PendingGradients(
+            self._adapter.reduced(),
+            "accumulate by guard.steps(loader, accumulate=...), whose steps have several mini-batches",
+        )
         self._conviction: str | None = None  # why the step ends with an error although its gradient is right
 
     def _make_adapter(self, model: torch.nn.Module) -> AuditAdapter:

@@ -1,12 +1,4 @@
-"""Baselines: plain and robust averages, which people use instead of a code.
-
-All take the workers' messages, one gradient per worker in the rows of an (n, d) float32 or float64
-matrix, and return one vector of d elements. If a worker is bad, none of them recovers the honest
-mean exactly, and none names the worker. `AGGREGATORS` holds them by the name used on the command
-line, all with the signature ``rule(messages, adversaries)``.
-
-All raise TypeError for an argument of the wrong type or dtype and ValueError for a wrong value.
-"""
+"""Plain and robust averages of messages."""
 
 from __future__ import annotations
 
@@ -17,8 +9,9 @@ import torch
 from torch import Tensor
 
 from draco_ext import _checks, ops
+from draco_ext.codes.robust import sorting_network
 
-_DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64)
 
 # Columns processed at once on a CPU: enough to use its threads, few enough to stay in its cache.
 _TILE = 65536
@@ -26,7 +19,7 @@ _TILE = 65536
 
 def _check(messages: Tensor, adversaries: int = 0, spare: int = 1) -> None:
     """Raise unless messages is a matrix with at least 2 * adversaries + spare rows."""
-    _checks.check_messages(messages, _DTYPES)
+    _checks.check_messages(messages, DTYPES)
     _checks.check_int("adversaries", adversaries, 0)
     needed = 2 * adversaries + spare
     if messages.size(0) < needed:
@@ -53,30 +46,13 @@ def mean(messages: Tensor) -> Tensor:
     return messages.mean(dim=0)
 
 
-def _sorting_network(n: int) -> Iterator[tuple[int, int]]:
-    """Return the comparators (i, j), i < j, that sort n values: Batcher's merge exchange.
-
-    Source: Knuth, The Art of Computer Programming, volume 3, section 5.2.2, algorithm M.
-    """
-    top = (1 << (n - 1).bit_length()) >> 1
-    p = top
-    while p > 0:
-        q, r, distance = top, 0, p
-        while True:
-            yield from ((i, i + distance) for i in range(n - distance) if i & p == r)
-            if q == p:
-                break
-            distance, q, r = q - p, q // 2, p
-        p //= 2
-
-
 def _sorted_rows(messages: Tensor) -> Iterator[list[Tensor]]:
     """Yield the n rows of each tile of columns, sorted within every column; a NaN makes its whole column NaN.
 
     A network of row-wise minima and maxima is several times faster than torch.sort or torch.median,
     which gather each column with a stride.
     """
-    network = list(_sorting_network(messages.size(0)))
+    network = list(sorting_network(messages.size(0)))
     for tile in _tiles(messages):
         rows = list(tile)
         for i, j in network:
@@ -174,10 +150,10 @@ def multi_krum(messages: Tensor, adversaries: int, selected: int | None = None) 
     scores = _krum_scores(messages, adversaries)
     weights = torch.zeros_like(scores)
     weights[scores.topk(selected, largest=False).indices] = 1 / selected
-    return _weighted_sum(messages, weights)
+    return weighted_sum(messages, weights)
 
 
-def _weighted_sum(messages: Tensor, weights: Tensor) -> Tensor:
+def weighted_sum(messages: Tensor, weights: Tensor) -> Tensor:
     """Return the sum of weights[i] * messages[i] over the weights that are not 0."""
     weights = weights.to(messages.dtype)
     total = weights @ messages
@@ -239,12 +215,12 @@ def geometric_median(
     scale = norms[usable].median().item()
     floor = max(smoothing * scale, _TINY)
 
-    point = _weighted_sum(messages, usable.double() / usable.sum())
+    point = weighted_sum(messages, usable.double() / usable.sum())
     for _ in range(iterations):
         # Row by row, so that the differences do not need a second matrix.
         distances = torch.stack([torch.dist(row, point) for row in messages]).double()
         weights = _inverse_distances(distances, usable, floor)
-        previous, point = point, _weighted_sum(messages, weights)
+        previous, point = point, weighted_sum(messages, weights)
         if torch.dist(previous, point) <= tolerance * scale:
             break
     return point
@@ -295,7 +271,7 @@ def geometric_median_gram(
         step = weights - previous
         if (step @ gram @ step).clamp_min(0).sqrt() <= tolerance * scale:
             break
-    return _weighted_sum(messages, weights)
+    return weighted_sum(messages, weights)
 
 
 def vote_torch(messages: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

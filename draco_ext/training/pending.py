@@ -21,9 +21,11 @@ class PendingGradients:
 
     Args:
         parameters: the parameters.
+        advice: how a loop accumulates instead, for the error.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], advice: str) -> None:
+        self._advice = advice
         self._parameters = frozenset(parameters)
         self._versions: list[tuple[Tensor, int, int]] = []  # of parameters and their gradients
         this = weakref.ref(self)
@@ -54,9 +56,8 @@ class PendingGradients:
             and all(bool(p.grad.isfinite().all()) for p, *_ in versions if p.grad is not None)
         ):
             raise RuntimeError(
-                f"step {step} would lose the gradients of step {step - 1}, which no optimizer has used: accumulate by "
-                "guard.steps(loader, accumulate=...), whose steps have several mini-batches; or call zero_grad() if an "
-                "update is left out on purpose"
+                f"step {step} would lose the gradients of step {step - 1}, which no optimizer has used: "
+                f"{self._advice}; or call zero_grad() if an update is left out on purpose"
             )
 
     def see(self, optimizer: Optimizer) -> None:
