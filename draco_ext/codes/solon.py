@@ -16,8 +16,8 @@ class SolonCode(CyclicCode):
     """A cyclic code with messages of d / k elements, for which each part is computed by 2s+k of n workers.
 
     It pays where messages are expensive, and the server cannot ask for anything after it has received them: one round
-    of short messages has the whole guarantee. Otherwise the transport ``"verified"`` moves less: d / (2s+1) elements
-    for each worker of a repetition code with a redundancy of 2s+1.
+    of short messages has the whole guarantee. Otherwise a repetition code does better: through ``"server"`` and
+    ``"verified"`` its workers send d / (2s+1) elements of their messages at a redundancy of 2s+1.
 
     A gradient is cut into k blocks. With weights for each of them a part enters the messages, of which k moments are
     the blocks of the sum of the gradients, and 2s others are the checks of the cyclic code. With k = 1 it is that

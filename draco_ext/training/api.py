@@ -198,7 +198,7 @@ def _check_short_messages(model: object, code: Code, transport: str) -> None:
     if transport != "server":
         reason = {
             "allreduce": "the sum of its messages is only one block of the gradient",
-            "verified": "all messages would go to all ranks, while a RepetitionCode's shards are as short",
+            "verified": "all messages would go to all ranks, while a RepetitionCode's are sent in shards",
         }[transport]
         raise ValueError(f"transport must be 'server' for {code!r}, got {transport!r}: {reason}")
     if not isinstance(model, DistributedDataParallel):
