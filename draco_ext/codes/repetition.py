@@ -36,7 +36,8 @@ class RepetitionCode(Code):
       `left_out`, and none is a suspect. With e such groups and c that colluders have won, the median's promise holds
       while 2c + e < G.
     * Suspects differ from their group's winner. In a group that colluders have won these are its honest members.
-    * `failed` is set if more than `corruptible` groups have no majority, and only then.
+    * `failed` is set if more than `corruptible` groups have no majority, and only then. As without a second stage,
+      groups that are not finite, after an overflow, are no failure; with "median" and too many of these it is all NaN.
 
     Args:
         workers: n.

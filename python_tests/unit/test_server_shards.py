@@ -355,7 +355,7 @@ def test_the_key_leaves_when_all_relays_have_reported(monkeypatch):
     check_values(code, run(code, late={4: (MISSING,)}))
     keys = [i for i, (status, _) in enumerate(events) if status == server._CHECKED]
     reported = [worker for status, worker in events[: min(keys)] if status == "report"]
-    assert sorted(reported) == [1, 2, 3, 5, 6]
+    assert {1, 2, 3, 5, 6} <= set(reported)  # and perhaps the late one, for which nobody waits
     assert sorted(events[i][1] for i in keys) == [1, 2, 3, 5, 6]
 
 
