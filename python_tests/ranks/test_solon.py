@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 import draco_ext
 from draco_ext import CyclicCode, SolonCode
 from draco_ext.testing.local import run_local
+from draco_ext.training.api import _check_short_messages
 
 STEPS = 4
 INJECTORS = (HONEST, Injector("reversed", (1,), moves=2), Injector("nan", (3,)), Injector("plus one", (0,), every=2))
@@ -56,6 +57,11 @@ def test_too_many_bad_ranks_stop_all():
     assert finite
     assert failed == (1,)
     assert [outcome is None for outcome in outcomes] == [True, False, True]
+
+
+def test_a_sharded_model_is_refused():
+    with pytest.raises(ValueError, match="model must be a DistributedDataParallel for SolonCode"):
+        _check_short_messages(nn.Linear(1, 1), SolonCode(4, 1, compression=2), "server")
 
 
 def _refused(rank, report):
