@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/answers.h"
 #include "core/cyclic.h"
 #include "core/half.h"
 #include "core/limits.h"
@@ -31,10 +32,11 @@ inline void check_matrix(const char* op, const char* name, const Tensor& t) {
                   t.stride(1));
 }
 
-inline void check_workers(const char* op, int64_t workers, int64_t adversaries) {
-  STD_TORCH_CHECK(adversaries >= 0 && workers > 0 && workers <= kMostWorkers && adversaries <= (workers - 1) / 2, op,
-                  ": needs 2 * adversaries + 1 <= workers <= ", kMostWorkers, ", got workers=", workers,
-                  ", adversaries=", adversaries);
+inline void check_workers(const char* op, int64_t workers, int64_t adversaries, int64_t compression = 1) {
+  STD_TORCH_CHECK(adversaries >= 0 && workers > 0 && workers <= kMostWorkers && compression > 0 &&
+                      compression <= workers && adversaries <= (workers - compression) / 2,
+                  op, ": needs 2 * adversaries + compression <= workers <= ", kMostWorkers, ", got workers=", workers,
+                  ", adversaries=", adversaries, ", compression=", compression);
 }
 
 inline void check_mask(const char* op, const char* name, const OptionalTensor& mask, const Tensor& like) {
@@ -80,20 +82,27 @@ inline const int64_t* check_seeds(const char* op, const Tensor& seeds, const Ten
   return static_cast<const int64_t*>(seeds.data_ptr());
 }
 
-// Messages of the cyclic code, pairs of real columns, and how many elements of the gradient they stand for.
-inline void check_pairs(const char* op, const Tensor& messages, int64_t length) {
+// Messages of the cyclic code, pairs of real columns, and how many elements of the gradient they stand for, of which
+// each column has one in every block.
+inline void check_pairs(const char* op, const Tensor& messages, int64_t length, int64_t blocks = 1) {
   check_matrix(op, "messages", messages);
   const int64_t columns = messages.size(1);
   STD_TORCH_CHECK(columns % 2 == 0, op, ": messages must have an even number of columns, got ", columns);
-  STD_TORCH_CHECK(length >= 0 && length <= columns, op, ": length must be from 0 to ", columns, ", got ", length);
+  STD_TORCH_CHECK(blocks > 0 && columns <= kMostLength / blocks && length >= 0 && length <= blocks * columns, op,
+                  ": length must be from 0 to ", blocks, " * ", columns, ", got ", length);
 }
 
-inline void check_weights(const char* op, const Tensor& weights, const Tensor& messages) {
-  STD_TORCH_CHECK(weights.dim() == 1 && weights.size(0) == messages.size(0) && weights.is_contiguous() &&
-                      weights.scalar_type() == ScalarType::ComplexDouble,
-                  op, ": weights must be a contiguous complex128 tensor with one entry per message");
+// Returns for how many blocks there are weights.
+inline int check_weights(const char* op, const Tensor& weights, const Tensor& messages) {
+  STD_TORCH_CHECK((weights.dim() == 1 || weights.dim() == 2) && weights.size(weights.dim() - 1) == messages.size(0) &&
+                      weights.is_contiguous() && weights.scalar_type() == ScalarType::ComplexDouble,
+                  op, ": weights must be a contiguous complex128 tensor with one entry per message, or rows of them");
   STD_TORCH_CHECK(weights.get_device_index() == messages.get_device_index(), op,
                   ": weights must be on the messages' device");
+  if (weights.dim() == 1) return 1;
+  STD_TORCH_CHECK(weights.size(0) > 0 && weights.size(0) <= kMostWorkers, op, ": weights must have from 1 to ",
+                  kMostWorkers, " rows, got ", weights.size(0));
+  return static_cast<int>(weights.size(0));
 }
 
 inline void check_projections(const char* op, const Tensor& projections, const Tensor& norms, int64_t adversaries,
@@ -113,62 +122,93 @@ inline void check_projections(const char* op, const Tensor& projections, const T
                   op, ": norms must be a contiguous (workers, tiles) float64 tensor beside the projections");
 }
 
-// The encoding's weights by position in the support. A thread keeps those of the last code it encoded with: for small
-// gradients they take longer than encoding.
-inline const std::vector<EncodingWeight>& encoding_weights(int workers, int adversaries) {
-  thread_local int last_workers = 0, last_adversaries = 0;
-  thread_local std::vector<EncodingWeight> weights;
-  if (workers == last_workers && adversaries == last_adversaries) return weights;
-  last_workers = 0;
-  const int r = 2 * adversaries + 1;
-  std::vector<DoubleDouble> sines;
-  for (int step = 0; !has_real_weights(workers, adversaries) && step < workers; ++step)
-    sines.push_back(sine_of_pi(step, workers));
-  weights.clear();
-  for (int t = 0; t < r; ++t)
-    weights.push_back(cyclic_weight(workers, adversaries, t, [&](int step) { return sines[step]; }));
-  last_workers = workers;
-  last_adversaries = adversaries;
-  return weights;
+// The weights of part 0, (r, k) by position in the support and block, and the nodes with which other parts' are made.
+struct EncodingTable {
+  int workers = 0, adversaries = 0, compression = 0;
+  std::vector<EncodingWeight> weights, nodes;
+
+  int redundancy() const { return 2 * adversaries + compression; }
+  bool real() const { return compression == 1 && has_real_weights(workers, adversaries); }
+
+  // Appends the weights of a part's blocks in the message of the worker at this position.
+  void append(std::vector<EncodingWeight>& to, int64_t part, int position) const {
+    for (int b = 0; b < compression; ++b) {
+      const EncodingWeight& weight = weights[int64_t{position} * compression + b];
+      const int64_t power = -part * answer_moment(adversaries, compression, b) % workers;
+      to.push_back(power == 0 ? weight : weight * nodes[(power + workers) % workers]);
+    }
+  }
+};
+
+// A thread keeps that of the last code it encoded with: for small gradients it takes longer than encoding.
+inline const EncodingTable& encoding_table(int workers, int adversaries, int compression) {
+  thread_local EncodingTable table;
+  if (workers == table.workers && adversaries == table.adversaries && compression == table.compression) return table;
+  table.workers = 0;
+  table.nodes.clear();
+  if (compression > 1) {
+    table.weights = answer_weights(workers, adversaries, compression);
+    for (int j = 0; j < workers; ++j) table.nodes.push_back(encoding_node(workers, j));
+  } else {
+    std::vector<DoubleDouble> sines;
+    for (int step = 0; !has_real_weights(workers, adversaries) && step < workers; ++step)
+      sines.push_back(sine_of_pi(step, workers));
+    table.weights.clear();
+    for (int t = 0; t <= 2 * adversaries; ++t)
+      table.weights.push_back(cyclic_weight(workers, adversaries, t, [&](int step) { return sines[step]; }));
+  }
+  table.adversaries = adversaries;
+  table.compression = compression;
+  table.workers = workers;
+  return table;
 }
+
+struct EncodingWeights {
+  std::vector<EncodingWeight> of_blocks;  // of each row of gradients the blocks, in order
+  bool real;                              // those of all parts of the code
+};
 
 // Checks the arguments; returns the weights of all parts of a worker, in ascending order of the parts, as
 // CyclicCode.assignment gives them.
-inline std::vector<EncodingWeight> check_encode(const char* op, const Tensor& gradients, int64_t workers,
-                                                int64_t adversaries, int64_t worker) {
+inline EncodingWeights check_encode(const char* op, const Tensor& gradients, int64_t workers, int64_t adversaries,
+                                    int64_t worker, int64_t compression) {
   check_matrix(op, "gradients", gradients);
-  check_workers(op, workers, adversaries);
-  STD_TORCH_CHECK(gradients.size(0) == 2 * adversaries + 1, op, ": gradients must have ", 2 * adversaries + 1,
-                  " rows, got ", gradients.size(0));
+  check_workers(op, workers, adversaries, compression);
+  const int n = static_cast<int>(workers), s = static_cast<int>(adversaries), k = static_cast<int>(compression);
+  const int r = 2 * s + k;
+  STD_TORCH_CHECK(gradients.size(0) == r, op, ": gradients must have ", r, " rows, got ", gradients.size(0));
   STD_TORCH_CHECK(worker >= 0 && worker < workers, op, ": worker must be from 0 to ", workers - 1, ", got ", worker);
-  const int n = static_cast<int>(workers), s = static_cast<int>(adversaries);
   std::vector<std::pair<int64_t, int>> parts;
-  for (int t = 0; t <= 2 * s; ++t) parts.emplace_back((worker - cyclic_offset(n, s, t) + workers) % workers, t);
+  for (int t = 0; t < r; ++t) parts.emplace_back((worker - cyclic_offset(n, r, t) + workers) % workers, t);
   std::sort(parts.begin(), parts.end());
-  std::vector<EncodingWeight> weights;
-  for (const auto& [part, t] : parts) weights.push_back(encoding_weights(n, s)[t]);
+  const EncodingTable& table = encoding_table(n, s, k);
+  EncodingWeights weights{{}, table.real()};
+  for (const auto& [part, t] : parts) table.append(weights.of_blocks, part, t);
   return weights;
 }
 
-inline EncodingWeight check_encode_add(const char* op, const Tensor& message, const Tensor& carry,
-                                       const Tensor& gradient, int64_t workers, int64_t adversaries, int64_t worker,
-                                       int64_t part) {
-  check_workers(op, workers, adversaries);
+inline EncodingWeights check_encode_add(const char* op, const Tensor& message, const Tensor& carry,
+                                        const Tensor& gradient, int64_t workers, int64_t adversaries, int64_t worker,
+                                        int64_t part, int64_t compression) {
+  check_workers(op, workers, adversaries, compression);
   STD_TORCH_CHECK(gradient.dim() == 1 && gradient.is_contiguous(), op, ": gradient must be a contiguous vector");
-  const int64_t d = gradient.size(0);
+  const int n = static_cast<int>(workers), s = static_cast<int>(adversaries), k = static_cast<int>(compression);
+  const int64_t length = message_length(gradient.size(0), k);
   for (const Tensor* sum : {&message, &carry}) {
     STD_TORCH_CHECK(sum->dim() == 1 && sum->is_contiguous(), op, ": message and carry must be contiguous vectors");
-    STD_TORCH_CHECK(sum->size(0) == d + d % 2 && sum->scalar_type() == gradient.scalar_type() &&
+    STD_TORCH_CHECK(sum->size(0) == length && sum->scalar_type() == gradient.scalar_type() &&
                         sum->get_device_index() == gradient.get_device_index(),
-                    op, ": message and carry must have ", d + d % 2,
+                    op, ": message and carry must have ", length,
                     " elements of the gradient's dtype on its device, got ", sum->size(0));
   }
   STD_TORCH_CHECK(worker >= 0 && worker < workers && part >= 0 && part < workers, op,
                   ": worker and part must be from 0 to ", workers - 1, ", got ", worker, " and ", part);
-  const int n = static_cast<int>(workers), s = static_cast<int>(adversaries);
-  const int t = cyclic_position(n, s, static_cast<int>(worker), static_cast<int>(part));
+  const int t = cyclic_position(n, 2 * s + k, static_cast<int>(worker), static_cast<int>(part));
   STD_TORCH_CHECK(t >= 0, op, ": worker ", worker, " does not compute part ", part);
-  return encoding_weights(n, s)[t];
+  const EncodingTable& table = encoding_table(n, s, k);
+  EncodingWeights weights{{}, table.real()};
+  table.append(weights.of_blocks, part, t);
+  return weights;
 }
 
 // Calls f with a value of the element type that the scalar type stands for.

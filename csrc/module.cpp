@@ -5,7 +5,7 @@
 #include <complex>
 #include <string>
 
-#include "core/cyclic.h"
+#include "checks.h"
 #include "core/limits.h"
 #include "core/locator/search.h"
 #include "core/noise.h"
@@ -35,9 +35,10 @@ py::dict build_info() {
   return info;
 }
 
-void check(int workers, int adversaries) {
-  if (adversaries < 0 || workers < 2 * adversaries + 1 || workers > draco::kMostWorkers)
-    throw py::value_error("needs 0 <= adversaries and 2 * adversaries + 1 <= workers <= " +
+void check(int workers, int adversaries, int compression = 1) {
+  if (adversaries < 0 || compression < 1 || compression > workers || adversaries > (workers - compression) / 2 ||
+      workers > draco::kMostWorkers)
+    throw py::value_error("needs 0 <= adversaries, 1 <= compression and 2 * adversaries + compression <= workers <= " +
                           std::to_string(draco::kMostWorkers));
 }
 
@@ -51,23 +52,36 @@ py::array_t<std::complex<double>> nodes(int workers) {
   return table;
 }
 
-py::array_t<int64_t> supports(int workers, int adversaries) {
-  check(workers, adversaries);
-  const int r = 2 * adversaries + 1;
+py::array_t<int64_t> supports(int workers, int adversaries, int compression) {
+  check(workers, adversaries, compression);
+  const int r = 2 * adversaries + compression;
   py::array_t<int64_t> table({workers, r});
   for (int k = 0; k < workers; ++k)
-    for (int t = 0; t < r; ++t) table.mutable_at(k, t) = (k + draco::cyclic_offset(workers, adversaries, t)) % workers;
+    for (int t = 0; t < r; ++t) table.mutable_at(k, t) = (k + draco::cyclic_offset(workers, r, t)) % workers;
   return table;
 }
 
-py::array_t<std::complex<double>> weights(int workers, int adversaries) {
-  check(workers, adversaries);
-  py::array_t<std::complex<double>> table({workers, workers});
+py::array_t<int64_t> answers(int adversaries, int compression) {
+  check(draco::kMostWorkers, adversaries, compression);
+  py::array_t<int64_t> table(compression);
+  for (int b = 0; b < compression; ++b) table.mutable_at(b) = draco::answer_moment(adversaries, compression, b);
+  return table;
+}
+
+py::array_t<std::complex<double>> weights(int workers, int adversaries, int compression) {
+  check(workers, adversaries, compression);
+  const draco::EncodingTable& encoding = draco::encoding_table(workers, adversaries, compression);
+  py::array_t<std::complex<double>> table({workers, workers, compression});
   std::fill_n(table.mutable_data(), table.size(), std::complex<double>());
-  for (int t = 0; t <= 2 * adversaries; ++t) {
-    const draco::Complex w = draco::cyclic_weight(workers, adversaries, t);
-    for (int k = 0; k < workers; ++k)
-      table.mutable_at((k + draco::cyclic_offset(workers, adversaries, t)) % workers, k) = {w.re, w.im};
+  std::vector<draco::EncodingWeight> of_blocks;
+  for (int t = 0; t < encoding.redundancy(); ++t) {
+    const int offset = draco::cyclic_offset(workers, encoding.redundancy(), t);
+    for (int part = 0; part < workers; ++part) {
+      of_blocks.clear();
+      encoding.append(of_blocks, part, t);
+      for (int b = 0; b < compression; ++b)
+        table.mutable_at((part + offset) % workers, part, b) = {of_blocks[b].re.hi, of_blocks[b].im.hi};
+    }
   }
   return table;
 }
@@ -89,8 +103,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MOST_GROUP_MEMBERS") = draco::kMostGroupMembers;
   m.def("build_info", &build_info, "Compiler, instruction set in use, CUDA and the torch this was built against.");
   m.def("cyclic_nodes", &nodes, py::arg("workers"));
-  m.def("cyclic_supports", &supports, py::arg("workers"), py::arg("adversaries"));
+  m.def("cyclic_answers", &answers, py::arg("adversaries"), py::arg("compression"));
+  m.def("cyclic_supports", &supports, py::arg("workers"), py::arg("adversaries"), py::arg("compression") = 1);
   m.def("cyclic_tolerance", &tolerance, py::arg("workers"), py::arg("adversaries"), py::arg("float64"),
         "By how much a check may miss, relative to the reference norm: root mean square over the checks.");
-  m.def("cyclic_weights", &weights, py::arg("workers"), py::arg("adversaries"));
+  m.def("cyclic_weights", &weights, py::arg("workers"), py::arg("adversaries"), py::arg("compression") = 1);
 }

@@ -18,23 +18,26 @@ STABLE_TORCH_LIBRARY(DRACO_LIBRARY, m) {
   m.def("digest_and_stats(Tensor values, int seed) -> (Tensor digest, Tensor stats)");
   m.def("digest_stats_and_scale_(Tensor(a!) values, int seed, float factor) -> (Tensor digest, Tensor stats)");
 
-  // Cyclic code, from the worker's side to the decoder's.
-  m.def("cyclic_encode(Tensor gradients, int workers, int adversaries, int worker) -> Tensor");
-  m.def("cyclic_encode_out(Tensor gradients, int workers, int adversaries, int worker, Tensor(a!) out) -> ()");
+  // Cyclic code, from the worker's side to the decoder's. Messages may be `compression` times shorter than a gradient.
+  m.def("cyclic_encode(Tensor gradients, int workers, int adversaries, int worker, int compression=1) -> Tensor");
+  m.def(
+      "cyclic_encode_out(Tensor gradients, int workers, int adversaries, int worker, Tensor(a!) out, "
+      "int compression=1) -> ()");
   m.def(
       "cyclic_encode_add_(Tensor(a!) message, Tensor(b!) carry, Tensor gradient, int workers, int adversaries, "
-      "int worker, int part, bool first=False) -> ()");
+      "int worker, int part, bool first=False, int compression=1) -> ()");
   m.def("cyclic_project(Tensor messages, Tensor? missing, int seed) -> (Tensor projections, Tensor norms)");
   m.def("cyclic_project_by_key(Tensor messages, Tensor? missing, Tensor seed) -> (Tensor projections, Tensor norms)");
   m.def(
       "cyclic_locate(Tensor projections, Tensor norms, Tensor? missing, int adversaries, int length, bool float64, "
-      "float atol, float rtol, bool mean) -> (Tensor weights, Tensor suspects, Tensor failed)");
+      "float atol, float rtol, bool mean, int compression=1) -> (Tensor weights, Tensor suspects, Tensor failed)");
   m.def("cyclic_combine(Tensor messages, Tensor weights, int length) -> Tensor");
   m.def("cyclic_combine_out(Tensor messages, Tensor weights, Tensor(a!) out) -> ()");
   m.def(
       "cyclic_decode(Tensor messages, Tensor? missing, Tensor? expected, int adversaries, int length, float atol, "
-      "float rtol, bool mean, int? seed) -> (Tensor gradient, Tensor suspects, Tensor failed, Tensor left_out)");
+      "float rtol, bool mean, int? seed, int compression=1) -> (Tensor gradient, Tensor suspects, Tensor failed, "
+      "Tensor left_out)");
   m.def(
       "cyclic_decode_out(Tensor messages, Tensor? missing, Tensor? expected, int adversaries, float atol, float rtol, "
-      "bool mean, int? seed, Tensor(a!) out) -> (Tensor suspects, Tensor failed, Tensor left_out)");
+      "bool mean, int? seed, Tensor(a!) out, int compression=1) -> (Tensor suspects, Tensor failed, Tensor left_out)");
 }

@@ -9,6 +9,7 @@ from draco_ext.codes import (
     Decoded,
     DecodingError,
     RepetitionCode,
+    SolonCode,
     decode,
 )
 from draco_ext.ops import build_info
@@ -38,6 +39,7 @@ __all__ = [
     "RepetitionCode",
     "Report",
     "SelfTest",
+    "SolonCode",
     "Suspect",
     "Trigger",
     "__version__",

@@ -33,12 +33,16 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
     return value  # type: ignore[return-value]
 
 
-def check_workers(workers: Any, adversaries: Any, name: str = "workers") -> None:
-    """Raise unless 2 * adversaries + 1 <= workers; `name` names the workers' argument."""
+def check_workers(workers: Any, adversaries: Any, name: str = "workers", compression: Any = 1) -> None:
+    """Raise unless 2 * adversaries + compression <= workers; `name` names the workers' argument."""
     check_int(name, workers, 1, MOST_WORKERS)
     check_int("adversaries", adversaries, 0)
-    if workers < 2 * adversaries + 1:
-        raise ValueError(f"{name} must be at least 2 * adversaries + 1 = {2 * adversaries + 1}, got {workers}")
+    check_int("compression", compression, 1)
+    if workers < 2 * adversaries + compression:
+        added = "1" if compression == 1 else "compression"
+        raise ValueError(
+            f"{name} must be at least 2 * adversaries + {added} = {2 * adversaries + compression}, got {workers}"
+        )
 
 
 def check_number(name: str, value: Any) -> None:
@@ -137,9 +141,10 @@ def check_pairs(messages: Tensor) -> None:
         )
 
 
-def check_length(length: Any, messages: Tensor) -> None:
+def check_length(length: Any, messages: Tensor, compression: int = 1) -> None:
     """Raise unless messages of pairs can be those of a gradient of this length."""
-    check_int("length", length, max(0, messages.size(1) - 1), messages.size(1))
+    longest = compression * messages.size(1)
+    check_int("length", length, max(0, longest - 2 * compression + 1), longest)
 
 
 def check_contiguous(name: str, vector: Tensor) -> None:

@@ -161,17 +161,25 @@ def digest_stats_and_scale_(values: Tensor, seed: int, factor: float) -> tuple[T
 
 
 @functools.lru_cache(maxsize=16)
-def cyclic_tables(workers: int, adversaries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nodes (n,), supports (n, 2s+1) and weights (n, n) from their definitions, in long double: hundreds of factors.
+def cyclic_tables(workers: int, adversaries: int, compression: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nodes (n,), supports (n, r) and weights from their definitions.
 
-    The arrays are read-only, since calls share them.
+    The weights are (n, n), in long double: hundreds of factors. With `compression` k > 1 they are (n, n, k), solutions
+    of the Vandermonde systems of the supports. The arrays are read-only, since calls share them.
     """
-    r = 2 * adversaries + 1
+    r = 2 * adversaries + compression
     nodes = np.exp(2j * np.arccos(np.longdouble(-1)) * np.arange(workers) / workers)
-    offsets = np.array([round(t * workers / r) for t in range(r)])
+    offsets = np.array([math.floor(t * workers / r + 0.5) for t in range(r)])
     supports = (np.arange(workers)[:, None] + offsets) % workers
     weights = np.zeros((workers, workers), dtype=np.complex128)
-    for part, support in enumerate(supports):
+    if compression > 1:
+        moments = solon_moments(adversaries, compression)
+        window = np.arange(min(moments), min(moments) + r)
+        weights = np.zeros((workers, workers, compression), dtype=np.complex128)
+        for part, support in enumerate(supports):
+            system = np.exp(2j * np.pi * (np.outer(window, support) % workers) / workers)
+            weights[support, part] = np.linalg.solve(system, window[:, None] == np.array(moments))
+    for part, support in enumerate(supports if compression == 1 else ()):
         for worker in support:
             others = nodes[[i for i in support if i != worker]]
             weights[worker, part] = np.prod(others / (others - nodes[worker]))
@@ -181,17 +189,25 @@ def cyclic_tables(workers: int, adversaries: int) -> tuple[np.ndarray, np.ndarra
     return tables
 
 
+def solon_moments(adversaries: int, compression: int) -> list[int]:
+    """Return the moments of the messages that are the blocks of the gradient, beside those of the checks 1 .. 2s."""
+    below = (compression + 1) // 2
+    return [-b for b in range(below)] + [2 * adversaries + 1 + b for b in range(compression - below)]
+
+
 def _pairs(vectors: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(vectors.double(), (0, vectors.size(-1) % 2))
     return torch.view_as_complex(padded.unflatten(-1, (-1, 2)))
 
 
-def cyclic_encode(gradients: Tensor, workers: int, adversaries: int, worker: int) -> Tensor:
+def cyclic_encode(gradients: Tensor, workers: int, adversaries: int, worker: int, *, compression: int = 1) -> Tensor:
     """As `ops.cyclic_encode`, in float64."""
-    _, _, weights = cyclic_tables(workers, adversaries)
-    parts = np.flatnonzero(weights[worker])
-    message = torch.from_numpy(weights[worker, parts]) @ _pairs(gradients)
-    return torch.view_as_real(message).flatten()
+    _, supports, weights = cyclic_tables(workers, adversaries, compression)
+    parts = np.flatnonzero((supports == worker).any(1))
+    padded = torch.nn.functional.pad(gradients.double(), (0, -gradients.size(1) % (2 * compression)))
+    blocks = _pairs(padded.reshape(len(parts), compression, -1))
+    own = torch.from_numpy(weights[worker, parts].reshape(len(parts), compression))
+    return torch.view_as_real(torch.einsum("pb,pbl->l", own, blocks)).flatten()
 
 
 def philox(key: int, counter: np.ndarray, domain: int) -> np.ndarray:
@@ -280,21 +296,23 @@ def cyclic_locate(
     return None
 
 
-def decoding_weights(workers: int, adversaries: int, erased: Iterable[int]) -> np.ndarray:
-    """(n,) complex128: b = 1 + X q, zero on the erased workers, of minimal norm, by least squares."""
+def decoding_weights(workers: int, adversaries: int, erased: Iterable[int], moment: int = 0) -> np.ndarray:
+    """(n,) complex128: b = x^moment + X q, zero on the erased workers, of minimal norm, by least squares."""
     nodes = np.exp(2j * np.pi * np.arange(workers) / workers)
     powers = nodes[:, None] ** np.arange(1, 2 * adversaries + 1)
+    answer: np.ndarray = np.exp(2j * np.pi * (np.arange(workers) * moment % workers) / workers)
     erased = sorted(erased)
     if not erased:
-        return np.ones(workers, dtype=np.complex128)
-    q = np.linalg.lstsq(powers[erased], -np.ones(len(erased)), rcond=None)[0]
-    b: np.ndarray = 1 + powers @ q
+        return answer
+    q = np.linalg.lstsq(powers[erased], -answer[erased], rcond=None)[0]
+    b: np.ndarray = answer + powers @ q
     b[erased] = 0
     return b
 
 
 def cyclic_combine(messages: Tensor, weights: Tensor, *, length: int | None = None) -> Tensor:
     """As `ops.cyclic_combine`, in float64."""
-    used = weights != 0
-    total = weights[used] @ _pairs(messages[used])
-    return torch.view_as_real(total).flatten()[: messages.size(1) if length is None else length]
+    rows = weights.reshape(-1, len(messages))
+    used = (rows != 0).any(0)
+    total = rows[:, used] @ _pairs(messages[used])
+    return torch.view_as_real(total).flatten()[: len(rows) * messages.size(1) if length is None else length]

@@ -13,10 +13,23 @@ namespace {
 
 constexpr double kPi = 3.14159265358979323846;
 
-// round(t n / (2s+1)); the quotient is never half-way, as 2s+1 is odd.
-DRACO_HD int cyclic_offset(int workers, int adversaries, int t) {
-  const long long r = 2LL * adversaries + 1;
+// round(t n / r), where r workers compute each part: 2s+1 of them, or more (core/answers.h).
+DRACO_HD int cyclic_offset(int workers, int redundancy, int t) {
+  const long long r = redundancy;
   return static_cast<int>((2LL * t * workers + r) / (2 * r));
+}
+
+// Length of the messages for a gradient of `length` elements, which may be cut into k blocks (core/answers.h).
+DRACO_HD int64_t message_length(int64_t length, int compression) {
+  return (length + 2 * compression - 1) / (2 * compression) * 2;
+}
+
+// The moment of the messages that is a block of the sum of the gradients: 0, -1, -2, ... below the checks, then 2s+1,
+// 2s+2,
+// ... above them.
+DRACO_HD int answer_moment(int adversaries, int compression, int answer) {
+  const int below = (compression + 1) / 2;
+  return answer < below ? -answer : 2 * adversaries + 1 + answer - below;
 }
 
 // exp(2 pi i power / n), reduced in integers first so that large powers lose nothing.
@@ -42,13 +55,13 @@ static inline EncodingWeight cyclic_weight(int workers, int adversaries, int t, 
   const int r = 2 * adversaries + 1;
   const DoubleDouble one{1, 0}, none{0, 0};
   if (has_real_weights(workers, adversaries)) return {one / DoubleDouble{static_cast<double>(r), 0}, none};
-  const int own = cyclic_offset(workers, adversaries, t);
+  const int own = cyclic_offset(workers, r, t);
   DoubleDouble size{adversaries % 2 ? -1.0 : 1.0, 0};  // (-i)^(2s)
   int exponent = 0;                                    // of size, which hundreds of factors could take out of range
   long long steps = 0;
   for (int i = 0; i < r; ++i) {
     if (i == t) continue;
-    const int step = cyclic_offset(workers, adversaries, i) - own;
+    const int step = cyclic_offset(workers, r, i) - own;
     const DoubleDouble factor = sine(step < 0 ? -step : step);
     size = size * DoubleDouble{step < 0 ? -2 * factor.hi : 2 * factor.hi, step < 0 ? -2 * factor.lo : 2 * factor.lo};
     int power = 0;
@@ -82,10 +95,10 @@ DRACO_HD double cancelling(const EncodingWeight* weights, int count) {
 }
 
 // The t with (part + offset(t)) mod n == worker, or -1 where the worker does not compute the part.
-DRACO_HD int cyclic_position(int workers, int adversaries, int worker, int part) {
+DRACO_HD int cyclic_position(int workers, int redundancy, int worker, int part) {
   const int distance = ((worker - part) % workers + workers) % workers;
-  for (int t = 0; t <= 2 * adversaries; ++t) {
-    if (cyclic_offset(workers, adversaries, t) == distance) return t;
+  for (int t = 0; t < redundancy; ++t) {
+    if (cyclic_offset(workers, redundancy, t) == distance) return t;
   }
   return -1;
 }

@@ -15,7 +15,8 @@ struct DoubleDouble {
   double hi, lo;
 };
 
-// A weight of the encoding. Rounded to double, it would be wrong by as much as what cancelling terms leave.
+// A weight of the encoding, a complex number. Rounded to double, it would be wrong by as much as what cancelling terms
+// leave.
 struct EncodingWeight {
   DoubleDouble re, im;
 };
@@ -70,6 +71,20 @@ DRACO_HD DoubleDouble operator/(DoubleDouble a, DoubleDouble b) {
   const double second = rest.hi / b.hi;
   const DoubleDouble last = rest + -(b * DoubleDouble{second, 0});
   return two_sum(first, second) + DoubleDouble{last.hi / b.hi, 0};
+}
+
+DRACO_HD EncodingWeight operator+(const EncodingWeight& a, const EncodingWeight& b) {
+  return {a.re + b.re, a.im + b.im};
+}
+DRACO_HD EncodingWeight operator-(const EncodingWeight& a) { return {-a.re, -a.im}; }
+DRACO_HD EncodingWeight operator-(const EncodingWeight& a, const EncodingWeight& b) { return a + -b; }
+DRACO_HD EncodingWeight operator*(const EncodingWeight& a, const EncodingWeight& b) {
+  return {a.re * b.re + -(a.im * b.im), a.re * b.im + a.im * b.re};
+}
+DRACO_HD EncodingWeight operator/(const EncodingWeight& a, const EncodingWeight& b) {
+  const DoubleDouble square = b.re * b.re + b.im * b.im;
+  const EncodingWeight product = a * EncodingWeight{b.re, -b.im};
+  return {product.re / square, product.im / square};
 }
 
 // sin(pi p / q), by its Taylor series in the first eighth of a turn. Exact on the axes.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <optional>
 
 #include "core/locator.h"
 #include "core/noise.h"
@@ -38,6 +39,56 @@ struct Projections {
   }
 };
 
+// Where a weighted sum of messages goes: one block of the gradient, or several, each with its own weights.
+template <typename T>
+struct Blocks {
+  T* out;
+  int64_t length;   // of the gradient: behind it the last blocks are padding
+  int64_t columns;  // of a block: the messages' length
+  int count = 1;
+
+  // Writes the sums of some columns, divided by `divisor`: (count, stride).
+  void finish(const T* sums, int64_t stride, int64_t begin, int64_t width, double divisor) const {
+    const Dtype dtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
+    for (int b = 0; b < count; ++b) {
+      const int64_t at = b * columns + begin, left = std::min(width, length - at);
+      if (left > 0)
+        kernels().finish[static_cast<int>(dtype)](sums + b * stride, left, divisor,
+                                                  is_large(count * columns * sizeof(T)), out + at);
+    }
+  }
+};
+
+// The rows that have a weight in some block, and these weights, (blocks, rows, 2).
+template <typename T>
+struct WeightedRows {
+  std::vector<const T*> rows;
+  std::vector<double> weights;
+
+  // weights: (blocks, rows, 2) or nullptr, with which all rows that are not nullptr count.
+  WeightedRows(const std::vector<const T*>& all, const double* given, int blocks) {
+    const size_t n = all.size();
+    std::vector<size_t> used;
+    for (size_t j = 0; j < n; ++j) {
+      bool counts = given == nullptr;
+      for (size_t i = j; given != nullptr && i < blocks * n; i += n)
+        counts |= given[2 * i] != 0 || given[2 * i + 1] != 0;
+      if (all[j] != nullptr && counts) used.push_back(j);
+    }
+    for (const size_t j : used) rows.push_back(all[j]);
+    for (int b = 0; b < blocks && given != nullptr; ++b)
+      for (const size_t j : used) weights.insert(weights.end(), given + 2 * (b * n + j), given + 2 * (b * n + j) + 2);
+  }
+
+  // sums: (blocks, columns).
+  void add_up(int64_t begin, int64_t columns, int blocks, T* sums) const {
+    std::vector<const T*> at(rows.size());
+    for (size_t j = 0; j < rows.size(); ++j) at[j] = rows[j] + begin;
+    kernels().weighted_sum(WeightedSumChunk<T>{at.data(), weights.empty() ? nullptr : weights.data(),
+                                               static_cast<int>(at.size()), columns, sums, blocks, columns});
+  }
+};
+
 // The sweep over the messages that projects them and adds them up. Rows that are nullptr are absent.
 template <typename T>
 class Sweep {
@@ -60,25 +111,30 @@ class Sweep {
     }
   }
 
-  // Projects the tiles from `first` to before `last` and, where `sum` is given, writes their sum_j weights_j z_j,
-  // divided by `divisor`, of the first `sum_length` columns alone. weights: (workers, 2) or nullptr for all ones.
-  void run(int64_t first, int64_t last, const double* weights, double divisor, T* sum, int64_t sum_length) {
+  // Projects the tiles from `first` to before `last` and, where there are `blocks` to write, writes their
+  // sum_j weights_j z_j, divided by `divisor`. weights: (blocks, workers, 2) or nullptr for all ones.
+  void run(int64_t first, int64_t last, const double* weights, double divisor, const Blocks<T>* blocks) {
     const int64_t n = rows_.size(), begin = first * kTile, end = std::min(last * kTile, length_);
     if (begin >= end) return;
     const Kernels& kernel = kernels();
-    const Dtype dtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
+    // One sum is made while the rows are projected, and several right after that, of chunks that are still in the
+    // second-level cache.
+    const bool several = blocks != nullptr && blocks->count > 1, together = blocks != nullptr && !several;
+    const int64_t sweep_chunk_columns = several ? kSweepChunk / 4 : kSweepChunk;
+    std::optional<WeightedRows<T>> weighted;
+    if (several) weighted.emplace(rows_, weights, blocks->count);
     std::vector<int> added, others;
     for (int j = 0; j < n; ++j) {
       if (rows_[j] == nullptr) continue;
-      const bool left_out = weights != nullptr && weights[2 * j] == 0 && weights[2 * j + 1] == 0;
+      const bool left_out = together && weights != nullptr && weights[2 * j] == 0 && weights[2 * j + 1] == 0;
       (left_out ? others : added).push_back(j);
     }
     // The chunks that threads take are smaller than tiles, which have projections: those of a chunk are added up after.
     const int per_tile = projections.per_tile;
-    const int64_t chunks = (end - begin + kSweepChunk - 1) / kSweepChunk, stride = chunks * per_tile;
+    const int64_t chunks = (end - begin + sweep_chunk_columns - 1) / sweep_chunk_columns, stride = chunks * per_tile;
     std::vector<double> re(n * stride), im(n * stride), norm(n * chunks);
     const auto sweep_chunk = [&](int64_t p, T* total) {
-      const int64_t at = begin + p * kSweepChunk, columns = std::min(kSweepChunk, end - at);
+      const int64_t at = begin + p * sweep_chunk_columns, columns = std::min(sweep_chunk_columns, end - at);
       float psi[kSweepChunk / kChunk * kMostProjections];
       for (int64_t c = 0; c * kChunk < columns; ++c) {
         const Philox random = projection_psi(seed_, at / kChunk + c);
@@ -86,22 +142,22 @@ class Sweep {
       }
       std::vector<const T*> from(n);
       for (int64_t j = 0; j < n; ++j) from[j] = rows_[j] == nullptr ? nullptr : rows_[j] + at;
-      kernel.project(ProjectChunk<T>{from.data(), weights, added.data(), static_cast<int>(added.size()), others.data(),
-                                     static_cast<int>(others.size()), columns, per_tile,
-                                     static_cast<const T*>(phi_.get()), psi, sum == nullptr ? nullptr : total,
-                                     re.data() + p * per_tile, im.data() + p * per_tile, stride, norm.data() + p,
-                                     chunks});
-      if (sum != nullptr)
-        kernel.finish[static_cast<int>(dtype)](total, std::min(columns, sum_length - at), divisor,
-                                               is_large(length_ * sizeof(T)), sum + at);
+      kernel.project(ProjectChunk<T>{from.data(), together ? weights : nullptr, added.data(),
+                                     static_cast<int>(added.size()), others.data(), static_cast<int>(others.size()),
+                                     columns, per_tile, static_cast<const T*>(phi_.get()), psi,
+                                     together ? total : nullptr, re.data() + p * per_tile, im.data() + p * per_tile,
+                                     stride, norm.data() + p, chunks});
+      if (several) weighted->add_up(at, columns, blocks->count, total);
+      if (blocks != nullptr) blocks->finish(total, columns, at, columns, divisor);
     };
     parallel(chunks, 1, [&](int64_t from, int64_t to) {
-      const Scratch total(sum == nullptr ? 0 : std::min(kSweepChunk, end - begin) * sizeof(T));
+      const int64_t sums = blocks == nullptr ? 0 : blocks->count;
+      const Scratch total(sums * std::min(sweep_chunk_columns, end - begin) * sizeof(T));
       for (int64_t p = from; p < to; ++p) sweep_chunk(p, static_cast<T*>(total.get()));
     });
     for (int64_t j = 0; j < n; ++j) {
       for (int64_t p = 0; p < chunks; ++p) {
-        const int64_t tile = first + p / (kTile / kSweepChunk);
+        const int64_t tile = first + p / (kTile / sweep_chunk_columns);
         for (int k = 0; k < per_tile; ++k) {
           projections.re[j * projections.columns + tile * per_tile + k] += re[j * stride + p * per_tile + k];
           projections.im[j * projections.columns + tile * per_tile + k] += im[j * stride + p * per_tile + k];
@@ -114,7 +170,7 @@ class Sweep {
 
  private:
   static constexpr int64_t kSweepChunk = 8192;  // columns; their sum stays in the second-level cache
-  static_assert(kTile % kSweepChunk == 0 && kSweepChunk % kChunk == 0, "the weights of a chunk and a tile begin anew");
+  static_assert(kTile % kSweepChunk == 0 && kSweepChunk / 4 % kChunk == 0, "weights of a chunk and a tile begin anew");
 
   const std::vector<const T*>& rows_;
   int64_t length_;
@@ -122,32 +178,20 @@ class Sweep {
   Scratch phi_;  // on whole lines of the cache: every vector of it is loaded for every two rows
 };
 
-constexpr int64_t kCombineChunk = 8192;  // columns
-
-// out = sum_j weights_j rows_j, divided by `divisor`, over the rows whose weight is not 0, or of all present rows where
-// there are no weights; of these, `length` columns, the first `out_length` are written. To the last bit what Sweep::run
+// Writes the first `width` columns of the blocks: sum_j weights_j rows_j, divided by `divisor`, over the rows whose
+// weight is not 0 in some block, or of all present rows where there are no weights. To the last bit what Sweep::run
 // makes of the same weights and divisor.
 template <typename T>
-void combine(const std::vector<const T*>& rows, const double* weights, double divisor, int64_t length, T* out,
-             int64_t out_length) {
-  std::vector<const T*> used;
-  std::vector<double> factor;
-  for (size_t j = 0; j < rows.size(); ++j) {
-    if (rows[j] == nullptr || (weights != nullptr && weights[2 * j] == 0 && weights[2 * j + 1] == 0)) continue;
-    used.push_back(rows[j]);
-    if (weights != nullptr) factor.insert(factor.end(), weights + 2 * j, weights + 2 * j + 2);
-  }
-  const Kernels& kernel = kernels();
-  const Dtype dtype = sizeof(T) == 4 ? Dtype::kFloat32 : Dtype::kFloat64;
-  for_each_chunk(length, kCombineChunk, kAlignment, 0, sizeof(T), [&](int64_t begin, int64_t columns, void* lent) {
-    std::vector<const T*> at(used.size());
-    for (size_t j = 0; j < used.size(); ++j) at[j] = used[j] + begin;
-    auto* sum = static_cast<T*>(lent);
-    kernel.weighted_sum(WeightedSumChunk<T>{at.data(), weights == nullptr ? nullptr : factor.data(),
-                                            static_cast<int>(used.size()), columns, sum});
-    kernel.finish[static_cast<int>(dtype)](sum, std::min(columns, out_length - begin), divisor,
-                                           is_large(length * sizeof(T)), out + begin);
-  });
+void combine(const std::vector<const T*>& rows, const double* weights, double divisor, int64_t width,
+             const Blocks<T>& blocks) {
+  const WeightedRows<T> weighted(rows, weights, blocks.count);
+  const int64_t chunk = blocks.count == 1 ? 8192 : 1024;  // columns; of several sums four rows stay in the first cache
+  for_each_chunk(width, chunk, kAlignment, 0, blocks.count * sizeof(T),
+                 [&](int64_t begin, int64_t columns, void* lent) {
+                   auto* sums = static_cast<T*>(lent);
+                   weighted.add_up(begin, columns, blocks.count, sums);
+                   blocks.finish(sums, columns, begin, columns, divisor);
+                 });
 }
 
 struct Verdict {
@@ -162,7 +206,8 @@ struct Verdict {
 Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& missing, int adversaries, int64_t length,
                       const NoiseModel& model, const Verdict* early = nullptr);
 
-// The decoding weights without the erased workers, times `factor`: (workers, 2).
-std::vector<double> decoding_weights(int workers, int adversaries, const std::vector<uint8_t>& erased, double factor);
+// The decoding weights without the erased workers, times `factor`: (compression, workers, 2).
+std::vector<double> decoding_weights(int workers, int adversaries, int compression, const std::vector<uint8_t>& erased,
+                                     double factor);
 
 }  // namespace draco

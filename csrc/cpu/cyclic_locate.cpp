@@ -101,12 +101,13 @@ Verdict find_suspects(Projections& projections, const std::vector<uint8_t>& miss
   return verdict;
 }
 
-std::vector<double> decoding_weights(int workers, int adversaries, const std::vector<uint8_t>& erased, double factor) {
+std::vector<double> decoding_weights(int workers, int adversaries, int compression, const std::vector<uint8_t>& erased,
+                                     double factor) {
   const Scratch scratch(Parity<Alone>::scratch_bytes(workers, adversaries));
   Arena arena = scratch.arena();
-  std::vector<Complex> weights(workers);
+  std::vector<Complex> weights(int64_t{compression} * workers);
   Parity<Alone>(Alone(), workers, adversaries, ParityArrays(arena, workers, adversaries))
-      .weights(erased.data(), factor, weights.data());
+      .weights(erased.data(), factor, weights.data(), compression);
   std::vector<double> pairs;
   for (const Complex& weight : weights) pairs.insert(pairs.end(), {weight.re, weight.im});
   return pairs;
@@ -116,10 +117,12 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, const Tensor& norms,
                                                  const OptionalTensor& missing, int64_t adversaries, int64_t length,
-                                                 bool float64, double atol, double rtol, bool mean) {
+                                                 bool float64, double atol, double rtol, bool mean,
+                                                 int64_t compression) {
   const char* op = "cyclic_locate";
   const FloatingPointMode mode;
   check_projections(op, projections, norms, adversaries, length);
+  check_workers(op, projections.size(0), adversaries, compression);
   const int64_t n = projections.size(0);
   Projections p(n, tile_count(length), projections_per_tile(length));
   const auto* from = static_cast<const double*>(projections.data_ptr());
@@ -132,12 +135,14 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, cons
   const int s = static_cast<int>(adversaries);
   const Verdict verdict = find_suspects(p, read_mask(op, "missing", missing, projections), s, length,
                                         noise_model(float64, static_cast<int>(n), atol, rtol));
-  Tensor weights = new_vector(1, n, aoti_torch_dtype_complex128());
+  Tensor weights = compression == 1 ? new_vector(1, n, aoti_torch_dtype_complex128())
+                                    : torch::stable::new_empty(projections, {compression, n});
   auto* to = static_cast<double*>(weights.data_ptr());
   if (verdict.failed || verdict.overflow) {
-    std::fill(to, to + 2 * n, std::numeric_limits<double>::quiet_NaN());
+    std::fill(to, to + 2 * compression * n, std::numeric_limits<double>::quiet_NaN());
   } else {
-    const auto b = decoding_weights(static_cast<int>(n), s, verdict.erased, mean ? 1.0 / static_cast<double>(n) : 1.0);
+    const auto b = decoding_weights(static_cast<int>(n), s, static_cast<int>(compression), verdict.erased,
+                                    mean ? 1.0 / static_cast<double>(n) : 1.0);
     std::copy(b.begin(), b.end(), to);
   }
   return {weights, mask_tensor(verdict.suspects), flag_tensor(verdict.failed)};

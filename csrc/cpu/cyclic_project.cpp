@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> project(const char* op, const Tensor& messages, const
     for (int64_t j = 0; j < n; ++j)
       if (absent[j]) rows[j] = nullptr;
     Sweep<T> sweep(rows, length, static_cast<uint64_t>(seed));
-    sweep.run(0, tiles, nullptr, 1, nullptr, 0);
+    sweep.run(0, tiles, nullptr, 1, nullptr);
     const Projections& p = sweep.projections;
     auto* to = static_cast<double*>(projections.data_ptr());
     for (size_t i = 0; i < p.re.size(); ++i) {

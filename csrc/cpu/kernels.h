@@ -31,14 +31,17 @@ constexpr int64_t kVoteScratch = 200;
 constexpr int kDigestKeyStep = 8;
 
 // sum[c] = sum over rows of weight[row] * rows[row][c], on pairs of columns as complex numbers; `columns` is even.
-// Moves: rows x columns elements read; the sum written once per four rows, in cache.
+// Several sums of the same rows, each with its own weights, are made together, four rows at a time.
+// Moves: rows x columns elements read; each sum written once per four rows, in cache, which the four rows stay in.
 template <typename T>
 struct WeightedSumChunk {
   const T* const* rows;
-  const double* weights;  // (rows, 2): real and imaginary parts; or nullptr: all are 1
+  const double* weights;  // (sums, rows, 2): real and imaginary parts; or nullptr: all are 1
   int count;
   int64_t columns;
-  T* sum;
+  T* sum;  // (sums, stride)
+  int sums;
+  int64_t stride;
 };
 
 // message[c] = the sum over rows of weight[row] * rows[row][c], as above, in about twice T's precision, rounded once.

@@ -63,21 +63,23 @@ struct Sweep {
 };
 void sweep(const Device& device, const Tensor& messages, const Sweep& sweep, const Partials& partials);
 
-// csrc/cuda/cyclic_combine.cu. out = sum_j weights_j rows_j over the rows whose weight is not 0, divided by *divisor,
-// to the last bit as a sweep makes it; or what *action says. out: (length,), at most the messages' length.
-void combine(const Device& device, const Tensor& messages, const Complex* weights, const double* divisor,
+// csrc/cuda/cyclic_combine.cu. Writes `blocks` sums, one after the other, weights: (blocks, n). Each is
+// sum_j weights_j rows_j over the rows whose weight is not 0 in some block, divided by *divisor, to the last bit as a
+// sweep makes it; or what *action says. out: (length,), at most the messages' length for each block.
+void combine(const Device& device, const Tensor& messages, const Complex* weights, int blocks, const double* divisor,
              const int* action, void* out, int64_t length);
 
 // csrc/cuda/cyclic_locate.cu. The tables that the search starts with, and the scratch that it works on.
 struct Search {
   int workers, adversaries, per_tile;
+  int compression = 1;  // blocks of the gradient
   int64_t length, tiles;
   NoiseModel model;
   bool mean;
   Partials partials;                 // without sums: projections and norms are given
   Complex* projections;              // (n, tiles, per_tile)
   double* norms;                     // (n, tiles)
-  Complex* weights;                  // (n,): of the first sweep, then of the decoded gradient
+  Complex* weights;                  // (compression, n): of the first sweep, then of the decoded gradient
   bool always_weigh;                 // even where the first sweep's weights are right; and weights that need no divisor
   uint8_t* suspects;                 // (n,)
   uint8_t* failed;                   // ()

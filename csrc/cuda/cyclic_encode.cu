@@ -2,7 +2,8 @@
 // rounded once (cpu/cyclic_encode.cpp says why).
 //   encode   256 threads a block, 16 bytes of each row a thread and step, at most 32 blocks per multiprocessor. Reads
 //            every row once, (count x d elements), writes d; with a carry reads 2 d more and writes d more. More than
-//            64 rows take several launches, between which the sum waits in the message and a carry.
+//            64 rows take several launches, between which the sum waits in the message and a carry. Where messages are
+//            shorter than a gradient, a row is one block of a gradient.
 #include "cuda/reduce.cuh"
 
 namespace draco {
@@ -17,14 +18,16 @@ struct Parts {
 
 template <typename T>
 struct Encode {
-  const T* rows;
-  int64_t stride, length;  // of the rows
-  int count;
-  double cancelling;  // below this part of its terms a sum is 0
+  const T* gradients;
+  int64_t stride, length;  // of the gradients
+  int blocks;              // of a gradient, `columns` apart: each is a row
+  int64_t whole;           // columns that all rows have
+  int first, count;        // rows
+  double cancelling;       // below this part of its terms a sum is 0
   bool real, add;
   T* message;
   T* carry;         // or nullptr
-  int64_t columns;  // of both: the length, made even
+  int64_t columns;  // of both
 };
 
 // A sum before it is rounded, as in cpu/kernels/encode.cpp.
@@ -63,6 +66,13 @@ struct Encoded<double> {
   __device__ __forceinline__ DoubleDouble total() const { return normalised(hi, lo); }
 };
 
+// Elements that a block has from a place on: of the last blocks the gradient may have fewer than the message.
+template <typename T>
+DRACO_DEVICE int64_t block_left(const Encode<T>& encode, int64_t at, int64_t column) {
+  const int64_t gradient = encode.length - at, message = encode.columns - column;
+  return gradient < message ? gradient : message;
+}
+
 // The sums of a thread's columns and the largest of their terms. Columns that do not exist are 0.
 template <typename T, bool kWhole>
 DRACO_DEVICE void add_up(const Encode<T>& encode, const Parts& parts, int64_t column,
@@ -80,8 +90,14 @@ DRACO_DEVICE void add_up(const Encode<T>& encode, const Parts& parts, int64_t co
       largest[i] = fabs(message.at[i]);
     }
   }
+  int gradient = encode.first / encode.blocks, block = encode.first % encode.blocks;
   for (int j = 0; j < encode.count; ++j) {
-    const Vector<T> z = load<kWhole>(encode.rows + j * encode.stride + column, encode.length - column);
+    const int64_t at = block * encode.columns + column;
+    const Vector<T> z = load<kWhole>(encode.gradients + gradient * encode.stride + at, block_left(encode, at, column));
+    if (++block == encode.blocks) {
+      block = 0;
+      ++gradient;
+    }
     const EncodingWeight& weight = parts.weight[j];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -107,7 +123,7 @@ __global__ void __launch_bounds__(kEncodeThreads)
   const int64_t step = int64_t{kEncodeThreads} * kCount;
   for (int64_t begin = blockIdx.x * step; begin < encode.columns; begin += gridDim.x * step) {
     const int64_t column = begin + threadIdx.x * kCount, left = encode.columns - column;
-    const bool whole = aligned && column + kCount <= encode.length;
+    const bool whole = aligned && column + kCount <= encode.whole;
     DoubleDouble total[kCount];
     T terms[kCount];
     if (whole) {
@@ -140,69 +156,78 @@ __global__ void __launch_bounds__(kEncodeThreads)
   }
 }
 
-// rows: a matrix, or one row alone.
+// gradients: a matrix, or one alone.
 template <typename T>
-void launch(const Device& device, const Tensor& rows, int64_t stride, const std::vector<EncodingWeight>& weights,
-            bool real, Tensor& message, T* carry, bool add) {
+void launch(const Device& device, const Tensor& gradients, int64_t stride, const EncodingWeights& weights, int blocks,
+            Tensor& message, T* carry, bool add) {
   if (message.size(0) == 0) return;
-  const int64_t length = rows.size(rows.dim() - 1), columns = message.size(0);
-  const auto* first = static_cast<const T*>(rows.data_ptr());
+  const int64_t length = gradients.size(gradients.dim() - 1), columns = message.size(0);
+  const auto* from = static_cast<const T*>(gradients.data_ptr());
   auto* to = static_cast<T*>(message.data_ptr());
   const int64_t steps = ceil_div(columns, kEncodeThreads * Vector<T>::kCount);
-  const int64_t blocks = std::min(steps, int64_t{kBlocksPerMultiprocessor} * device.multiprocessors);
-  const bool aligned = rows_aligned<T>(first, stride, rows.dim() == 1 ? 1 : rows.size(0)) &&
-                       rows_aligned<T>(to, 0, 1) && (carry == nullptr || rows_aligned<T>(carry, 0, 1));
-  for (size_t part = 0; part < weights.size(); part += kParts) {
+  const int64_t grid = std::min(steps, int64_t{kBlocksPerMultiprocessor} * device.multiprocessors);
+  const bool aligned = rows_aligned<T>(from, stride, gradients.dim() == 1 ? 1 : gradients.size(0)) &&
+                       rows_aligned<T>(from, columns, blocks) && rows_aligned<T>(to, 0, 1) &&
+                       (carry == nullptr || rows_aligned<T>(carry, 0, 1));
+  const std::vector<EncodingWeight>& all = weights.of_blocks;
+  for (size_t row = 0; row < all.size(); row += kParts) {
     Parts parts{};
-    const size_t count = std::min<size_t>(kParts, weights.size() - part);
-    std::copy_n(weights.begin() + part, count, parts.weight);
-    const Encode<T> encode{first + part * stride,
+    const size_t count = std::min<size_t>(kParts, all.size() - row);
+    std::copy_n(all.begin() + row, count, parts.weight);
+    const Encode<T> encode{from,
                            stride,
                            length,
+                           blocks,
+                           length - (blocks - 1) * columns,
+                           static_cast<int>(row),
                            static_cast<int>(count),
                            cancelling<T>(parts.weight, static_cast<int>(count)),
-                           real,
-                           add || part > 0,
+                           weights.real,
+                           add || row > 0,
                            to,
                            carry,
                            columns};
     const auto kernel = encode_kernel<T>;
-    DRACO_LAUNCH(device, kernel, blocks, kEncodeThreads, 0, encode, parts, aligned);
+    DRACO_LAUNCH(device, kernel, grid, kEncodeThreads, 0, encode, parts, aligned);
   }
 }
 
-void cyclic_encode_out(const Tensor& gradients, int64_t workers, int64_t adversaries, int64_t worker, Tensor out) {
+void cyclic_encode_out(const Tensor& gradients, int64_t workers, int64_t adversaries, int64_t worker, Tensor out,
+                       int64_t compression) {
   const char* op = "cyclic_encode";
-  const std::vector<EncodingWeight> weights = check_encode(op, gradients, workers, adversaries, worker);
-  const int64_t d = gradients.size(1);
-  check_out(op, out, d + d % 2, gradients);
+  const EncodingWeights weights = check_encode(op, gradients, workers, adversaries, worker, compression);
+  const int blocks = static_cast<int>(compression);
+  check_out(op, out, message_length(gradients.size(1), blocks), gradients);
   const Device device(gradients);
   dispatch_real(op, gradients.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const bool several = weights.size() > kParts;
-    Tensor carry = new_scratch(gradients, several ? (d + d % 2) * sizeof(T) : 0);
-    launch<T>(device, gradients, gradients.stride(0), weights, has_real_weights(workers, adversaries), out,
+    const bool several = weights.of_blocks.size() > kParts;
+    Tensor carry = new_scratch(gradients, several ? out.size(0) * sizeof(T) : 0);
+    launch<T>(device, gradients, gradients.stride(0), weights, blocks, out,
               several ? static_cast<T*>(carry.data_ptr()) : nullptr, false);
   });
 }
 
-Tensor cyclic_encode(const Tensor& gradients, int64_t workers, int64_t adversaries, int64_t worker) {
+Tensor cyclic_encode(const Tensor& gradients, int64_t workers, int64_t adversaries, int64_t worker,
+                     int64_t compression) {
   check_matrix("cyclic_encode", "gradients", gradients);
-  const int64_t d = gradients.size(1);
-  Tensor message = torch::stable::new_empty(gradients, {d + d % 2});
-  cyclic_encode_out(gradients, workers, adversaries, worker, message);
+  check_workers("cyclic_encode", workers, adversaries, compression);
+  const int64_t length = message_length(gradients.size(1), static_cast<int>(compression));
+  Tensor message = torch::stable::new_empty(gradients, {length});
+  cyclic_encode_out(gradients, workers, adversaries, worker, message, compression);
   return message;
 }
 
 void cyclic_encode_add_(Tensor message, Tensor carry, const Tensor& gradient, int64_t workers, int64_t adversaries,
-                        int64_t worker, int64_t part, bool first) {
+                        int64_t worker, int64_t part, bool first, int64_t compression) {
   const char* op = "cyclic_encode_add_";
-  const EncodingWeight weight = check_encode_add(op, message, carry, gradient, workers, adversaries, worker, part);
+  const EncodingWeights weights =
+      check_encode_add(op, message, carry, gradient, workers, adversaries, worker, part, compression);
   const Device device(gradient);
   dispatch_real(op, gradient.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    launch<T>(device, gradient, 0, {weight}, has_real_weights(workers, adversaries), message,
-              static_cast<T*>(carry.data_ptr()), !first);
+    launch<T>(device, gradient, 0, weights, static_cast<int>(compression), message, static_cast<T*>(carry.data_ptr()),
+              !first);
   });
 }
 

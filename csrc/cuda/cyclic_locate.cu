@@ -275,10 +275,11 @@ __global__ void __launch_bounds__(kTeamThreads) locate_kernel(const __grid_const
   changed = team.any(changed);
   const bool nothing = failed || overflow;
   if (nothing) {
-    for (int j = team.thread; j < n; j += team.threads) search.weights[j] = {NAN, NAN};
+    for (int64_t j = team.thread; j < int64_t{search.compression} * n; j += team.threads)
+      search.weights[j] = {NAN, NAN};
   } else if (changed) {
     const double by = factor(search, search.erased, !search.always_weigh);
-    parity_of(team, search).weights(search.erased, by, search.weights);
+    parity_of(team, search).weights(search.erased, by, search.weights, search.compression);
     if (team.thread == 0) search.state->divisor = search.mean && by == 1 ? n : 1;
   }
   if (team.thread == 0) {
@@ -289,18 +290,22 @@ __global__ void __launch_bounds__(kTeamThreads) locate_kernel(const __grid_const
 
 std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, const Tensor& norms,
                                                  const OptionalTensor& missing, int64_t adversaries, int64_t length,
-                                                 bool float64, double atol, double rtol, bool mean) {
+                                                 bool float64, double atol, double rtol, bool mean,
+                                                 int64_t compression) {
   const char* op = "cyclic_locate";
   check_projections(op, projections, norms, adversaries, length);
+  check_workers(op, projections.size(0), adversaries, compression);
   check_mask(op, "missing", missing, projections);
   const Device device(projections);
   const int64_t n = projections.size(0);
-  Tensor weights = torch::stable::new_empty(projections, {n});
+  Tensor weights = compression == 1 ? torch::stable::new_empty(projections, {n})
+                                    : torch::stable::new_empty(projections, {compression, n});
   Tensor suspects = torch::stable::new_empty(projections, {n}, ScalarType::Bool);
   Tensor failed = torch::stable::new_empty(projections, {}, ScalarType::Bool);
   Search search{};
   search.workers = static_cast<int>(n);
   search.adversaries = static_cast<int>(adversaries);
+  search.compression = static_cast<int>(compression);
   search.per_tile = projections_per_tile(length);
   search.length = length;
   search.tiles = tile_count(length);

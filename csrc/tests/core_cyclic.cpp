@@ -1,8 +1,10 @@
+#include <algorithm>
 #include <cmath>
 #include <complex>
 #include <limits>
 #include <vector>
 
+#include "core/answers.h"
 #include "core/cyclic.h"
 #include "tests/check.h"
 
@@ -24,9 +26,9 @@ TEST(offsets_are_evenly_spread) {
   for (int n = 1; n <= 200; ++n) {
     for (int s = 0; 2 * s + 1 <= n; ++s) {
       const int r = 2 * s + 1;
-      CHECK_EQ(cyclic_offset(n, s, 0), 0, "n = ", n, ", s = ", s);
+      CHECK_EQ(cyclic_offset(n, r, 0), 0, "n = ", n, ", s = ", s);
       for (int t = 0; t < r; ++t) {
-        const int own = cyclic_offset(n, s, t), next = t + 1 < r ? cyclic_offset(n, s, t + 1) : n;
+        const int own = cyclic_offset(n, r, t), next = t + 1 < r ? cyclic_offset(n, r, t + 1) : n;
         CHECK_EQ(own, static_cast<int>(std::llround(static_cast<long double>(t) * n / r)), "n = ", n, ", s = ", s,
                  ", t = ", t);
         // Strictly increasing, and no gap, that around the end included, differs from another by more than one.
@@ -37,10 +39,9 @@ TEST(offsets_are_evenly_spread) {
 }
 
 TEST(offsets_of_many_workers) {  // whose products need 64 bits
-  const int n = 2000000011, s = 1000000000;
+  const int n = 2000000011, r = 2000000001;
   for (int t : {0, 1, 999999999, 1000000000, 1999999999, 2000000000})
-    CHECK_EQ(cyclic_offset(n, s, t), static_cast<int>(std::llround(static_cast<long double>(t) * n / (2 * s + 1.0L))),
-             "t = ", t);
+    CHECK_EQ(cyclic_offset(n, r, t), static_cast<int>(std::llround(static_cast<long double>(t) * n / r)), "t = ", t);
 }
 
 // ---------------------------------------------------------------------------------------------- nodes
@@ -90,7 +91,7 @@ static void check_conditions(int n, int s) {
   }
   for (int m = 0; m < r; ++m) {
     Complex sum{m == 0 ? -1.0 : 0.0, 0};
-    for (int t = 0; t < r; ++t) sum = sum + weight[t] * node[static_cast<long long>(m) * cyclic_offset(n, s, t) % n];
+    for (int t = 0; t < r; ++t) sum = sum + weight[t] * node[static_cast<long long>(m) * cyclic_offset(n, r, t) % n];
     CHECK_LE(std::sqrt(norm2(sum)), 1e-12, "n = ", n, ", s = ", s, ", m = ", m);
   }
 }
@@ -111,7 +112,7 @@ TEST(encoding_weights_meet_them_to_30_digits) {
     DoubleDouble re{-1, 0}, im{0, 0}, first_re{0, 0}, first_im{0, 0};
     for (int t = 0; t <= 2 * s; ++t) {
       const EncodingWeight w = cyclic_weight(n, s, t, sine);
-      const int offset = cyclic_offset(n, s, t);
+      const int offset = cyclic_offset(n, 2 * s + 1, t);
       const DoubleDouble x = sine_of_pi(4LL * offset + n, 2LL * n), y = sine_of_pi(2LL * offset, n);
       re = re + w.re;
       im = im + w.im;
@@ -128,13 +129,57 @@ TEST(weights_are_lagranges) {
   for (int n = 1; n < 40; ++n) {
     for (int s = 0; 2 * s + 1 <= n; ++s) {
       for (int t = 0; t <= 2 * s; ++t) {
-        const Exact own = exact_node(n, cyclic_offset(n, s, t));
+        const Exact own = exact_node(n, cyclic_offset(n, 2 * s + 1, t));
         Exact want = 1;
         for (int i = 0; i <= 2 * s; ++i) {
-          const Exact other = exact_node(n, cyclic_offset(n, s, i));
+          const Exact other = exact_node(n, cyclic_offset(n, 2 * s + 1, i));
           if (i != t) want *= other / (other - own);
         }
         CHECK_LE(distance(cyclic_weight(n, s, t), want), 1e-15, "n = ", n, ", s = ", s, ", t = ", t);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- shorter messages
+
+TEST(moments_of_blocks_stand_beside_the_checks) {
+  for (int s = 0; s < 5; ++s) {
+    for (int k = 1; k < 12; ++k) {
+      std::vector<int> moments;
+      for (int m = 1; m <= 2 * s; ++m) moments.push_back(m);
+      for (int b = 0; b < k; ++b) moments.push_back(answer_moment(s, k, b));
+      std::sort(moments.begin(), moments.end());
+      for (int i = 0; i < 2 * s + k; ++i)
+        CHECK_EQ(moments[i], moments[0] + i, "s = ", s, ", k = ", k);  // r consecutive ones
+      CHECK_EQ(answer_moment(s, k, 0), 0, "s = ", s, ", k = ", k);
+      CHECK_EQ(-moments[0], (k - 1) / 2, "s = ", s, ", k = ", k);
+    }
+  }
+}
+
+TEST(lengths_of_messages) {
+  CHECK_EQ(message_length(0, 4), int64_t{0});
+  for (int k = 1; k < 9; ++k) {
+    for (int64_t d = 1; d < 60; ++d) {
+      const int64_t length = message_length(d, k);
+      CHECK_EQ(length % 2 == 0 && length * k >= d && (length - 2) * k < d, true, "d = ", d, ", k = ", k);
+    }
+  }
+}
+
+// sum_t w_tb x_{o_t}^m is 1 for block b's moment and 0 for all others, far below double's rounding.
+TEST(weights_of_blocks_meet_their_conditions_to_30_digits) {
+  const int codes[][3] = {{3, 1, 1}, {7, 1, 3}, {9, 2, 4}, {15, 3, 4}, {45, 5, 4}, {64, 5, 8}, {24, 0, 24}};
+  for (const auto& [n, s, k] : codes) {
+    const int r = 2 * s + k, lowest = 1 - (k + 1) / 2;
+    const std::vector<EncodingWeight> weights = answer_weights(n, s, k);
+    for (int b = 0; b < k; ++b) {
+      for (int m = lowest; m < lowest + r; ++m) {
+        EncodingWeight sum{{m == answer_moment(s, k, b) ? -1.0 : 0.0, 0}, {0, 0}};
+        for (int t = 0; t < r; ++t)
+          sum = sum + weights[t * k + b] * encoding_node(n, ((m * cyclic_offset(n, r, t)) % n + n) % n);
+        CHECK_LE(std::abs(sum.re.hi) + std::abs(sum.im.hi), 1e-29, "n = ", n, ", s = ", s, ", k = ", k, ", m = ", m);
       }
     }
   }
@@ -147,10 +192,10 @@ TEST(positions_invert_the_assignment) {
     for (int s = 0; 2 * s + 1 <= n; ++s) {
       for (int part = 0; part < n; ++part) {
         std::vector<int> position(n, -1);
-        for (int t = 0; t <= 2 * s; ++t) position[(part + cyclic_offset(n, s, t)) % n] = t;
+        for (int t = 0; t <= 2 * s; ++t) position[(part + cyclic_offset(n, 2 * s + 1, t)) % n] = t;
         for (int worker = 0; worker < n; ++worker)
-          CHECK_EQ(cyclic_position(n, s, worker, part), position[worker], "n = ", n, ", s = ", s, ", worker ", worker,
-                   ", part ", part);
+          CHECK_EQ(cyclic_position(n, 2 * s + 1, worker, part), position[worker], "n = ", n, ", s = ", s, ", worker ",
+                   worker, ", part ", part);
       }
     }
   }

@@ -325,6 +325,7 @@ def _network_options(command: Callable[..., None]) -> Callable[..., None]:
     type=click.FloatRange(0, 1, min_open=True),
     help="Rate of draco_ext.Audit, to see it beside the codes.",
 )
+@click.option("--compression", type=Count(1), help="Compression of draco_ext.SolonCode, to see it beside the codes.")
 @click.option("--colluders", type=Count(1), help="Print what up to so many colluders spoil, by placement of the parts.")
 @_network_options
 def plan(
@@ -336,6 +337,7 @@ def plan(
     learning_rate: float | None,
     samples: int | None,
     audit_rate: float | None,
+    compression: int | None,
     colluders: int | None,
     **network: Any,
 ) -> None:
@@ -344,6 +346,7 @@ def plan(
     With --parameters what each code costs, and a model of the bytes and the time of a step's exchange in a network of
     the given speed; with --batch-size what becomes of a script's batch size, learning rate and number of steps. With
     --audit also what it costs to recompute parts in some steps only, and how many wrong updates that lets pass. With
+    --compression also the code whose messages are so many times shorter, for servers that cannot ask back. With
     --colluders how many parts of a batch more than s colluders spoil; this tries all sets of them.
     """
     _check_workers(workers, adversaries)
@@ -358,10 +361,13 @@ def plan(
             raise click.UsageError(f"{option} needs --batch-size")
     if learning_rate is not None and not isfinite(learning_rate):
         raise click.UsageError(f"--learning-rate must be finite, got {learning_rate}")
+    if compression is not None and workers < 2 * adversaries + compression:
+        most = workers - 2 * adversaries
+        raise click.UsageError(f"--compression must be at most workers - 2 * adversaries = {most}, got {compression}")
     tables = []
     try:
         if parameters is not None:
-            tables.append(planning.make_table(workers, adversaries, parameters, dtype, audit_rate))
+            tables.append(planning.make_table(workers, adversaries, parameters, dtype, audit_rate, compression))
         if batch_size is not None:
             tables.append(
                 planning.make_batch_table(workers, adversaries, batch_size, learning_rate, samples, audit_rate)
@@ -370,7 +376,7 @@ def plan(
         raise click.UsageError(f"--audit: {error}") from error
     if parameters is not None:
         item, speeds = planning.ITEM_BYTES[dtype], network_model.Network(**network)
-        tables.append(network_model.make_table(workers, adversaries, parameters, item, speeds))
+        tables.append(network_model.make_table(workers, adversaries, parameters, item, speeds, compression))
     if colluders is not None:
         tables.append(planning.make_collusion_table(workers, adversaries, colluders))
     console = Console()

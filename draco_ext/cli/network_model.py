@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from draco_ext.codes import Code, CyclicCode, RepetitionCode
+from draco_ext.codes import Code, CyclicCode, RepetitionCode, SolonCode
 from draco_ext.ops.cyclic import projections_shape
 from draco_ext.protocol.keys import SHARE_BYTES
 from draco_ext.protocol.messages import SLICE
@@ -310,7 +310,8 @@ def _server(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traffi
                 each = _pieces_to_server(code, size)
             else:
                 each = _to_server(n, size) + Traffic(reads=n * size)
-            each += _in_shards(n, size) if size > SMALL and n > 2 else _from_server(n, size)
+            result = code.blocks * size
+            each += _in_shards(n, result) if result > SMALL and n > 2 else _from_server(n, result)
             total += sum(times * [each], Traffic())
     return total
 
@@ -344,8 +345,12 @@ def _parts(length: int, count: int) -> list[int]:
 # --------------------------------------------------------------------------------------------- the table
 
 
-def make_table(workers: int, adversaries: int, parameters: int, item: int, network: Network) -> Table:
-    """Return a table of bytes, messages and time of both codes in all transports, beside plain data parallelism.
+def make_table(
+    workers: int, adversaries: int, parameters: int, item: int, network: Network, compression: int | None = None
+) -> Table:
+    """Return a table of bytes, messages and time of the codes in all transports, beside plain data parallelism.
+
+    Solon's code is among them if it has a compression.
 
     Raises:
         ValueError: a code cannot have these arguments.
@@ -360,6 +365,9 @@ def make_table(workers: int, adversaries: int, parameters: int, item: int, netwo
             rows[f"{transport}, {name}"] = traffic(code, transport, lengths, item, tree=tree) + record(
                 code, transport, tree=tree
             )
+    if compression is not None:
+        solon = SolonCode(workers, adversaries, compression)
+        rows["server, Solon"] = traffic(solon, "server", lengths, item) + record(solon, "server")
     fastest = rows[PLAIN].seconds(network)
     table = Table(
         title="A step's exchange, modelled",

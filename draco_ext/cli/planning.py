@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from draco_ext.cli.network_model import buckets, traffic
-from draco_ext.codes import Audit, ByzShieldCode, Code, CyclicCode, RepetitionCode
+from draco_ext.codes import Audit, ByzShieldCode, Code, CyclicCode, RepetitionCode, SolonCode
 from draco_ext.codes.audit import FIRST_STEPS
 from draco_ext.codes.collusion import worst_colluders
 from draco_ext.protocol.transports import TRANSPORTS
@@ -26,7 +26,8 @@ class Cost:
 
     Attributes:
         compute: the number of samples that a worker computes, in multiples of plain data-parallel training's.
-        sent: the bytes of messages and gradients that all ranks together send per step, by transport. What is added to
+        sent: the bytes of messages and gradients that all ranks together send per step, by transport that takes the
+            code. What is added to
             verify them is in the table of `draco_ext.cli.network_model`.
         messages: the bytes of all messages and the decoded gradient, for a rank that decodes them at once.
         amplification: the amplification of the messages' rounding noise; None if not computed.
@@ -44,14 +45,32 @@ def cost(code: Code, parameters: int, dtype: str) -> Cost:
     n, gradient, message = code.workers, parameters * item, code.message_length(parameters) * item
     return Cost(
         compute=len(code.assignment(0)) * n / code.parts,
-        sent={name: traffic(code, name, buckets(parameters, item), item).payload for name in TRANSPORTS},
+        sent={
+            name: traffic(code, name, buckets(parameters, item), item).payload
+            for name in (TRANSPORTS if code.blocks == 1 else ("server",))
+        },
         messages=n * message + gradient,
         amplification=code.noise_amplification() if code.exact or n <= _MOST_WORKERS_ANALYSED else None,
     )
 
 
-def make_table(workers: int, adversaries: int, parameters: int, dtype: str, audit_rate: float | None = None) -> Table:
-    """Return a table of the costs of both codes, and of Audit if it has a rate, side by side.
+def make_table(
+    workers: int,
+    adversaries: int,
+    parameters: int,
+    dtype: str,
+    audit_rate: float | None = None,
+    compression: int | None = None,
+) -> Table:
+    """Return a table of the costs of both codes side by side.
+
+    Args:
+        workers: n.
+        adversaries: s.
+        parameters: the size of the model.
+        dtype: of gradients.
+        audit_rate: the rate of an Audit that stands beside them.
+        compression: the compression of Solon's code that stands beside them.
 
     Raises:
         ValueError: a code, or Audit, cannot have these arguments.
@@ -72,6 +91,15 @@ def make_table(workers: int, adversaries: int, parameters: int, dtype: str, audi
             "cannot survive": _cyclic_limits(cyclic, dtype),
         },
     }
+    if compression is not None:
+        solon = SolonCode(n, s, compression)
+        columns[f"Solon's code, k = {compression}"] = {
+            "who computes what": _supports(solon),
+            **_costs(solon, parameters, dtype),
+            "what holds": f"{_few_enough(s)}: every gradient is right, up to rounding, from one round of messages that "
+            f"are {compression} times shorter",
+            "cannot survive": _cyclic_limits(solon, dtype),
+        }
     if audit_rate is not None:
         columns[f"audit, rate {audit_rate:g}"] = _audit(Audit(n, s, audit_rate), parameters, dtype)
     table = Table(
@@ -224,7 +252,10 @@ def _costs(code: Code, parameters: int, dtype: str) -> dict[str, str]:
     return {
         "compute per worker": f"{costs.compute:.3g}x plain data-parallel",
         "sent per step, plain data-parallel": _bytes(_sent_by_plain(code.workers, parameters, dtype)),
-        **{f"sent per step, {name}": _bytes(costs.sent[name]) for name in TRANSPORTS},
+        **{
+            f"sent per step, {name}": _bytes(costs.sent[name]) if name in costs.sent else "not offered"
+            for name in TRANSPORTS
+        },
         "all messages and the result": _bytes(costs.messages),
         "noise amplification": _amplification(code, costs.amplification),
         "wrong updates before a bad worker is named": "0" if code.exact else "0, but for errors near rounding",

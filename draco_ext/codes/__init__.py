@@ -5,5 +5,16 @@ from draco_ext.codes.base import Code, Decoded, DecodingError, decode
 from draco_ext.codes.byzshield import ByzShieldCode
 from draco_ext.codes.cyclic import CyclicCode
 from draco_ext.codes.repetition import RepetitionCode
+from draco_ext.codes.solon import SolonCode
 
-__all__ = ["Audit", "ByzShieldCode", "Code", "CyclicCode", "Decoded", "DecodingError", "RepetitionCode", "decode"]
+__all__ = [
+    "Audit",
+    "ByzShieldCode",
+    "Code",
+    "CyclicCode",
+    "Decoded",
+    "DecodingError",
+    "RepetitionCode",
+    "SolonCode",
+    "decode",
+]

@@ -105,6 +105,11 @@ class Code(abc.ABC):
         return 2 * self.adversaries + 1
 
     @property
+    def blocks(self) -> int:
+        """The number of blocks that a gradient is cut into; messages are so many times shorter than it."""
+        return 1
+
+    @property
     @abc.abstractmethod
     def parts(self) -> int:
         """The number of parts of a batch."""
@@ -277,8 +282,8 @@ class Code(abc.ABC):
 
         Returns:
             weights (n,) complex128: the mean is their weighted sum of the messages, see `combine`. 1/n for all where
-            nobody is left out; 0 for a worker that is left out; NaN where there is no gradient. suspects (n,) bool.
-            failed () bool.
+            nobody is left out; 0 for a worker that is left out; NaN where there is no gradient. With several `blocks`
+            (blocks, n). suspects (n,) bool. failed () bool.
         """
         raise NotImplementedError(f"{type(self).__name__} does not use projections")
 
@@ -287,11 +292,11 @@ class Code(abc.ABC):
 
         Args:
             messages: (m, L), any messages of this code.
-            weights: (m,) complex128, those of their workers, from `locate`.
-            out: (L,), receives the sum, and is returned; as in `encode`.
+            weights: (m,) or (blocks, m) complex128, those of their workers, from `locate`.
+            out: (blocks * L,), receives the sum, and is returned; as in `encode`.
 
         Returns:
-            (L,), the messages' dtype. Sums over disjoint sets of workers add up to the gradient's mean.
+            (blocks * L,), the messages' dtype. Sums over disjoint sets of workers add up to the gradient's mean.
         """
         raise NotImplementedError(f"{type(self).__name__} does not use projections")
 
@@ -390,7 +395,8 @@ def decode(
             becomes a median, a member agrees within atol + rtol * abs(median) in every element. Cyclic: raises the
             noise floor.
         rtol: the same, relative.
-        length: d, where the message is longer by padding (cyclic code, odd d); default: the message's length.
+        length: d, where the message is longer by padding (cyclic code, odd d); default: the message's length, times
+            `code.blocks`.
         out: receives the gradient, and is its `Decoded.gradient`: contiguous, of the gradient's length and the
             messages' dtype and device, sharing no memory with the messages. Saves the new memory that the gradient
             otherwise takes, which for a large one costs as much as a good part of the decode. Changes no bit.
@@ -405,7 +411,7 @@ def decode(
         ValueError: an argument has a wrong value, shape, device or layout.
     """
     if not isinstance(code, Code):
-        raise TypeError(f"code must be a RepetitionCode or CyclicCode, got {type(code).__name__}")
+        raise TypeError(f"code must be a RepetitionCode, CyclicCode or SolonCode, got {type(code).__name__}")
     return code.decode(
         messages,
         missing=missing,

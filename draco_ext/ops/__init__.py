@@ -26,6 +26,7 @@ from draco_ext.ops.cyclic import (
     cyclic_encode_add_,
     cyclic_locate,
     cyclic_project,
+    message_length,
     projections_shape,
 )
 from draco_ext.ops.digest import DIGEST_DTYPES, digest, digest_and_stats, digest_stats_and_scale_
@@ -48,6 +49,7 @@ __all__ = [
     "digest_and_stats",
     "digest_stats_and_scale_",
     "majority_vote",
+    "message_length",
     "projections_shape",
 ]
 

@@ -22,50 +22,61 @@ def projections_shape(length: int) -> tuple[int, int]:
     return (length + TILE - 1) // TILE, _MOST_PROJECTIONS if length <= _FEW_TILES * TILE else _FEWEST_PROJECTIONS
 
 
+def message_length(length: int, compression: int = 1) -> int:
+    """Return the length of a message for a gradient of this length: `length / compression`, rounded up to pairs."""
+    return (length + 2 * compression - 1) // (2 * compression) * 2
+
+
 def cyclic_encode(
-    gradients: Tensor, workers: int, adversaries: int, worker: int, *, out: Tensor | None = None
+    gradients: Tensor,
+    workers: int,
+    adversaries: int,
+    worker: int,
+    *,
+    compression: int = 1,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return one worker's message: the weighted sum of its parts' gradients, pairs of elements as complex numbers.
 
     The sum is rounded once: its error is relative to the message, also where gradients nearly cancel. What is below
     2^-44 (float64: 2^-95) of its terms counts as cancelled, and is 0; so are 16 columns that are below this part of the
-    largest term of any. Reads (2s+1) x d elements, writes d. Deterministic.
+    largest term of any. Reads (2s+k) x d elements, writes d / k. Deterministic.
 
     Args:
-        gradients: (2 * adversaries + 1, d), float32 or float64, in the order of `CyclicCode.assignment(worker)`.
+        gradients: (2 * adversaries + compression, d), float32 or float64, in the order of the code's
+            `assignment(worker)`.
         workers: n.
         adversaries: s.
         worker: from 0 to n - 1.
-        out: (d + d % 2,), receives the message; see `draco_ext.ops`.
+        compression: k: gradients are cut into so many blocks, which are added up with a weight each (`SolonCode`).
+        out: (L,), receives the message; see `draco_ext.ops`.
 
     Returns:
-        (d + d % 2,), the gradients' dtype; an odd last element is paired with 0.
+        (L,), the gradients' dtype; L is d / k rounded up to an even number. What the last blocks lack counts as 0.
     """
     _checks.check_tensor("gradients", gradients, 2, CYCLIC_DTYPES)
     _checks.check_rows("gradients", gradients)
-    _checks.check_workers(workers, adversaries)
+    _checks.check_workers(workers, adversaries, compression=compression)
     _checks.check_int("worker", worker, 0, workers - 1)
-    if gradients.size(0) != 2 * adversaries + 1:
-        raise ValueError(
-            f"gradients must have 2 * adversaries + 1 = {2 * adversaries + 1} rows, got {gradients.size(0)}"
-        )
+    redundancy = 2 * adversaries + compression
+    if gradients.size(0) != redundancy:
+        added = "1" if compression == 1 else "compression"
+        raise ValueError(f"gradients must have 2 * adversaries + {added} = {redundancy} rows, got {gradients.size(0)}")
     if out is None:
-        result: Tensor = torch.ops.draco_ext.cyclic_encode(gradients, workers, adversaries, worker)
+        result: Tensor = torch.ops.draco_ext.cyclic_encode(gradients, workers, adversaries, worker, compression)
         return result
-    d = gradients.size(1)
-    _checks.check_out(out, d + d % 2, "gradients", gradients)
-    torch.ops.draco_ext.cyclic_encode_out(gradients, workers, adversaries, worker, out)
+    _checks.check_out(out, message_length(gradients.size(1), compression), "gradients", gradients)
+    torch.ops.draco_ext.cyclic_encode_out(gradients, workers, adversaries, worker, out, compression)
     return out
 
 
 @torch.library.register_fake("draco_ext::cyclic_encode")
-def _(gradients, workers, adversaries, worker):  # type: ignore[no-untyped-def]
-    d = gradients.size(1)
-    return gradients.new_empty((d + d % 2,))
+def _(gradients, workers, adversaries, worker, compression=1):  # type: ignore[no-untyped-def]
+    return gradients.new_empty((message_length(gradients.size(1), compression),))
 
 
 @torch.library.register_fake("draco_ext::cyclic_encode_out")
-def _(gradients, workers, adversaries, worker, out):  # type: ignore[no-untyped-def]
+def _(gradients, workers, adversaries, worker, out, compression=1):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -79,16 +90,17 @@ def cyclic_encode_add_(
     part: int,
     *,
     first: bool = False,
+    compression: int = 1,
 ) -> Tensor:
     """Add one part's weighted gradient to a message, in place: encoding as the gradients come, without keeping them.
 
     The message and what rounding has left of it, the carry, hold the sum together, in about twice the dtype's
     precision: the message may be used at any time. Adding all parts of the worker's assignment gives `cyclic_encode`'s
-    message, or an element next to it where the exact sum is nearly half-way between two. Reads 3 x d elements, d for
-    the first part, writes 2 x d. Deterministic.
+    message, or an element next to it where the exact sum is nearly half-way between two. Reads d + 2 d / k elements, d
+    for the first part, writes 2 d / k. Deterministic.
 
     Args:
-        message: (d + d % 2,), contiguous, float32 or float64; changed in place.
+        message: (L,), contiguous, float32 or float64; changed in place. L is d / k rounded up to an even number.
         carry: like message; changed in place.
         gradient: (d,), contiguous, the same dtype and device. None of the three may share memory with another.
         workers: n.
@@ -96,6 +108,7 @@ def cyclic_encode_add_(
         worker: from 0 to n - 1.
         part: a part that this worker computes.
         first: whether this is the first part, which replaces what is in message and carry instead of adding to it.
+        compression: k, see `cyclic_encode`.
 
     Returns:
         message.
@@ -103,26 +116,30 @@ def cyclic_encode_add_(
     _checks.check_tensor("message", message, 1, CYCLIC_DTYPES)
     _checks.check_tensor("carry", carry, 1, (message.dtype,), like=message)
     _checks.check_tensor("gradient", gradient, 1, (message.dtype,), like=message)
-    _checks.check_workers(workers, adversaries)
+    _checks.check_workers(workers, adversaries, compression=compression)
     _checks.check_int("worker", worker, 0, workers - 1)
     _checks.check_int("part", part, 0, workers - 1)
-    d = gradient.size(0)
+    length = message_length(gradient.size(0), compression)
     for name, vector in (("message", message), ("carry", carry)):
-        _checks.check_writable(name, vector, d + d % 2)
+        _checks.check_writable(name, vector, length)
     _checks.check_contiguous("gradient", gradient)
     _checks.check_apart("carry", carry, "message", message)
     _checks.check_apart("gradient", gradient, "message", message)
     _checks.check_apart("gradient", gradient, "carry", carry)
-    r = 2 * adversaries + 1
+    r = 2 * adversaries + compression
     if all((part + (2 * t * workers + r) // (2 * r)) % workers != worker for t in range(r)):
         raise ValueError(f"part must be one that worker {worker} computes, got {part}")
     _checks.check_bool("first", first)
-    torch.ops.draco_ext.cyclic_encode_add_(message, carry, gradient, workers, adversaries, worker, part, first)
+    torch.ops.draco_ext.cyclic_encode_add_(
+        message, carry, gradient, workers, adversaries, worker, part, first, compression
+    )
     return message
 
 
 @torch.library.register_fake("draco_ext::cyclic_encode_add_")
-def _(message, carry, gradient, workers, adversaries, worker, part, first=False):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    message, carry, gradient, workers, adversaries, worker, part, first=False, compression=1
+):
     return None
 
 
@@ -177,6 +194,7 @@ def cyclic_locate(
     atol: float = 0.0,
     rtol: float = 0.0,
     mean: bool = True,
+    compression: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Find the bad workers from projections, and the weights that decode without them.
 
@@ -196,15 +214,16 @@ def cyclic_locate(
             square).
         rtol: the same, relative to the messages.
         mean: scale the weights by 1 / n.
+        compression: k, see `cyclic_encode`.
 
     Returns:
-        weights (n,) complex128, 0 for workers left out, NaN where there is no gradient; suspects (n,) bool; failed ()
-        bool, whether no set of as many workers as may be bad explains the projections. More non-finite messages
-        than could be put right (2 * nonfinite + missing > 2 * s) give NaN weights, no suspects and no failure: then the
-        gradient itself is not finite.
+        weights (n,) complex128, with compression > 1 (k, n), of each block: 0 for workers left out, NaN where there is
+        no gradient; suspects (n,) bool; failed () bool, whether no set of as many workers as may be bad explains the
+        projections. More non-finite messages than could be put right (2 * nonfinite + missing > 2 * s) give NaN
+        weights, no suspects and no failure: then the gradient itself is not finite.
     """
     _checks.check_tensor("projections", projections, 3, (torch.complex128,))
-    _checks.check_workers(projections.size(0), adversaries, "projections' rows")
+    _checks.check_workers(projections.size(0), adversaries, "projections' rows", compression)
     _checks.check_int("length", length, 0)
     shape = projections_shape(length)
     if projections.shape[1:] != shape or not projections.is_contiguous():
@@ -221,16 +240,27 @@ def cyclic_locate(
     _checks.check_tolerance("rtol", rtol)
     _checks.check_bool("mean", mean)
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.draco_ext.cyclic_locate(
-        projections, norms, missing, adversaries, length, dtype == torch.float64, float(atol), float(rtol), mean
+        projections,
+        norms,
+        missing,
+        adversaries,
+        length,
+        dtype == torch.float64,
+        float(atol),
+        float(rtol),
+        mean,
+        compression,
     )
     return result
 
 
 @torch.library.register_fake("draco_ext::cyclic_locate")
-def _(projections, norms, missing, adversaries, length, float64, atol, rtol, mean):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    projections, norms, missing, adversaries, length, float64, atol, rtol, mean, compression=1
+):
     n = projections.size(0)
     return (
-        projections.new_empty((n,)),
+        projections.new_empty((n,) if compression == 1 else (compression, n)),
         projections.new_empty((n,), dtype=torch.bool),
         projections.new_empty((), dtype=torch.bool),
     )
@@ -241,12 +271,14 @@ def cyclic_combine(
 ) -> Tensor:
     """Return the weighted sum of the messages, pairs of elements taken as complex numbers.
 
-    Rows whose weight is exactly 0 are not read. Reads the others once, writes d elements. Deterministic.
+    Rows whose weight is exactly 0 are not read. Reads the others once, however many blocks are made of them (on a GPU
+    once for eight blocks), writes d elements. Deterministic.
 
     Args:
         messages: (n, L), L even, float32 or float64.
-        weights: (n,) complex128.
-        length: L or L - 1; the default L keeps the padding of an odd gradient.
+        weights: (n,) complex128; or (k, n), of k blocks of the result, which follow each other.
+        length: L or L - 1; the default L keeps the padding of an odd gradient. With k blocks k * L, or less than 2 * k
+            below.
         out: (length,), receives the sum; see `draco_ext.ops`.
 
     Returns:
@@ -254,11 +286,15 @@ def cyclic_combine(
     """
     _checks.check_messages(messages, CYCLIC_DTYPES)
     _checks.check_pairs(messages)
-    _checks.check_tensor("weights", weights, 1, (torch.complex128,), like=messages)
-    if weights.size(0) != messages.size(0) or not weights.is_contiguous():
-        raise ValueError(f"weights must be contiguous with {messages.size(0)} entries, got {weights.size(0)}")
-    length = messages.size(1) if length is None else length
-    _checks.check_length(length, messages)
+    several = isinstance(weights, Tensor) and weights.dim() == 2
+    _checks.check_tensor("weights", weights, 2 if several else 1, (torch.complex128,), like=messages)
+    if weights.size(-1) != messages.size(0) or not weights.is_contiguous():
+        raise ValueError(f"weights must be contiguous with {messages.size(0)} entries, got {weights.size(-1)}")
+    compression = weights.size(0) if several else 1
+    if not 0 < compression <= _checks.MOST_WORKERS:
+        raise ValueError(f"weights must have from 1 to {_checks.MOST_WORKERS} rows, got {compression}")
+    length = compression * messages.size(1) if length is None else length
+    _checks.check_length(length, messages, compression)
     if out is None:
         result: Tensor = torch.ops.draco_ext.cyclic_combine(messages, weights, length)
         return result
@@ -288,24 +324,27 @@ def cyclic_decode(
     rtol: float = 0.0,
     mean: bool = True,
     seed: int | None = None,
+    compression: int = 1,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Decode the cyclic code in one sweep over the messages, two if there are suspects that were not expected.
 
-    On the CPU the second one is of the first sixteenth alone, unless a suspect shows only after that. Equivalent to
-    `cyclic_project`, `cyclic_locate` and `cyclic_combine`. To the last bit the gradient is that of who is left out: it
-    depends on the seed only through which errors at the noise floor are noticed, and not on `expected`.
+    On a GPU always two with compression > 1. On the CPU the second one is of the first sixteenth alone, unless a
+    suspect shows only after that. Equivalent to `cyclic_project`, `cyclic_locate` and `cyclic_combine`. To the last bit
+    the gradient is that of who is left out: it depends on the seed only through which errors at the noise floor are
+    noticed, and not on `expected`.
 
     Args:
         messages: (n, L), L even, float32 or float64.
         adversaries: s, 2 * s + 1 <= n.
         missing: (n,) bool, workers without a message: erasures, 2 * bad + missing <= 2 * s is decoded.
         expected: (n,) bool, workers that are probably bad, say because they were in the last step. Only saves time.
-        length: L or L - 1, default L.
+        length: L or L - 1, default L; with compression k * L, the default, or less than 2 * k below.
         atol: see `cyclic_locate`.
         rtol: see `cyclic_locate`.
         mean: divide by the number of parts, n.
         seed: of the random projection; None, the only safe choice in production, draws one from the operating system.
+        compression: k, see `cyclic_encode`; 2 * s + k <= n.
         out: (length,), receives the gradient; see `draco_ext.ops`.
 
     Returns:
@@ -315,11 +354,11 @@ def cyclic_decode(
     """
     _checks.check_messages(messages, CYCLIC_DTYPES)
     _checks.check_pairs(messages)
-    _checks.check_workers(messages.size(0), adversaries, "messages' rows")
+    _checks.check_workers(messages.size(0), adversaries, "messages' rows", compression)
     _checks.check_mask("missing", missing, messages)
     _checks.check_mask("expected", expected, messages)
-    length = messages.size(1) if length is None else length
-    _checks.check_length(length, messages)
+    length = compression * messages.size(1) if length is None else length
+    _checks.check_length(length, messages, compression)
     _checks.check_tolerance("atol", atol)
     _checks.check_tolerance("rtol", rtol)
     _checks.check_bool("mean", mean)
@@ -328,21 +367,26 @@ def cyclic_decode(
     options = (float(atol), float(rtol), mean, seed)
     if out is None:
         result: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.draco_ext.cyclic_decode(
-            messages, missing, expected, adversaries, length, *options
+            messages, missing, expected, adversaries, length, *options, compression
         )
         return result
     _checks.check_out(out, length, "messages", messages)
-    return out, *torch.ops.draco_ext.cyclic_decode_out(messages, missing, expected, adversaries, *options, out)
+    flags = torch.ops.draco_ext.cyclic_decode_out(messages, missing, expected, adversaries, *options, out, compression)
+    return out, *flags
 
 
 @torch.library.register_fake("draco_ext::cyclic_decode_out")
-def _(messages, missing, expected, adversaries, atol, rtol, mean, seed, out):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    messages, missing, expected, adversaries, atol, rtol, mean, seed, out, compression=1
+):
     n = messages.size(0)
     return tuple(messages.new_empty(shape, dtype=torch.bool) for shape in ((n,), (), (n,)))
 
 
 @torch.library.register_fake("draco_ext::cyclic_decode")
-def _(messages, missing, expected, adversaries, length, atol, rtol, mean, seed):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    messages, missing, expected, adversaries, length, atol, rtol, mean, seed, compression=1
+):
     n = messages.size(0)
     flags = (messages.new_empty(shape, dtype=torch.bool) for shape in ((n,), (), (n,)))
     return messages.new_empty((length,)), *flags

@@ -17,7 +17,7 @@ class GradientEncoder:
     """An encoder of messages, which takes the gradients of a step's parts buffer by buffer during backward passes.
 
     If the code's message is the gradient itself, the message is the buffer. Otherwise the encoder keeps two vectors of
-    the gradient's size from step to step: the weighted sums and their rounding errors. In both of them every parameter
+    the message's size from step to step: the weighted sums and their rounding errors. In both of them every parameter
     is padded to an even length.
 
     Args:
@@ -55,8 +55,8 @@ class GradientEncoder:
         for key, gradient in zip(buffer.keys, gradients, strict=True):
             # In chunks, so that the data of the first operation are still in the cache for the second.
             sums, carries = self._sums[key], self._carries[key]
-            chunk = CHUNK if scale and gradient.device.type == "cpu" else max(1, sums.numel())
-            chunks = (vector.split(chunk) for vector in (sums, carries, gradient))
+            chunk = CHUNK if scale and gradient.device.type == "cpu" else max(1, gradient.numel())
+            chunks = (vector.split(chunk + chunk % 2) for vector in (sums, carries, gradient))
             for total, carry, values in zip(*chunks, strict=True):
                 self._code.encode_add_(total, carry, values, self._worker, parts[index], first=index == 0)
                 if scale:
@@ -69,7 +69,7 @@ class GradientEncoder:
         values = _joined(buffer.keys, self._sums)
         if values is None:
             values = torch.cat([self._sums[key] for key in buffer.keys])
-        return Message(values, buffer, self._scale_into_buffer)
+        return Message(values, buffer, self._scale_into_buffer, self._code.blocks)
 
 
 def _joined(keys: Sequence[Hashable], sums: dict[Hashable, Tensor]) -> Tensor | None:

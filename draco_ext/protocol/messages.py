@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draco_ext.ops import message_length
 from draco_ext.protocol.differences import BITS, Difference, join
 
 # Bytes of a slice; messages are gathered and decoded slice by slice. A multiple of the decoder's tile for every dtype.
@@ -39,14 +40,16 @@ class Message:
     """The message that this rank sends for one buffer.
 
     Attributes:
-        values: the message. In a cyclic code's message every parameter is padded to an even length.
+        values: the message. In a cyclic code's message every parameter is padded to blocks of an even length.
         buffer: the buffer that receives the decoded gradient; the repetition code's message may share its memory.
         buffer_holds_scaled_values: whether the buffer already holds `values` / workers.
+        blocks: the number of blocks of each parameter's gradient, if it is so many times longer than its message.
     """
 
     values: Tensor
     buffer: GradientBuffer
     buffer_holds_scaled_values: bool = False
+    blocks: int = 1
 
     def keep(self) -> Callable[[], Tensor]:
         """Keep the message while the buffer is overwritten.
@@ -70,15 +73,23 @@ class Message:
         return restored
 
     def write(self, values: Tensor, factor: float = 1.0) -> Tensor:
-        """Write `values`, which are laid out like the message, times a factor into the buffer; return the buffer."""
-        target = self.buffer.values
-        if values.numel() == target.numel():
+        """Write `values` times a factor into the buffer; return the buffer.
+
+        Args:
+            values: (blocks, length of the message) or, with one block, (length of the message,).
+            factor: the factor.
+        """
+        target, blocks = self.buffer.values, self.blocks
+        if blocks == 1 and values.numel() == target.numel():
             pairs = [(values, target)]
         else:
             lengths = self.buffer.lengths
-            sources = values.split([length + length % 2 for length in lengths])
-            places = target.split(list(lengths))
-            pairs = [(source[: place.numel()], place) for source, place in zip(sources, places, strict=True)]
+            sources = values.view(blocks, -1).split([message_length(length, blocks) for length in lengths], dim=1)
+            pairs = [
+                (row[: piece.numel()], piece)
+                for source, place in zip(sources, target.split(list(lengths)), strict=True)
+                for row, piece in zip(source, place.split(max(1, source.size(1))), strict=False)
+            ]
         for source, place in pairs:
             if factor != 1:
                 torch.mul(source, factor, out=place)
@@ -120,8 +131,17 @@ def slices(values: Tensor) -> tuple[Tensor, ...]:
     return torch.split(values, slice_length(values.dtype))
 
 
-def finish_slices(message: Message, outcomes: Sequence[ExchangeOutcome], length: int) -> ExchangeOutcome:
-    """Write a message, whose values are now the decoded gradient, into its buffer; return the outcome of all slices.
+def room_for_results(message: Message, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return a vector for the decoded gradient of each slice: the slice itself, or a longer one of several blocks."""
+    if message.blocks == 1:
+        return parts
+    return [part.new_empty(message.blocks * part.numel()) for part in parts]
+
+
+def finish_slices(
+    message: Message, outcomes: Sequence[ExchangeOutcome], length: int, results: Sequence[Tensor] | None = None
+) -> ExchangeOutcome:
+    """Write the decoded gradient into a message's buffer; return the outcome of all slices.
 
     If one slice failed, the buffer failed.
 
@@ -129,12 +149,16 @@ def finish_slices(message: Message, outcomes: Sequence[ExchangeOutcome], length:
         message: the message.
         outcomes: the outcome of each slice.
         length: the number of elements in a slice.
+        results: the decoded gradient of each slice; default: the message's values have become it.
     """
     failed = any(outcome.failed for outcome in outcomes)
     if failed:
         message.buffer.values.fill_(torch.nan)
     else:
-        message.write(message.values)
+        values = message.values
+        if results is not None and message.blocks > 1:
+            values = torch.cat([result.view(message.blocks, -1) for result in results], dim=1)
+        message.write(values)
     found: dict[int, list[tuple[int, Difference | None]]] = {}
     for i, outcome in enumerate(outcomes):
         for j, difference in outcome.suspects.items():

@@ -90,7 +90,8 @@ def protect(
             ``code.workers`` replicas and any number of shards, where a replica is what is called a rank here; with an
             `Audit` over any mesh of ``code.workers`` ranks and two shards or more.
         code: the assignment of parts to ranks. A code with several parts for each rank (cyclic) needs `Guard.steps`,
-            and an `Audit` needs `AuditGuard.steps`, which takes any loader.
+            and an `Audit` needs `AuditGuard.steps`, which takes any loader. A `SolonCode` also needs "server" and a
+            DistributedDataParallel.
         transport: "allreduce", "verified" or "server".
         on_failure: what happens if too many messages are wrong for the code's guarantee. All gradients become None on
             all ranks, so that an optimizer changes nothing. Then "raise" makes ``backward()`` raise DecodingError, and
@@ -183,11 +184,25 @@ def protect(
         )
     if code.message_is_gradient and transport == "allreduce" and (atol > 0 or rtol > 0):
         raise ValueError("atol and rtol must be 0 for a repetition code with transport='allreduce'; take 'verified'")
+    if code.blocks > 1:
+        _check_short_messages(model, code, transport)
     if isinstance(model, DistributedDataParallel):
         check_model(model, code)
         _warn_of_collectives(model, transport)
     module = cast(torch.nn.Module, model)
     return Guard(module, code, adversary=cast("Adversary | None", adversary), ranks_per_host=ranks_per_host, **settings)
+
+
+def _check_short_messages(model: object, code: Code, transport: str) -> None:
+    """Raise unless messages that are shorter than the gradient can be used."""
+    if transport != "server":
+        reason = {
+            "allreduce": "the sum of its messages is only one block of the gradient",
+            "verified": "all messages would go to all ranks, while a RepetitionCode's are sent in shards",
+        }[transport]
+        raise ValueError(f"transport must be 'server' for {code!r}, got {transport!r}: {reason}")
+    if not isinstance(model, DistributedDataParallel):
+        raise ValueError(f"model must be a DistributedDataParallel for {code!r}, got one made by fully_shard")
 
 
 def _warn_of_collectives(model: DistributedDataParallel, transport: str) -> None:

@@ -13,7 +13,8 @@ import torch
 from conftest import ATTACKS, attacked, honest_messages, named, relative_error
 
 import draco_ext
-from draco_ext import CyclicCode, RepetitionCode, ops, reference
+from draco_ext import CyclicCode, RepetitionCode, SolonCode, ops, reference
+from draco_ext.codes.cyclic import _coefficients
 
 
 @pytest.fixture
@@ -53,6 +54,23 @@ def test_weights_amplify_no_more_than_the_bound_says():
                     largest[size] = max(largest[size], float(np.linalg.norm(weights)) / math.sqrt(n))
                 assert largest[size] <= math.sqrt(math.comb(2 * size, size)) * (1 + 1e-9), f"n={n} s={s} erased={size}"
             assert largest == sorted(largest)
+
+
+def test_weights_of_blocks_amplify_no_more_than_the_bound_says():
+    """All sets of at most 2s erased workers, for n <= 9, of every block."""
+    tight = 0.0
+    cases = [(n, s, k) for n in range(2, 10) for s in range(4) for k in range(2, n - 2 * s + 1)]
+    for n, s, k in cases:
+        for block, moment in enumerate(SolonCode(n, s, k).moments):
+            gap = block if moment <= 0 else block - (k + 1) // 2
+            for size in range(2 * s + 1):
+                bound = np.linalg.norm(_coefficients(size, gap))
+                for erased in itertools.combinations(range(n), size):
+                    weights = reference.decoding_weights(n, s, erased, int(moment))
+                    amplified = float(np.linalg.norm(weights)) / math.sqrt(n)
+                    assert amplified <= bound * (1 + 1e-9), f"n={n} s={s} k={k} block {block} erased={erased}"
+                    tight = max(tight, amplified / bound if gap > 0 and size > 0 else 0.0)
+    assert tight > 0.5, "the bound has become far too loose"
 
 
 def test_small_ball(trials):
@@ -157,8 +175,9 @@ def weak_direction(code, bad, kind, rng):
     powers = np.outer(np.arange(1, 2 * s + 1), bad) % n
     checks = np.exp(2j * np.pi * powers / n) / math.sqrt(n)
     gram = checks.conj().T @ checks + 1e-14 * np.eye(len(bad))
-    if kind == "most damage":
-        error = np.linalg.solve(gram, np.ones(len(bad)))
+    if kind == "most damage":  # to the gradient, or to one of its blocks
+        moment = rng.choice(code.moments) if code.blocks > 1 else 0
+        error = np.linalg.solve(gram, np.exp(-2j * np.pi * (np.array(bad) * moment % n) / n))
     elif kind == "near-codeword":
         error = np.linalg.eigh(gram)[1][:, 0]
     else:  # one of the weak ones
@@ -261,6 +280,24 @@ def test_adaptive_adversary(n, s, d, dtype, trials, generator):
     if s <= 5:
         assert search.worst <= (1e-4 if dtype == torch.float32 else 1e-12), told
         assert search.failures <= 0.02 * search.decodes, told
+    assert search.framed <= 0.01 * search.decodes, told
+    assert search.worst > search.unit, "no attack did anything"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("n", "s", "k", "d"), [(9, 2, 4, 400), (15, 3, 4, 4000), (45, 5, 4, 2400), (64, 5, 8, 4000)])
+def test_adaptive_adversary_and_short_messages(n, s, k, d, dtype, trials, generator):
+    """The checks are those of the cyclic code; what is hidden from them moves blocks by more than the gradient."""
+    search = Search(SolonCode(n, s, k), d, dtype, generator.initial_seed())
+    search.run(steps=trials(1, 3, 60))
+    told = (
+        f"n={n} s={s} k={k} d={d} {dtype}: {search.decodes} decodes, worst error {search.worst:.1e}, "
+        f"failed {search.failures}, honest accused {search.framed}"
+    )
+    print(told)
+    assert search.worst_in_bounds <= search.code.error_bound(dtype, length=d // k, probability=1e-6), told
+    assert search.worst <= (1e-4 if dtype == torch.float32 else 1e-12), told
+    assert search.failures <= 0.02 * search.decodes, told
     assert search.framed <= 0.01 * search.decodes, told
     assert search.worst > search.unit, "no attack did anything"
 

@@ -19,7 +19,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 ORDERS = ("forward", "reverse", "7")
-# Of test_kernels.py, what runs without --long.
+# Of test_solon.py, what runs without --long: every kernel that has several blocks of the gradient.
+SOME_OF_SOLON = "combine or encode_matches or pieces or overflow"
+# Of test_kernels.py.
 SOME = "every_kernel_once or any_stride or same_bits_again or over_many_columns or tolerates or overflow or edge"
 
 
@@ -127,7 +129,8 @@ def test_kernels(build, long):
     """All tests that run on any device, and the kernels' own in other orders: as many at once as there are cores."""
     tests = ROOT / "python_tests"
     kernels = tests / "kernels" / "test_kernels.py"
-    waiting = [("reverse", [kernels, "-k", SOME])]
+    solon = tests / "kernels" / "test_solon.py"
+    waiting = [("reverse", [kernels, "-k", SOME]), ("7", [solon, "-k", SOME_OF_SOLON])]
     if long:  # the first one started is the first waited for: a short one
         waiting = [("reverse", [kernels]), ("forward", [tests]), ("7", [kernels])]
     running, failed = [], []

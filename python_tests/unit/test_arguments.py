@@ -175,7 +175,7 @@ def test_tolerances(code, name, value, error):
 def test_reduction_and_code():
     with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', got 'max'"):
         decode(GOOD[R], R, reduction="max")
-    with pytest.raises(TypeError, match="code must be a RepetitionCode or CyclicCode, got str"):
+    with pytest.raises(TypeError, match="code must be a RepetitionCode, CyclicCode or SolonCode, got str"):
         decode(GOOD[R], "repetition")
 
 

@@ -372,6 +372,30 @@ def test_plan_of_an_audit_stands_beside_the_codes():
     assert "lie about what they communicate" in audit["cannot survive"]
 
 
+def test_plan_of_short_messages_stands_beside_the_codes():
+    repetition, cyclic, solon = planned(9, 2, 1000, "float32", None, 4)
+    assert [repetition, cyclic] == planned(9, 2, 1000, "float32")
+    assert solon["compute per worker"].startswith("8x ")
+    # Eight workers send 250 elements each and get 1000.
+    assert solon["sent per step, server"] == "40 kB (40,000 B)"
+    assert solon["sent per step, allreduce"] == solon["sent per step, verified"] == "not offered"
+    assert solon["all messages and the result"] == "13 kB (13,000 B)"
+    assert solon["noise amplification"].startswith("1.52 ")
+
+
+def test_plan_takes_a_compression():
+    arguments = ("plan", "--workers=9", "--adversaries=2", "--parameters=1e6")
+    assert "Solon" not in invoke(*arguments).output
+    result = invoke(*arguments, "--compression=4")
+    assert result.exit_code == 0
+    costs, exchange = result.output.split("A step's exchange")
+    assert "Solon" in costs
+    assert "Solon" in exchange
+    refused = invoke(*arguments, "--compression=6")
+    assert refused.exit_code == 2
+    assert "--compression must be at most workers - 2 * adversaries = 5, got 6" in refused.output
+
+
 def test_plan_of_an_audit_of_every_step():
     audit = planned(9, 2, 1000, "float32", 1.0)[2]
     assert audit["compute per worker"].startswith("3.002x ")

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from draco_ext import ByzShieldCode, CyclicCode, RepetitionCode
+from draco_ext import ByzShieldCode, CyclicCode, RepetitionCode, SolonCode, ops
 from draco_ext.protocol import keys, messages
 from draco_ext.protocol.communicator import Pending
 from draco_ext.protocol.encoder import CHUNK, GradientEncoder
@@ -31,7 +31,7 @@ def message_of(code, worker, seed, alter=None):
     values = torch.cat([code.encode(worker, piece.contiguous()) for piece in mine])
     if alter is not None:
         alter(values)
-    return Message(values, buffer_of(torch.empty(sum(LENGTHS)), LENGTHS)), gradients.mean(0)
+    return Message(values, buffer_of(torch.empty(sum(LENGTHS)), LENGTHS), blocks=code.blocks), gradients.mean(0)
 
 
 def run_overlapped(transport, exchanges):
@@ -77,9 +77,13 @@ def _one_wrong_message(communicator, name, code, bad):
     return [outcome.suspects.keys() for outcome in outcomes], [outcome.failed for outcome in outcomes], decoded, apart
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("code", CODES, ids=repr)
-def test_every_set_of_bad_workers_changes_nothing(name, code):
+SHORT = [SolonCode(4, 1, 2), SolonCode(5, 1, 3), SolonCode(6, 2, 2), SolonCode(3, 0, 3)]  # messages
+
+
+@pytest.mark.parametrize(
+    ("code", "name"), [*itertools.product(CODES, NAMES), *((code, "server") for code in SHORT)], ids=repr
+)
+def test_every_set_of_bad_workers_changes_nothing(code, name):
     """Buckets that overlap; with the server, worker 0 is trusted, but its message is not."""
     for count in range(code.adversaries + 1):
         for bad in map(set, itertools.combinations(range(code.workers), count)):
@@ -161,7 +165,7 @@ def test_a_late_record_is_missing_and_its_worker_catches_up():
 
 def _two_elements(values):
     values[20] += 1
-    values[90] = -3
+    values[-14] = -3
 
 
 def _sliced(communicator, name, code):
@@ -179,9 +183,15 @@ def _sliced(communicator, name, code):
     return outcomes, decoded.view(torch.int32).tolist(), apart
 
 
-@pytest.mark.parametrize("name", ["allgather", "server"])
-@pytest.mark.parametrize("code", [RepetitionCode(3, 1), CyclicCode(4, 1)], ids=repr)
-def test_slices_make_no_difference(name, code, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        *itertools.product([RepetitionCode(3, 1), CyclicCode(4, 1)], ["allgather", "server"]),
+        (SolonCode(4, 1, 2), "server"),
+    ],
+    ids=repr,
+)
+def test_slices_make_no_difference(code, name, monkeypatch):
     exact, results = isinstance(code, RepetitionCode), []
     for size in (2**22, 64):
         monkeypatch.setattr(messages, "SLICE", size)
@@ -305,15 +315,17 @@ def test_a_message_is_kept_while_its_buffer_is_overwritten():
 # ------------------------------------------------------------------------------------------------ encoder
 
 
-@pytest.mark.parametrize("scale", [False, True])
-def test_messages_grow_with_the_gradients(scale, generator):
+@pytest.mark.parametrize(
+    ("code", "scale"), [(CyclicCode(5, 1), False), (CyclicCode(5, 1), True), (SolonCode(5, 1, 3), False)], ids=repr
+)
+def test_messages_grow_with_the_gradients(code, scale, generator):
     """Also of parameters that are added in several chunks."""
-    code, sizes = CyclicCode(5, 1), (3, 2 * CHUNK + 5, 2, 1)
+    sizes = (3, 2 * CHUNK + 5, 2, 1)
     buffer = buffer_of(torch.empty(sum(sizes)), sizes)
     for worker in range(code.workers):
         encoder = GradientEncoder(code, worker, scale_into_buffer=scale)
         for _ in range(2):  # steps: the second begins anew
-            gradients = torch.randn(3, sum(sizes), generator=generator)
+            gradients = torch.randn(code.redundancy, sum(sizes), generator=generator)
             for index, gradient in enumerate(gradients):
                 buffer.values.copy_(gradient)
                 encoder.add(buffer, code.assignment(worker), index)
@@ -321,8 +333,25 @@ def test_messages_grow_with_the_gradients(scale, generator):
             message = encoder.message(buffer)
             assert message.buffer_holds_scaled_values == scale
             torch.testing.assert_close(message.values, torch.cat(pieces))
+            if not scale:
+                assert torch.equal(buffer.values, gradients[-1])
+                continue
             mean = torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)]) / code.workers
-            torch.testing.assert_close(buffer.values, mean if scale else gradients[-1])
+            torch.testing.assert_close(buffer.values, mean)
+
+
+def test_blocks_of_each_parameter_are_put_together(generator):
+    """What is decoded of several parameters, by blocks, becomes their gradients, also where some have no padding."""
+    sizes = (3, 18, 7, 0, 1, 12)
+    gradients = torch.randn(sum(sizes), generator=generator)
+    padded = [ops.message_length(size, 3) for size in sizes]
+    blocks = torch.zeros(3, sum(padded))
+    for at, own, gradient in zip(itertools.accumulate(padded, initial=0), padded, gradients.split(sizes), strict=False):
+        blocks[:, at : at + own] = torch.nn.functional.pad(gradient, (0, 3 * own - len(gradient))).view(3, own)
+    buffer = buffer_of(torch.full_like(gradients, torch.nan), sizes)
+    message = Message(torch.empty(sum(padded)), buffer, blocks=3)
+    assert torch.equal(message.write(blocks), gradients)
+    torch.testing.assert_close(message.write(blocks, 0.5), gradients / 2)
 
 
 # ---------------------------------------------------------------------------------------------- scheduler

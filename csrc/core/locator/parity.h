@@ -117,31 +117,17 @@ class Parity {
   }
 
   // The weights b_j that give the sum of the gradients from the workers not in the mask: b = 1 + X q, b = 0 on those in
-  // it, of minimal norm. Times `by`. At most 2s workers may be in the mask, and none are erased.
-  DRACO_TEAM_CALL void weights(const uint8_t* mask, double by, Complex* b) {
+  // it, of minimal norm. Times `by`. At most 2s workers may be in the mask, and none are erased. Of shorter messages
+  // the weights of every block (core/answers.h), (compression, workers): b = x^(m_b) + X q.
+  DRACO_TEAM_CALL void weights(const uint8_t* mask, double by, Complex* b, int compression = 1) {
     const Set set{at_.erased, list(team_, mask, workers, at_.erased)};
     Work unlimited;
     factorise(set, unlimited);
-    Complex* q = at_.image;
-    if (team_.warp == 0) {
-      for (int m = team_.lane; m < rows; m += team_.lanes) q[m] = {0, 0};
-      team_.sync_warp();
-      for (int i = 0; i < set.size; ++i) {  // R^T y = 1, and Q applied to conj(y), then conjugated
-        Complex y{0, 0};
-        for (int l = team_.lane; l < i; l += team_.lanes) y = y + at_.factor[int64_t{i} * rows + l] * conj(q[l]);
-        y = Complex{1, 0} - team_.sum(y);
-        if (team_.lane == 0) q[i] = conj(quotient(y, at_.diagonal[i]));
-        team_.sync_warp();
-      }
-      for (int l = set.size - 1; l >= 0; --l) reflect(team_, at_.factor + int64_t{l} * rows + l, q + l, rows - l);
+    for (int answer = 0; answer < compression; ++answer, b += workers) {
+      int moment = answer_moment(rows / 2, compression, answer) % workers;
+      if (moment < 0) moment += workers;
+      weights_of_moment(set, mask, moment, by, b);
     }
-    team_.sync();
-    for (int j = team_.thread; j < workers; j += team_.threads) {
-      Complex sum{1, 0};
-      for (int m = 0; m < rows; ++m) sum = sum - power[int64_t{m} * workers + j] * conj(q[m]);
-      b[j] = mask[j] ? Complex{0, 0} : by * sum;
-    }
-    team_.sync();
   }
 
   // The checks, (2s - those in the mask, workers), that vanish on the workers in a mask.
@@ -155,6 +141,30 @@ class Parity {
   }
 
  private:
+  // The weights that give one moment without the workers of a set, whose columns are factored.
+  DRACO_TEAM void weights_of_moment(Set set, const uint8_t* mask, int64_t moment, double by, Complex* b) {
+    Complex* q = at_.image;
+    if (team_.warp == 0) {
+      for (int m = team_.lane; m < rows; m += team_.lanes) q[m] = {0, 0};
+      team_.sync_warp();
+      for (int i = 0; i < set.size; ++i) {  // R^T y = x^moment, and Q applied to conj(y), then conjugated
+        Complex y{0, 0};
+        for (int l = team_.lane; l < i; l += team_.lanes) y = y + at_.factor[int64_t{i} * rows + l] * conj(q[l]);
+        y = node[moment * set.member[i] % workers] - team_.sum(y);
+        if (team_.lane == 0) q[i] = conj(quotient(y, at_.diagonal[i]));
+        team_.sync_warp();
+      }
+      for (int l = set.size - 1; l >= 0; --l) reflect(team_, at_.factor + int64_t{l} * rows + l, q + l, rows - l);
+    }
+    team_.sync();
+    for (int j = team_.thread; j < workers; j += team_.threads) {
+      Complex sum = node[moment * j % workers];
+      for (int m = 0; m < rows; ++m) sum = sum - power[int64_t{m} * workers + j] * conj(q[m]);
+      b[j] = mask[j] ? Complex{0, 0} : by * sum;
+    }
+    team_.sync();
+  }
+
   // Factors the columns h_a of the erased workers and of the set.
   DRACO_TEAM void factorise(Set set, Work& work) {
     const int all = erased_ + set.size;

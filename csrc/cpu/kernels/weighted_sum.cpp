@@ -50,23 +50,27 @@ void weighted_sum_list(const WeightedSumChunk<T>& chunk) {
   bool add = false;
   for (int j = 0; j < chunk.count; j += 4, add = true) {
     const T* const* rows = chunk.rows + j;
-    const double* weights = kPlain ? nullptr : chunk.weights + 2 * j;
-    switch (chunk.count - j) {
-      case 1:
-        weighted_sum_rows<T, 1, kPlain>(rows, weights, chunk.columns, chunk.sum, add);
-        break;
-      case 2:
-        weighted_sum_rows<T, 2, kPlain>(rows, weights, chunk.columns, chunk.sum, add);
-        break;
-      case 3:
-        weighted_sum_rows<T, 3, kPlain>(rows, weights, chunk.columns, chunk.sum, add);
-        break;
-      default:
-        weighted_sum_rows<T, 4, kPlain>(rows, weights, chunk.columns, chunk.sum, add);
-        break;
+    for (int each = 0; each < chunk.sums; ++each) {
+      const double* weights = kPlain ? nullptr : chunk.weights + 2 * (int64_t{each} * chunk.count + j);
+      T* sum = chunk.sum + each * chunk.stride;
+      switch (chunk.count - j) {
+        case 1:
+          weighted_sum_rows<T, 1, kPlain>(rows, weights, chunk.columns, sum, add);
+          break;
+        case 2:
+          weighted_sum_rows<T, 2, kPlain>(rows, weights, chunk.columns, sum, add);
+          break;
+        case 3:
+          weighted_sum_rows<T, 3, kPlain>(rows, weights, chunk.columns, sum, add);
+          break;
+        default:
+          weighted_sum_rows<T, 4, kPlain>(rows, weights, chunk.columns, sum, add);
+          break;
+      }
     }
   }
-  if (chunk.count == 0) memset(chunk.sum, 0, chunk.columns * sizeof(T));
+  for (int each = 0; chunk.count == 0 && each < chunk.sums; ++each)
+    memset(chunk.sum + each * chunk.stride, 0, chunk.columns * sizeof(T));
 }
 
 }  // namespace

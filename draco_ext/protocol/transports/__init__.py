@@ -19,14 +19,18 @@ def _all_reduce(code: Code, communicator: Communicator, *, deadline: float, **to
         raise ValueError(f"code must have no second stage for 'allreduce', which adds up blindly; got {code!r}")
     if code.message_is_gradient:
         return AllReduceRepetition(code, communicator, **tolerance)
-    if code.uses_projections:
+    if code.uses_projections and code.blocks == 1:
         return AllReduceCyclic(code, communicator, **tolerance)
-    raise ValueError(f"code must have messages that are gradients, or projections, for 'allreduce'; got {code!r}")
+    raise ValueError(
+        f"code must have messages that are gradients, or as long and with projections, for 'allreduce'; got {code!r}"
+    )
 
 
 def _verified(
     code: Code, communicator: Communicator, *, deadline: float, atol: float = 0.0, rtol: float = 0.0
 ) -> Transport:
+    if code.blocks > 1:
+        raise ValueError(f"code must have messages as long as a gradient for 'verified'; got {code!r}")
     # Messages differ by nature, or a second stage needs the winners of all votes: so all go to all.
     if not code.message_is_gradient or code.bounded or atol > 0 or rtol > 0:
         return AllGather(code, communicator, atol=atol, rtol=rtol)

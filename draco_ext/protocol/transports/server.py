@@ -26,6 +26,7 @@ from draco_ext.protocol.messages import (
     finish_slices,
     read_records,
     reject_truncated,
+    room_for_results,
     slice_length,
     workers_in,
     write_truncation_sentinel,
@@ -104,29 +105,34 @@ class ServerTransport(Transport):
         yield from ()  # a generator without a yield: messages and results alternate on a rank's connection
         length = slice_length(message.values.dtype) * (SLICES_AT_ONCE if self._has_replicas else 1)
         parts = message.values.split(length)
-        outcomes = [self._exchange_slice(values, last=values is parts[-1]) for values in parts]
-        return finish_slices(message, outcomes, length)
+        results = room_for_results(message, parts)
+        outcomes = [
+            self._exchange_slice(values, result, last=values is parts[-1])
+            for values, result in zip(parts, results, strict=True)
+        ]
+        return finish_slices(message, outcomes, length, results)
 
-    def _exchange_slice(self, values: Tensor, *, last: bool) -> ExchangeOutcome:
+    def _exchange_slice(self, values: Tensor, result: Tensor, *, last: bool) -> ExchangeOutcome:
+        """Exchange a slice of the message; `result` receives its decoded gradient, and may be the slice itself."""
         in_pieces = self._has_replicas and values.numel() * values.element_size() > verified.SMALL
         if self.communicator.worker == self.server:
-            return (self._serve_in_pieces if in_pieces else self._serve)(values, last=last)
-        return (self._ask_in_pieces if in_pieces else self._ask_for)(values)
+            return self._serve_in_pieces(values, last=last) if in_pieces else self._serve(values, result, last=last)
+        return self._ask_in_pieces(values) if in_pieces else self._ask_for(values, result)
 
-    def _serve(self, values: Tensor, *, last: bool) -> ExchangeOutcome:
-        """Decode all workers' values on the server; the result replaces its own values."""
+    def _serve(self, values: Tensor, result: Tensor, *, last: bool) -> ExchangeOutcome:
+        """Decode all workers' values on the server into `result`."""
         rows, absent = self._collect(values.cpu())
-        # Not into the values: the result may wait for a late worker beyond this step.
-        gradient = torch.empty_like(values)
+        # Not into the result: what is sent may wait for a late worker beyond this step.
+        gradient = torch.empty_like(result)
         outcome = self._decode_rows(rows.to(values.device), gradient, absent)
         outcome = replace(outcome, missing=tuple(sorted(absent)))
         outcome = self._hand_out(outcome, gradient.cpu(), absent, complete=last)
-        values.copy_(gradient)
+        result.copy_(gradient)
         return outcome
 
-    def _ask_for(self, values: Tensor) -> ExchangeOutcome:
-        """Send a rank's values to the server and receive the decoded ones in their place."""
-        return _read(self._ask(values, values))
+    def _ask_for(self, values: Tensor, result: Tensor) -> ExchangeOutcome:
+        """Send a rank's values to the server and receive the decoded ones in `result`."""
+        return _read(self._ask(values, result))
 
     def _serve_in_pieces(self, values: Tensor, *, last: bool) -> ExchangeOutcome:
         """Collect a message of each group in pieces on the server, verify and decode; the result replaces its own."""
