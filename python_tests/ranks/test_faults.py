@@ -25,9 +25,6 @@ from draco_ext.protocol.transports import allreduce_repetition, verified
 from draco_ext.testing.local import run_local
 from draco_ext.training import handshake
 
-if multiprocessing.parent_process() is not None:  # on a rank
-    verified.SMALL = 0  # messages of small models in pieces, too
-
 TIMEOUT, DEADLINE = 3.0, 1.0
 HANGS = 60.0  # seconds after which a job counts as one that hangs; what it may wait for takes a tenth
 STEP = 3  # DDP itself talks to all ranks in the first two
@@ -43,6 +40,7 @@ def start(function, ranks, folder, *arguments):
 
 
 def _rank(rank, ranks, folder, function, arguments):
+    verified.SMALL = 0  # messages of small models in pieces, too
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", ranks)

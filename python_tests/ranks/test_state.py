@@ -1,7 +1,6 @@
 """Digests of replicated state, the repair of a rank whose own differs, and what the record of a step tells."""
 
 import logging
-import multiprocessing
 
 import pytest
 import torch
@@ -15,9 +14,6 @@ from draco_ext.protocol.transports import verified
 from draco_ext.testing.local import run_local
 from draco_ext.training.record import Claims, StepRecord, _pack, _unpack, majority
 from draco_ext.training.state import SECTIONS, ReplicatedState, chunks, judge
-
-if multiprocessing.parent_process() is not None:  # on a rank
-    verified.SMALL = 0  # messages of small models in pieces, too
 
 STEPS, FAULT = 5, 2
 TRANSPORTS = ("allreduce", "verified", "server")
@@ -58,6 +54,7 @@ def train(
 
     before: f(step, model, optimizer), called before a step. during: f(step, message), see `adversary`.
     """
+    verified.SMALL = 0  # messages of small models in pieces, too
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     model = DistributedDataParallel(network(), bucket_cap_mb=0.0002, broadcast_buffers=broadcast)
@@ -240,6 +237,7 @@ def _other_steps(rank, report):
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("draco_ext").addHandler(handler)
     code = RepetitionCode(3, 1)
+    verified.SMALL = 0
     for transport in TRANSPORTS:
         torch.manual_seed(1)
         model = DistributedDataParallel(nn.Linear(4, 1))

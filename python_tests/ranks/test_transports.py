@@ -1,6 +1,5 @@
 """Transports over gloo: the same decisions on all ranks, memory, buckets without elements."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,9 @@ from draco_ext.protocol.messages import GradientBuffer, Message
 from draco_ext.protocol.transports import TRANSPORTS, make_transport, verified
 from draco_ext.testing.local import run_local
 
-if multiprocessing.parent_process() is not None:  # on a rank
-    verified.SMALL = 0  # messages of small models in pieces, too
-
 
 def exchange(transport, values, number):
+    verified.SMALL = 0  # small messages in pieces, too
     buffer = GradientBuffer(values, (values.numel(),), ("parameter",), "bucket")
     return run_alone(transport.exchange(Message(values, buffer), number))
 
@@ -39,6 +36,7 @@ def everybodys(value):
 
 def _near_the_noise_floor(rank, report, code, steps):
     """A rank whose message is off by 6e-7 to 3e-6 of its size in every step, the same to all."""
+    verified.SMALL = 0
     torch.set_num_threads(1)
 
     def adversary(step, message):
@@ -148,6 +146,7 @@ class _WithEmpty(nn.Module):
 
 
 def _empty(rank, report):
+    verified.SMALL = 0
     for code in (RepetitionCode(3, 1), RepetitionCode(3, 0), CyclicCode(3, 1)):
         for name in TRANSPORTS:
             model = DistributedDataParallel(_WithEmpty())
