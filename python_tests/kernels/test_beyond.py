@@ -22,7 +22,6 @@ SMALL = [
     pytest.param(RepetitionCode(10, 1, beyond="median"), marks=pytest.mark.long),
     pytest.param(RepetitionCode(12, 1, beyond="median"), marks=pytest.mark.long),
     pytest.param(RepetitionCode(15, 1, beyond="median"), marks=pytest.mark.long),
-    pytest.param(RepetitionCode(15, 1, beyond="trimmed-mean", trim=2), marks=pytest.mark.long),
 ]
 
 

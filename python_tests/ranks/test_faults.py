@@ -197,30 +197,24 @@ def test_a_message_of_another_length_ends_an_all_gather_in_time(tmp_path):
 
 
 def _at_the_wire(rank, report, cases, small):
-    verified.SMALL = small
     for case in cases:
-        report(_altered(rank, *case))
+        report(_altered(rank, small, *case))
 
 
-def _altered(rank, code, transport, alter):
+def _altered(rank, small, code, transport, alter):
     """What rank 1 sends is altered on its way out, under its full length."""
-    clean, _, _ = train(rank, code, transport, steps=4)
+    clean, _, _ = train(rank, code, transport, steps=4, small=small)
     findings = []
-    send, op = dist.isend, dist.P2POp
+    send, sent = dist.isend, []
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
 
-            def altered_send(values, **options):
-                return send(alter(values, None), **options)
-
-            def altered_op(kind, values, *, group_peer, **options):
-                if kind is altered_send:
-                    kind, values = send, alter(values, group_peer)
-                return op(kind, values, group_peer=group_peer, **options)
+            def altered_send(values, *, group_dst, **options):
+                sent.append(alter(values, group_dst))  # gloo does not keep it
+                return send(sent[-1], group_dst=group_dst, **options)
 
             patch.setattr(dist, "isend", altered_send)
-            patch.setattr(dist, "P2POp", altered_op)
-        rows, _, outcomes = train(rank, code, transport, steps=4, callback=findings.append)
+        rows, _, outcomes = train(rank, code, transport, steps=4, small=small, callback=findings.append)
     everybody = [None] * code.workers
     dist.all_gather_object(everybody, [(f.step, f.bucket, f.worker, f.elements, f.largest) for f in findings])
     del everybody[1]

@@ -105,16 +105,17 @@ def train(
     dropout=True,
     optimizer="sgd",
     without=(),
+    small=0,
     custom=None,
     finish=None,
     **options,
 ):
     """Parameters of all ranks after some steps, this rank's guard, and what every step raised.
 
-    plain: without a guard. without: steps whose update is left out. custom: another adversary. finish: called with
-    model and guard instead of gathering the parameters.
+    plain: without a guard. without: steps whose update is left out. small: the largest message that is not sent in
+    pieces. custom: another adversary. finish: called with model and guard instead of gathering the parameters.
     """
-    verified.SMALL = 0  # messages of small models in pieces, too
+    verified.SMALL = small
     torch.set_num_threads(1)
     model = DistributedDataParallel(network(), **bucket_cap())
     kinds = {"sgd": (torch.optim.SGD, {"momentum": 0.9}), "adamw": (torch.optim.AdamW, {"weight_decay": 0.1})}

@@ -354,11 +354,10 @@ def _draw_neighbours(path: Path, rows: list[Row]) -> None:
             panel.plot([100 * value for value in seeds if value is not None], [place] * len(seeds), "k.", markersize=3)
             inside = mean > 0.5
             panel.text(
-                100 * mean + (-4 if inside else 4),
+                4 if inside else 100 * mean + 8,
                 place,
                 f"{100 * mean:.1f}",
                 va="center",
-                ha="right" if inside else "left",
                 fontsize=8,
                 color="white" if inside and row.own else "black",
             )
@@ -368,7 +367,7 @@ def _draw_neighbours(path: Path, rows: list[Row]) -> None:
         panel.grid(visible=False, axis="y")
     panels[0].set_yticks(places, [row.rule for row in rows])
     panels[0].invert_yaxis()
-    figure.supxlabel("test accuracy in %", fontsize=10)
+    figure.supxlabel("test accuracy in %: bars are means, dots are seeds", fontsize=10)
     names = {_OWN: "draco_ext", _OTHERS: "others"}
     handles = [Rectangle((0, 0), 1, 1, color=colour) for colour in names]
     figure.legend(handles, names.values(), frameon=False, loc="lower left", ncols=2, fontsize=9)
