@@ -1,9 +1,8 @@
 """What needs no GPU: the C++ tests, and every CUDA kernel compiled for the host and run there (csrc/tests/simt.h).
 
 The tests of kernels run again in processes of their own, under the address and undefined-behaviour sanitizers, with
-fresh memory full of NaN, and with the threads of a block in several orders, on which no result may depend: all of them
-with --long, otherwise each kernel in one order. First it is shown that an out-of-bounds read and a missing barrier are
-noticed.
+fresh memory full of NaN, and with the threads of a block in several orders, on which no result may depend. First it is
+shown that an out-of-bounds read and a missing barrier are noticed. All of it takes minutes, and --long.
 """
 
 import os
@@ -16,18 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 ORDERS = ("forward", "reverse", "7")
-# Of test_solon.py, what runs without --long: every kernel that has several blocks of the gradient.
-SOME_OF_SOLON = "combine or encode_matches or pieces or overflow"
-# Of test_kernels.py.
-SOME = "every_kernel_once or any_stride or same_bits_again or over_many_columns or tolerates or overflow or edge"
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory, request):
-    """The folder in which the C++ tests were built, in haste where few of them are to run."""
+def build(tmp_path_factory):
+    """The folder in which the C++ tests were built."""
     lacking = [tool for tool in ("cmake", "ninja", COMPILER) if shutil.which(tool) is None]
     lacking += [name for name, path in sanitizers().items() if not lacking and not os.path.isabs(path)]
     if lacking:
@@ -35,7 +31,6 @@ def build(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("simt")
     configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DDRACO_TESTS=ON"]
     configure += [f"-DDRACO_TORCH_DIR={Path(torch.__file__).parent}", f"-DDRACO_TORCH_VERSION={torch.__version__}"]
-    configure += [f"-DDRACO_TESTS_OPTIMIZE={'-O1' if request.config.getoption('--long') else '-O0'}"]
     for command in (configure, ["cmake", "--build", folder]):
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stdout + run.stderr
@@ -125,14 +120,12 @@ def test_finds_a_missing_barrier(planted):
 
 
 @pytest.mark.timeout(1800)
-def test_kernels(build, long):
+def test_kernels(build):
     """All tests that run on any device, and the kernels' own in other orders: as many at once as there are cores."""
     tests = ROOT / "python_tests"
     kernels = tests / "kernels" / "test_kernels.py"
-    solon = tests / "kernels" / "test_solon.py"
-    waiting = [("reverse", [kernels, "-k", SOME]), ("7", [solon, "-k", SOME_OF_SOLON])]
-    if long:  # the first one started is the first waited for: a short one
-        waiting = [("reverse", [kernels]), ("forward", [tests]), ("7", [kernels])]
+    # The first one started is the first waited for: a short one.
+    waiting = [("reverse", [kernels]), ("forward", [tests]), ("7", [kernels])]
     running, failed = [], []
     while waiting or running:
         while waiting and len(running) < (os.cpu_count() or 1):
@@ -142,6 +135,6 @@ def test_kernels(build, long):
         order, process = running.pop(0)
         output, _ = process.communicate()
         passed = re.search(r"(\d+) passed", output)
-        if process.returncode != 0 or passed is None or int(passed[1]) < (30 if long else 15):
+        if process.returncode != 0 or passed is None or int(passed[1]) < 30:
             failed.append(f"order {order}: exit status {process.returncode}\n{output}")
     assert not failed, "\n".join(failed)

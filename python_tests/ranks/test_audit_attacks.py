@@ -228,6 +228,7 @@ def _quiet():
     logging.getLogger("draco_ext").setLevel(logging.ERROR)
 
 
+@pytest.mark.long
 def test_two_ranks_of_five():
     for name, expected, bits, report in run_local(_attack, 5, Audit(5, 2, 1.0), "TWO_OF_FIVE"):
         assert bits == expected, name

@@ -614,7 +614,11 @@ WITHOUT_PROBE = {"dtypes, tied, frozen", "tokens, tied"}
 GROUPS = [list(CASES)[i : i + 8] for i in range(0, len(CASES), 8)]
 
 
-@pytest.mark.parametrize("names", GROUPS, ids=lambda names: f"{names[0]} to {names[-1]}")
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(names, marks=pytest.mark.long if i % 2 else ()) for i, names in enumerate(GROUPS)],
+    ids=lambda names: f"{names[0]} to {names[-1]}",
+)
 def test_bits_are_those_of_plain_ddp(names, long):
     """With and without a fault of one rank: parameters, buffers, optimizer, loss scale and the next random number."""
     results = {(name, fault): result for name, fault, result in run_local(_compose, AUDIT.workers, names, long)}

@@ -139,6 +139,7 @@ def test_bytes_on_the_wire():
     assert max(of_plain.values()) < 1.02
 
 
+@pytest.mark.long
 @needs_private_network
 def test_bytes_of_real_processes():
     """In the best of four steps at least what the model says; at most 2% more, and 400 bytes more for each message."""

@@ -93,6 +93,7 @@ def _run(folder, accidents):
             process.kill()
 
 
+@pytest.mark.long
 def test_a_rank_killed_and_a_rank_stopped(tmp_path):
     assert _run(tmp_path / "clean", "none") == [0] * 6
     clean = [torch.load(tmp_path / "clean" / f"{rank}.pt") for rank in range(6)]
