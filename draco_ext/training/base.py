@@ -100,7 +100,15 @@ class GuardBase(abc.ABC):
         communicator = ProcessGroupCommunicator(group, self._ranks, names=names)
         self._communicator = communicator
         self._seconds = communicator.seconds
-        self._transport = make_transport(transport, code, communicator, deadline=deadline, atol=atol, rtol=rtol)
+        self._transport = make_transport(
+            transport,
+            code,
+            communicator,
+            deadline=deadline,
+            on_one_host=len(set(hosts)) == 1,
+            atol=atol,
+            rtol=rtol,
+        )
         self._scheduler = ExchangeScheduler(self._seconds)
         self._recorder = Recorder(
             rank,

@@ -53,6 +53,7 @@ def sent_so_far():
 
 
 def _rank(rank, report, protection):
+    socket.gethostname = lambda: f"host {rank}"  # on one host the server's results go whole
     aside = dist.new_group()
     model = DistributedDataParallel(Scales())
     steps = [range(1)] * 6

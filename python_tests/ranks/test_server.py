@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 
 import pytest
@@ -20,6 +21,8 @@ STOPPED, DEAD = 4, 5
 
 
 def _rank(rank, folder, accidents):
+    if "passed on" in accidents:
+        socket.gethostname = lambda: f"host {rank}"  # on one host results go whole
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(f"{folder}/store", CODE.workers)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=CODE.workers)

@@ -110,6 +110,14 @@ def test_a_late_worker_gets_the_result_whole_and_the_others_its_shard_from_each_
     assert leaving[0] == 3 * LENGTH
 
 
+def test_results_go_whole_on_one_host(leaving):
+    code = RepetitionCode(6, 1)
+    messages = gradients_of(code, 0).repeat_interleave(torch.tensor(code.group_sizes), dim=0)
+    results = run_workers(exchange_once, 6, code, messages, {"deadline": 30.0, "on_one_host": True})
+    assert all(outcome.is_clean and torch.equal(values, truth(code)) for outcome, values in results)
+    assert leaving[0] == 5 * LENGTH
+
+
 def test_short_results_go_whole(leaving, monkeypatch):
     monkeypatch.setattr(verified, "SMALL", 4 * LENGTH)
     check(RepetitionCode(6, 1), ())

@@ -14,7 +14,9 @@ from draco_ext.protocol.transports.verified import VerifiedAllReduce
 __all__ = ["FORMER_NAMES", "TRANSPORTS", "Transport", "make_transport"]
 
 
-def _all_reduce(code: Code, communicator: Communicator, *, deadline: float, **tolerance: float) -> Transport:
+def _all_reduce(
+    code: Code, communicator: Communicator, *, deadline: float, on_one_host: bool, **tolerance: float
+) -> Transport:
     if code.bounded:
         raise ValueError(f"code must have no second stage for 'allreduce', which adds up blindly; got {code!r}")
     if code.message_is_gradient:
@@ -27,7 +29,13 @@ def _all_reduce(code: Code, communicator: Communicator, *, deadline: float, **to
 
 
 def _verified(
-    code: Code, communicator: Communicator, *, deadline: float, atol: float = 0.0, rtol: float = 0.0
+    code: Code,
+    communicator: Communicator,
+    *,
+    deadline: float,
+    on_one_host: bool,
+    atol: float = 0.0,
+    rtol: float = 0.0,
 ) -> Transport:
     if code.blocks > 1:
         raise ValueError(f"code must have messages as long as a gradient for 'verified'; got {code!r}")
@@ -48,7 +56,14 @@ FORMER_NAMES = {"allgather": "verified"}
 
 
 def make_transport(
-    name: str, code: Code, communicator: Communicator, *, deadline: float = 60.0, atol: float = 0.0, rtol: float = 0.0
+    name: str,
+    code: Code,
+    communicator: Communicator,
+    *,
+    deadline: float = 60.0,
+    on_one_host: bool = False,
+    atol: float = 0.0,
+    rtol: float = 0.0,
 ) -> Transport:
     """Return the transport of this name. All ranks must call it.
 
@@ -57,9 +72,12 @@ def make_transport(
         code: the code.
         communicator: connects the code's workers.
         deadline: seconds that a server waits for the others' messages once it has its own.
+        on_one_host: whether all workers are on the same host, as far as is known.
         atol: the absolute tolerance between honest messages; see `draco_ext.decode`.
         rtol: the relative one.
     """
     if not code.sliceable:
         raise ValueError(f"code must be decoded column by column to have a transport, got {code!r}: use decode")
-    return TRANSPORTS[FORMER_NAMES.get(name, name)](code, communicator, deadline=deadline, atol=atol, rtol=rtol)
+    return TRANSPORTS[FORMER_NAMES.get(name, name)](
+        code, communicator, deadline=deadline, on_one_host=on_one_host, atol=atol, rtol=rtol
+    )

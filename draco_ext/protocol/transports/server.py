@@ -64,8 +64,8 @@ class ServerTransport(Transport):
     The server sends each worker that is in time, a relay, a shard of the result. Relays pass the shards on among
     themselves; see `ShardExchange`. When all of them have received, or have waited for half the deadline, the server
     sends them the digests of all shards under a new key, and what has not come. What is wrong they get from the server.
-    So d elements leave it and not n d. Who is late, or barred (see `Relays`), gets the result whole, as all do if it is
-    short.
+    So d elements leave it and not n d. Who is late, or barred (see `Relays`), gets the result whole. So do all if it is
+    short, or if they are on the server's host: they all share its memory then, and no link is saved.
     """
 
     trust = (
@@ -76,13 +76,21 @@ class ServerTransport(Transport):
     is_served = True
 
     def __init__(
-        self, code: Code, communicator: Communicator, *, deadline: float, atol: float = 0.0, rtol: float = 0.0
+        self,
+        code: Code,
+        communicator: Communicator,
+        *,
+        deadline: float,
+        on_one_host: bool = False,
+        atol: float = 0.0,
+        rtol: float = 0.0,
     ) -> None:
         # Connections of its own with a longer timeout, since only the server decides who is late.
         own = communicator.split([range(communicator.workers)], extra_timeout=deadline)
         super().__init__(code, own, atol=atol, rtol=rtol)
         self.server = communicator.root
         self._deadline = deadline
+        self._in_shards = not on_one_host
         self._connections: dict[int, _WorkerConnection] = {}
         self._rounds = itertools.count()
         self._groups = code.decoding_groups
@@ -376,7 +384,8 @@ class ServerTransport(Transport):
         whole = self._whole(outcome, values)
         present = (j for j, connection in self._connections.items() if j not in absent and connection.in_time)
         relays = self._relays.choose(present)
-        if outcome.failed or len(relays) < 2 or values.numel() * values.element_size() <= verified.SMALL:
+        is_short = values.numel() * values.element_size() <= verified.SMALL
+        if outcome.failed or len(relays) < 2 or is_short or not self._in_shards:
             self._answer(whole, absent, complete=complete)
             return outcome
         shards = values.tensor_split(len(relays))
