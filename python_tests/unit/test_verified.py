@@ -447,7 +447,7 @@ def test_silence_is_an_error_that_names_the_silent(kind):
 def test_random_liars(seed, pytestconfig):
     """Every message of every bad rank is changed at random, or not."""
     rng = random.Random(seed)
-    runs = 200 if pytestconfig.getoption("long") else 12
+    runs = 40 if pytestconfig.getoption("long") else 12
 
     def attack(communicator, code, bad, members):
         own = random.Random(rng.random())
