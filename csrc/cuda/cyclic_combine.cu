@@ -48,7 +48,9 @@ DRACO_DEVICE void add_rows(const WeightedSum<T>& sum, const int* row, const T* r
 }
 
 template <typename T, int kSums>
-__global__ void __launch_bounds__(kSumThreads, kSums == 1 ? 4 : 2)
+__global__ void __launch_bounds__(kSumThreads, kSums == 1          ? 4
+                                               : kSums < kMostSums ? 2
+                                                                   : 1)
     weighted_sum(const __grid_constant__ WeightedSum<T> sum, bool aligned) {
   constexpr int kCount = Vector<T>::kCount, kBatch = kBatchRows<kSums>;
   DRACO_SHARED(int, row, kBatch);

@@ -17,7 +17,7 @@ HOT = {
     "gather_kernel": 1,
     "digest_kernel": 1,
     "digest_stats_kernel": 8,
-    "weighted_sum": 2,
+    "weighted_sum": 8,
     "encode_kernel": 2,
 }
 
