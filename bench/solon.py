@@ -9,12 +9,11 @@ link, of the latency, and of the times measured here, without overlap.
 
 import argparse
 import functools
-import statistics
-import time
 
 import torch
 
 import draco_ext
+from draco_ext.cli.bench.timing import Clock, compare
 from draco_ext.cli.network_model import Network, buckets, traffic
 
 CASES = [(15, 3, 1), (15, 3, 2), (15, 3, 4), (45, 5, 1), (45, 5, 4), (64, 5, 1), (64, 5, 8)]  # n, s, k
@@ -27,19 +26,6 @@ def honest(code, d, generator):
     rows = torch.view_as_real(pattern).flatten(1).float()
     length = code.message_length(d)
     return rows.repeat(1, -(-length // 1000))[:, :length].contiguous()
-
-
-def side_by_side(calls, rounds):
-    """Median seconds of each call, in turns so that all have the same machine."""
-    seconds = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(each) for name, each in seconds.items()}
 
 
 def measure(n, s, k, d, rounds):
@@ -55,28 +41,26 @@ def measure(n, s, k, d, rounds):
     decode = functools.partial(draco_ext.decode, code=code, out=out)
     assert not decode(messages).suspects.any()
     assert decode(attacked).suspects[:s].all()
-    found = side_by_side(
-        {
-            "read": messages.sum,
-            "combine": lambda: code.combine(messages, weights, out=out),
-            "clean": lambda: decode(messages),
-            "attacked": lambda: decode(attacked),
-            "encode": lambda: code.encode(0, gradients),
-        },
-        rounds,
-    )
-    encode = 8 * found["encode"]  # of all d columns
+    calls = {
+        "combine": lambda: code.combine(messages, weights, out=out),
+        "clean": lambda: decode(messages),
+        "attacked": lambda: decode(attacked),
+        "encode": lambda: code.encode(0, gradients),
+    }
+    clock = Clock("cpu")
+    found = {name: compare(clock, call, messages.sum, rounds) for name, call in calls.items()}
+    encode = 8 * found["encode"].seconds  # of all d columns
     lengths, cells = buckets(d, 4), []
     for bandwidth in (12.5e6, 125e6):  # bytes per second: 100 Mbit/s, 1 Gbit/s
         network = Network(latency=20e-3, bandwidth=bandwidth, memory=float("inf"))
         each = traffic(code, "server", lengths, 4)
-        cells.append(each.seconds(network) + found["clean"] + encode)
+        cells.append(each.seconds(network) + found["clean"].seconds + encode)
     size = 4e-6 * messages.size(1)
     print(
         f"| {n}, {s}, {k} | {code.redundancy} | {size:.3g} MB | {encode * 1e3:.0f} ms "
-        f"| {found['combine'] / found['read']:.2f} | {found['clean'] / found['read']:.2f} "
-        f"| {found['attacked'] / found['read']:.2f} "
-        f"| {found['clean'] * 1e3:.0f} ms | {cells[0]:.1f} s | {cells[1]:.2f} s |"
+        f"| {found['combine'].ratio:.2f} | {found['clean'].ratio:.2f} "
+        f"| {found['attacked'].ratio:.2f} "
+        f"| {found['clean'].seconds * 1e3:.0f} ms | {cells[0]:.1f} s | {cells[1]:.2f} s |"
     )
 
 

@@ -216,13 +216,11 @@ class ProcessGroupCommunicator(Communicator):
 
     def send(self, values: Tensor, worker: int) -> None:
         """See `Communicator.send`."""
-        work: Any = dist.isend(values, group=self.group, group_dst=self.ranks[worker], tag=tag_of(values))
-        self._pending([_Operation(work, worker)], values, (values,)).wait()
+        self._start_p2p([(values, worker)], [], values).wait()
 
     def receive(self, values: Tensor, worker: int) -> None:
         """See `Communicator.receive`."""
-        work: Any = dist.irecv(values, group=self.group, group_src=self.ranks[worker], tag=tag_of(values))
-        self._pending([_Operation(work, worker)], values, (values,)).wait()
+        self._start_p2p([], [(values, worker)], values).wait()
 
     def exchange(self, leaving: Sequence[Addressed], arriving: Sequence[Addressed]) -> Pending:
         """See `Communicator.exchange`."""

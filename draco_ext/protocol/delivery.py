@@ -112,7 +112,7 @@ class Delivery:
         arriving += [(values, j) for j, values in promises.items()]
         yield self._communicator.exchange(leaving, arriving)
 
-        key = yield from self._reveal(secret, {j: to_bytes(values) for j, values in promises.items()})
+        key = yield from self._reveal(secret, promises | {self._own: promise})
         everybody = range(self._communicator.workers)
         verifiers = yield from self._verify(dict.fromkeys(everybody, key), self._adversaries + 1)
         for repetitions in reversed(range(self._adversaries + 1)):
@@ -123,15 +123,18 @@ class Delivery:
         if not self.failed:
             self._verifier.finish()
 
-    def _reveal(self, secret: bytes, commitments: Mapping[int, bytes]) -> Steps[int]:
+    def _reveal(self, secret: bytes, promises: Mapping[int, Tensor]) -> Steps[int]:
         """Reveal this rank's share, when everything has arrived that is to be verified, and return the key."""
         own_share = to_tensor(secret, self._device)
         shares = {j: torch.empty_like(own_share) for j in self._others}
         yield self._communicator.exchange(
             [(own_share, j) for j in self._others], [(values, j) for j, values in shares.items()]
         )
-        revealed = {j: to_bytes(values) for j, values in shares.items()} | {self._own: secret}
-        seed, _ = join_shares(revealed, {**commitments, self._own: commitment(self._own, secret)})
+        shares[self._own] = own_share
+        seed, _ = join_shares(
+            {j: to_bytes(values) for j, values in shares.items()},
+            {j: to_bytes(values) for j, values in promises.items()},
+        )
         return seed & _LARGEST_KEY
 
     def _verify_alone(self, verifiers: Collection[int], repetitions: int) -> Steps[set[int]]:
