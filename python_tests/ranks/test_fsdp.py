@@ -270,7 +270,7 @@ SETTINGS = {
     "verified": {"transport": "verified", "dropout": 0.2, "policy": "bf16, reduced in fp32", "clip": 0.1},
     "cyclic": {"code": "cyclic", "dropout": 0.2, "accumulate": 2},
 }
-LONG = [
+OTHER = [
     {"transport": "server"},
     {"transport": "verified", "hidden": 1100},  # large enough to be divided
     {"policy": "bf16", "checkpointed": True, "dropout": 0.2, "reshard": True, "accumulate": 2},
@@ -312,8 +312,8 @@ def test_honest_bits_are_those_of_plain_fsdp(quick):
 
 @pytest.mark.long
 def test_a_liar_changes_no_bit_in_other_settings():
-    results = _trained([each for options in LONG for each in (options, {**options, "liar": "message"})])
-    for options, honest, liar in zip(LONG, results[::2], results[1::2], strict=True):
+    results = _trained([each for options in OTHER for each in (options, {**options, "liar": "message"})])
+    for options, honest, liar in zip(OTHER, results[::2], results[1::2], strict=True):
         _check(honest, liar, exact=options.get("code") != "cyclic")
 
 
@@ -505,7 +505,7 @@ def test_errors_in_backward_passes(quick):
 
 # ------------------------------------------------------------------- transport="server", dead and late replicas
 
-LONG = 16  # steps
+SERVED = 16  # steps
 STOP, DIE = 4, 6
 STOPPED, DEAD = 2, 5  # ranks: the first of replica 1, the second of replica 2
 
@@ -535,7 +535,7 @@ def _serve(rank, folder, accidents):
         net, CODES["repetition"], transport="server", deadline=5.0, adversary=accident, check_state_every=3
     )
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    data = torch.randn(LONG, SHARDS, SAMPLES, WIDTH, generator=torch.Generator().manual_seed(7))
+    data = torch.randn(SERVED, SHARDS, SAMPLES, WIDTH, generator=torch.Generator().manual_seed(7))
     for x in data[:, rank % SHARDS]:
         optimizer.zero_grad()
         net(x).square().mean().backward()
@@ -580,9 +580,9 @@ def test_the_server_goes_on_without_dead_and_late_replicas(tmp_path):
         assert torch.equal(clean["own"].view(torch.int32), result["own"].view(torch.int32))
         assert clean["missing"] == {}
         assert result["missing"].keys() == {1, 2}
-        assert result["missing"][2] == list(range(DIE, LONG))
+        assert result["missing"][2] == list(range(DIE, SERVED))
         assert result["missing"][1][0] == STOP
-        assert result["missing"][1][-1] < LONG - 1  # it has caught up
+        assert result["missing"][1][-1] < SERVED - 1  # it has caught up
         assert clean["suspects"] == result["suspects"] == []
 
 
