@@ -489,7 +489,7 @@ def test_locate_tolerates(tolerance, device, generator):
     assert run(ops.cyclic_locate, projections.to(device), norms.to(device), s, length)[2]
 
 
-SCENES = [
+DECODE_SCENES = [
     "clean", "bad", "missing", "bad and missing", "expected", "expected wrongly", "too many expected",
     "expected and missing", "overflow", "failed", "too many missing",
 ]  # fmt: skip
@@ -562,9 +562,9 @@ DECODERS = [(1, 0), (5, 0), (3, 1), (4, 1), (7, 2), (8, 3), (9, 4), (15, 3), (33
 def test_decode(dtype, device, simt, long, generator):
     layouts, means = itertools.cycle(LAYOUTS), itertools.cycle([True, True, False])
     seeds = itertools.cycle([None, *SEEDS])
-    cases = [(n, s, d, scene) for (n, s), d, scene in itertools.product(DECODERS, LENGTHS, SCENES)]
+    cases = [(n, s, d, scene) for (n, s), d, scene in itertools.product(DECODERS, LENGTHS, DECODE_SCENES)]
     cases = list(every(16 if simt else 1 if long else 3, cases))
-    wide = [(n, s, d, scene) for (n, s), d, scene in itertools.product([(3, 1), (7, 2), (15, 3)], LONG, SCENES)]
+    wide = [(n, s, d, scene) for (n, s), d, scene in itertools.product([(3, 1), (7, 2), (15, 3)], LONG, DECODE_SCENES)]
     cases += every(13 if simt else 1 if long else 3, wide)
     for n, s, d, scene in cases:
         if scene == "failed" and (s == 0 or (n > 9 and d != 33)):
@@ -680,7 +680,7 @@ def test_digest_bits_are_uniform():
 
 # ------------------------------------------------------------------------------------- digest and statistics
 
-SCENES = ["ordinary", "any bits", "special", "all zero", "none finite"]
+VALUE_SCENES = ["ordinary", "any bits", "special", "all zero", "none finite"]
 
 
 def scene_values(d, dtype, scene, generator):
@@ -734,13 +734,13 @@ def check_scaled(buffer, row, wanted, seed, factor, device):
 @pytest.mark.parametrize("dtype", VOTE_DTYPES, ids=str)
 def test_digest_and_stats(dtype, device, generator):
     lengths = (*LENGTHS, 3, 7, 8, 2047, 2048, 4095, 4096, 4097, 8193)
-    for (d, offset), scene in zip(itertools.product(lengths, (0, 1)), itertools.cycle(SCENES)):
+    for (d, offset), scene in zip(itertools.product(lengths, (0, 1)), itertools.cycle(VALUE_SCENES)):
         check_digest_and_stats(d, dtype, offset, scene, 7, device, generator)
 
 
 @pytest.mark.parametrize("dtype", VOTE_DTYPES, ids=str)
 def test_digest_and_stats_of_tiles_and_their_edges(dtype, device, simt, generator):
-    scenes = itertools.cycle(SCENES)
+    scenes = itertools.cycle(VALUE_SCENES)
     for d in (ops.TILE, ops.TILE + 1, 2 * ops.TILE + 5) if simt else (ops.TILE - 1, *LONG, ops.TILE, ops.TILE + 1):
         for offset in (0,) if simt else (0, 1, 3):
             check_digest_and_stats(d, dtype, offset, next(scenes), -1, device, generator)
@@ -783,7 +783,7 @@ def test_every_kernel_once(device, generator):
             check_vote(sizes, d, dtype, tolerant, fate, layout, True, device, generator)
     for d, offset in ((33, 0), (4097, 1)):
         check_digest(d, torch.float32, offset, 3, device, generator)
-    for dtype, d, scene in zip(VOTE_DTYPES, (33, 4097, 32770, 1025), SCENES[1:], strict=True):
+    for dtype, d, scene in zip(VOTE_DTYPES, (33, 4097, 32770, 1025), VALUE_SCENES[1:], strict=True):
         check_digest_and_stats(d, dtype, 1, scene, 3, device, generator)
     for dtype, layout, d in zip(CYCLIC_DTYPES, ("off by one", "odd stride"), (1025, 33), strict=True):
         check_encode(8, 3, 1, d, dtype, layout, device, generator)

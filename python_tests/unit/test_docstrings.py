@@ -1,6 +1,7 @@
-"""The style of docstrings: the first line is an imperative or a noun phrase, see CONTRIBUTING.md."""
+"""The style of sources: first words of docstrings, see CONTRIBUTING.md, and names that have one meaning."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,31 @@ def test_bad_first_words_are_found():
     source = '"""What it is."""\n\n\nclass A:\n    """Votes."""\n\n    def f(self):\n        """Returns x."""\n'
     assert complaints(source) == ["1: What it is.", "7: Returns x."]
     assert complaints('def f():\n    """Return whether x."""\n\n\ndef g():\n    pass\n') == []
+
+
+def bound_twice(source: str) -> list[str]:
+    """Names that a module binds again, so that what was written for the first meaning silently uses the second."""
+    names = Counter()
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            if not any("register_" in ast.unparse(each) for each in node.decorator_list):
+                names[node.name] += 1
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names.update(
+                each.id
+                for target in targets
+                for each in ast.walk(target)
+                if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)
+            )
+    return sorted(name for name, count in names.items() if count > 1)
+
+
+@pytest.mark.parametrize("folder", ["draco_ext", "python_tests", "bench", "examples", "tools", "csrc"])
+def test_names_of_modules_have_one_meaning(folder):
+    found = {str(path.relative_to(ROOT)): bound_twice(path.read_text()) for path in (ROOT / folder).rglob("*.py")}
+    assert not {path: names for path, names in found.items() if names}
+
+
+def test_names_with_two_meanings_are_found():
+    assert bound_twice("A = 1\n\n\ndef f():\n    A = 2\n\n\nA, b = 3, 4\n\n\ndef b():\n    pass\n") == ["A", "b"]
