@@ -150,10 +150,20 @@ class Communicator(abc.ABC):
 SHORT = 2**16  # bytes: values of at most so many that gloo sends go straight to everybody
 
 
+@dataclass(frozen=True)
+class _NotBegun:
+    """An operation that could not begin; the error is raised where it is waited for."""
+
+    error: RuntimeError
+
+    def wait(self, timeout: timedelta) -> None:
+        raise self.error
+
+
 class _Operation(NamedTuple):
     """A started operation, and the worker at its other end if there is only one."""
 
-    work: dist.Work
+    work: dist.Work | _NotBegun
     worker: int | None
 
 
@@ -277,7 +287,7 @@ class ProcessGroupCommunicator(Communicator):
         kept = (result, *(tensor for _, tensor, _ in in_turn))
         return self._pending(list(map(_Operation, works, others)), result, kept)
 
-    def _begin_p2p(self, operations: Sequence[tuple[bool, Tensor, int]]) -> list[dist.Work]:
+    def _begin_p2p(self, operations: Sequence[tuple[bool, Tensor, int]]) -> Sequence[dist.Work | _NotBegun]:
         """Begin to send and receive: whether it is sent, the tensor, and the other worker."""
         if any(_needs_batch(tensor) for _, tensor, _ in operations):
             ops = [
@@ -291,15 +301,14 @@ class ProcessGroupCommunicator(Communicator):
                 for is_sent, tensor, other in operations
             ]
             return dist.batch_isend_irecv(ops)
-        works = []
+        works: list[dist.Work | _NotBegun] = []
         for is_sent, tensor, other in operations:
             # Not by dist.isend and dist.irecv: what they check again takes four times as long as a short message.
             begin = self.group.send if is_sent else self.group.recv
             try:
                 works.append(begin([tensor], self.ranks[other], tag_of(tensor)))
-            except RuntimeError as error:  # its connection is closed
-                self._keepalive.append(tuple(tensor for _, tensor, _ in operations))
-                raise self._lost(other, error) from error
+            except RuntimeError as error:  # a closed connection; the others still get what they wait for
+                works.append(_NotBegun(error))
         return works
 
     def _pending(
@@ -317,16 +326,14 @@ class ProcessGroupCommunicator(Communicator):
                 try:
                     work.wait(self._timeout)
                 except RuntimeError as error:
-                    raise self._lost(worker, error) from error
+                    other = "a rank" if worker is None else f"rank {self._names[worker]}"
+                    raise RuntimeError(
+                        f"{other} has died, hangs, or sends something of another length ({error})"
+                    ) from error
             self.seconds.communicate += time.perf_counter() - begin
             return result
 
         return Pending(wait, resume_on_next_bucket=resume_on_next_bucket)
-
-    def _lost(self, worker: int | None, error: RuntimeError) -> RuntimeError:
-        """Return an error that names the rank that is lost, if it is known."""
-        other = "a rank" if worker is None else f"rank {self._names[worker]}"
-        return RuntimeError(f"{other} has died, hangs, or sends something of another length ({error})")
 
 
 @dataclass(frozen=True)
