@@ -217,6 +217,20 @@ def simt(request):
     return request.config.getoption("--simt") is not None and not request.config.getoption("--long")
 
 
+@pytest.fixture
+def one_core(request):
+    """Let the threads of a test take turns on one core.
+
+    The interpreter runs one of them at a time. On several cores each op of torch, which lets go of the interpreter,
+    makes them fight for it, at more processor time than the ops take.
+    """
+    cores = os.sched_getaffinity(0)
+    process = getattr(request.config, "workerinput", {"workerid": "gw0"})["workerid"]
+    os.sched_setaffinity(0, {sorted(cores)[int(process.removeprefix("gw")) % len(cores)]})
+    yield
+    os.sched_setaffinity(0, cores)
+
+
 def on(device, function, *args, **kwargs):
     """function(*args, **kwargs) on the device: tensors among the arguments are moved there, and those it returns back.
 

@@ -17,6 +17,8 @@ from draco_ext.protocol.transports.server import ServerTransport
 from draco_ext.protocol.verifier import votes_needed
 from draco_ext.testing.communicator import FakeCommunicator, run_workers
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 CODES = [RepetitionCode(*arguments) for arguments in [(3, 1), (4, 1), (5, 2), (6, 1), (7, 1)]]
 LENGTH = 211  # of a message; its pieces have different lengths
 # What a worker sends: to the server, to others ("shard"), and to the server again: which shards are missing, and wrong.

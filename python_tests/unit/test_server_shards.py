@@ -30,6 +30,8 @@ from draco_ext.protocol.transports import server, verified
 from draco_ext.protocol.transports.server import ServerTransport
 from draco_ext.testing.communicator import FakeCommunicator, run_workers
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 
 @pytest.fixture(autouse=True)
 def _small_results_in_shards(monkeypatch):

@@ -16,6 +16,8 @@ from draco_ext.protocol.transports.verified import VerifiedAllReduce
 from draco_ext.reporting.report import Seconds
 from draco_ext.testing.communicator import run_workers
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 CODES = [RepetitionCode(*arguments) for arguments in [(3, 1), (4, 1), (5, 2), (6, 1), (7, 1), (8, 1), (9, 1), (7, 3)]]
 LENGTH = 211  # of a message; its pieces have different lengths
 COMMITMENT, VALUES, SHARE, KEY, ANSWER, WORD, CLAIMS = range(7)  # kinds of what is sent
