@@ -186,22 +186,21 @@ def _against_clean(rank, report, code, injectors, steps):
 
 # code, who is bad, steps
 CASES = [
-    (RepetitionCode(7, 1), [Injector("one bit", (3, 6)), Injector("nan", (2, 4))], 4),  # groups of four and three
-    (RepetitionCode(5, 2), [Injector("constant", (0, 1), moves=1)], 4),  # one group
-    (CyclicCode(6, 2), [Injector("reversed", (0, 1), moves=3), Injector("plus one", (3,), every=2)], 4),
+    (RepetitionCode(7, 1), [Injector("one bit", (3, 6)), Injector("nan", (2, 4))], 3),  # groups of four and three
+    (RepetitionCode(5, 2), [Injector("constant", (0, 1), moves=1)], 3),  # one group
+    (CyclicCode(6, 2), [Injector("reversed", (0, 1), moves=3), Injector("plus one", (3,), every=2)], 3),
 ]
 LONG_CASES = [
     (
         RepetitionCode(9, 1),  # three groups of three
         [Injector("reversed", (2,), moves=4), Injector("one bit", (1, 3, 8)), Injector("plus one", (0, 4, 7), every=2)],
-        STEPS,
+        8,
     ),
-    (RepetitionCode(7, 1), [Injector("one bit", (3, 6)), Injector("nan", (2, 4))], STEPS),
-    (RepetitionCode(6, 2), [Injector("constant", (0, 1)), Injector("one bit", (0, 5), moves=1)], STEPS),
+    (RepetitionCode(6, 2), [Injector("constant", (0, 1)), Injector("one bit", (0, 5), moves=1)], 8),
     (
         CyclicCode(7, 2),
         [Injector("reversed", (0, 1), moves=3), Injector("nan", (2, 5)), Injector("plus one", (3,), every=2)],
-        STEPS,
+        8,
     ),
 ]
 
@@ -255,9 +254,9 @@ def test_a_bucket_of_one_element():
 def _plain(rank, report):
     """The same batches with DDP alone and with a code for no bad rank."""
     for code in (RepetitionCode(3, 0), CyclicCode(3, 0)):
-        plain, _, _ = train(rank, code, None, plain=True)
+        plain, _, _ = train(rank, code, None, plain=True, steps=6)
         for transport in TRANSPORTS:
-            coded, _, _ = train(rank, code, transport, dropout=False)
+            coded, _, _ = train(rank, code, transport, dropout=False, steps=6)
             report((transport, plain[0].tolist(), coded[0].tolist(), same_everywhere(coded)))
 
 
@@ -270,15 +269,18 @@ def test_without_adversaries_it_is_plain_ddp():
         assert (plain - coded).norm() / plain.norm() < 1e-6
 
 
+TOO_MANY_IN = (2, 3)  # steps
+
+
 def _too_many(rank, report, code, bad, steps):
-    """More bad ranks than can be corrected, from step 2 to step 4."""
+    """More bad ranks than can be corrected, in two steps."""
 
     def adversary(step, message):
-        return torch.full_like(message, float(rank + step)) if rank in bad and 2 <= step <= 4 else message
+        return torch.full_like(message, float(rank + step)) if rank in bad and step in TOO_MANY_IN else message
 
     for transport in TRANSPORTS:
         # The same run without the steps that failed: batches are taken from the loader all the same.
-        rows, _, _ = train(rank, code, transport, optimizer="adamw", without=(2, 3, 4), steps=steps)
+        rows, _, _ = train(rank, code, transport, optimizer="adamw", without=TOO_MANY_IN, steps=steps)
         without = rows[0].tolist()
         for on_failure in ("raise", "skip"):
             rows, guard, outcomes = train(
@@ -290,18 +292,18 @@ def _too_many(rank, report, code, bad, steps):
 
 
 @pytest.mark.parametrize(("code", "bad"), [(RepetitionCode(3, 1), (1, 2)), (CyclicCode(4, 1), (0, 2, 3))], ids=repr)
-def test_too_many_bad_ranks_stop_all(code, bad, long):
-    steps = STEPS if long else 6
+def test_too_many_bad_ranks_stop_all(code, bad):
+    steps = 5
     results = list(run_local(_too_many, code.workers, code, bad, steps))
     assert len(results) == 2 * len(TRANSPORTS)
     for on_failure, same, untouched, outcomes, report in results:
         assert same
         assert all(of_rank == outcomes[0] for of_rank in outcomes)
         failed = [step for step, error in enumerate(outcomes[0]) if error is not None]
-        assert failed == ([2, 3, 4] if on_failure == "raise" else [])
+        assert failed == ([*TOO_MANY_IN] if on_failure == "raise" else [])
         assert all(f"no gradient in step {step}, bucket 0: more ranks are bad" in outcomes[0][step] for step in failed)
         assert all("[]" not in outcomes[0][step] for step in failed)  # no list of nobody
-        assert report.failed_steps == (2, 3, 4)
+        assert report.failed_steps == TOO_MANY_IN
         assert report.suspects == {}  # who was bad is not certain
         assert report.steps == steps
         # No update: neither parameters nor the optimizer's state have seen the failed steps.
@@ -610,7 +612,7 @@ def run_examples(folder, ranks, *commands):
     return [output.read_text() for output in outputs]
 
 
-@pytest.mark.parametrize("name", ["ddp_digits", "ddp_digits_protected"])
+@pytest.mark.parametrize("name", [pytest.param("ddp_digits", marks=pytest.mark.long), "ddp_digits_protected"])
 def test_examples(name, tmp_path):
     """The script as it stands."""
     [said] = run_examples(tmp_path, EXAMPLE_RANKS, name)
@@ -633,7 +635,7 @@ def test_examples_of_gpt(framework, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("command", ["ddp_digits", "ddp_digits_protected", "gpt_fsdp_audited --steps 5 --fault 3"])
+@pytest.mark.parametrize("command", ["ddp_digits_protected", "gpt_fsdp_audited --steps 5 --fault 3"])
 def test_examples_under_torchrun(command):
     name, *arguments = command.split()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={EXAMPLE_RANKS}"]
