@@ -37,9 +37,12 @@ STEPS = 20
 BATCH = 84  # a multiple of every code's parts
 
 
-def digits():
+def _digits():
     images, labels = load_digits(return_X_y=True)
     return TensorDataset(torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels))
+
+
+DIGITS = _digits()  # once, before ranks are forked
 
 
 def network(dtype=torch.float32):
@@ -125,7 +128,7 @@ def train(
     batches = RedundantBatchSampler(1797, code, batch_size=batch_size, rank=rank, seed=3, ranks_per_host=ranks_per_host)
     adversary = custom or injector.adversary(batches.worker, code.workers)
     guard = None if plain else draco_ext.protect(model, code, transport=transport, adversary=adversary, **options)
-    loader = DataLoader(digits(), batch_sampler=batches)
+    loader = DataLoader(DIGITS, batch_sampler=batches)
     if plain or not dropout:
         model.module[2].p = 0.0  # nobody would seed it
     outcomes = []
@@ -406,7 +409,7 @@ def _accumulation(rank, report):
         adversary = ATTACKS["reversed"] if rank in bad else None
         draco_ext.protect(model, code, adversary=adversary)
         opt = torch.optim.SGD(model.parameters(), lr=0.1)
-        images, labels = digits().tensors
+        images, labels = DIGITS.tensors
         for step in range(3):
             opt.zero_grad()
             for micro in range(2):

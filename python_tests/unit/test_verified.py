@@ -94,7 +94,7 @@ def one_exchange(communicator, code, bad, attack, *, seed=0, exchanges=1, **opti
 @pytest.fixture
 def most(pytestconfig):
     """The number of sets of bad workers that are tried: with --long all of up to nine workers."""
-    return 64 if pytestconfig.getoption("long") else 5
+    return 64 if pytestconfig.getoption("long") else 4
 
 
 def sets_of_bad(code, most):
@@ -449,7 +449,7 @@ def test_silence_is_an_error_that_names_the_silent(kind):
 def test_random_liars(seed, pytestconfig):
     """Every message of every bad rank is changed at random, or not."""
     rng = random.Random(seed)
-    runs = 40 if pytestconfig.getoption("long") else 12
+    runs = 30 if pytestconfig.getoption("long") else 8
 
     def attack(communicator, code, bad, members):
         own = random.Random(rng.random())
