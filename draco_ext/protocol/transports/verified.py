@@ -14,6 +14,7 @@ from draco_ext.protocol.communicator import Communicator
 from draco_ext.protocol.delivery import Delivery, more_than
 from draco_ext.protocol.differences import Difference, join, validate_reported
 from draco_ext.protocol.exchange import Exchange, RecordExchange
+from draco_ext.protocol.keys import commitment, draw_secret
 from draco_ext.protocol.messages import ExchangeOutcome, Message, RowPool
 from draco_ext.protocol.transports.allgather import AllGather
 from draco_ext.protocol.transports.base import Transport
@@ -34,7 +35,8 @@ class VerifiedAllReduce(Transport):
 
     Members of a group have the same message, so each sends only its piece of it. A rank with groups of m members sends
     2 (n - m) / n times the buffer, where a plain all-reduce sends 2 (n - 1) / n times; with one group it sends only
-    digests. It needs memory of the size of the buffer while the first phase is under way, and keeps it for the next.
+    digests. It needs memory for the shards of the other groups, of (G - 1) / G times the buffer's size, while the first
+    phase is under way, and keeps it for the next.
     """
 
     trust = (
@@ -64,22 +66,30 @@ class VerifiedAllReduce(Transport):
         if values.numel() * values.element_size() <= SMALL:
             return (yield from self._small.exchange(message, number))
         groups, own = self._groups, self._group_of[self.communicator.worker]
+        # The share of the first key is the commitment to that of the last one, which so needs no message.
+        last_share = draw_secret()
+        share = commitment(self.communicator.worker, last_share)
         if len(groups) == 1:
-            scatter = last = self._delivery(lambda worker: values, [values])
+            scatter = last = self._delivery(lambda worker: values, [values], share=share)
             yield from scatter.run()
             message.write(values)
             begin = 0
         else:
             shards, sums = values.tensor_split(len(groups)), target.tensor_split(len(groups))
-            rows = self._rows.take(len(groups), shards[own])
-            rows[own] = shards[own]
-            scatter = self._delivery(lambda worker: shards[self._group_of[worker]], list(rows))
+            rows = self._rows.take(len(groups) - 1, shards[own])
+            held = [*rows[:own], shards[own], *rows[own:]]
+            scatter = self._delivery(lambda worker: shards[self._group_of[worker]], held, share=share)
             yield from scatter.run()
             if not scatter.failed:
-                ops.majority_vote(rows, (1,) * len(groups), 0, mean=True, out=sums[own])
+                ops.vector_mean(held, out=sums[own])
             self._rows.give_back(rows)
             last = self._delivery(
-                lambda worker: sums[own], sums, is_known=not scatter.failed, announced=scatter.wrong.keys()
+                lambda worker: sums[own],
+                sums,
+                share=last_share,
+                commitments=scatter.shares,
+                is_known=not scatter.failed,
+                announced=scatter.wrong.keys(),
             )
             yield from last.run()
             begin = sum(shard.numel() for shard in shards[:own])
