@@ -211,7 +211,7 @@ def other_instruction_sets(tmp_path_factory):
     )
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", f"({depend}) and not cuda"]
     command += [os.path.join(here, name) for name in ("test_repetition.py", "test_cyclic.py")]
-    command += [f"{here}/test_kernels.py::{name}" for name in DIGEST_TESTS]
+    command += [f"{here}/test_kernels.py::{name}" for name in KERNEL_TESTS]
     processes = {
         isa: subprocess.Popen(
             command,
@@ -228,13 +228,14 @@ def other_instruction_sets(tmp_path_factory):
         process.kill()
 
 
-DIGEST_TESTS = [
+KERNEL_TESTS = [
     "test_digest",
     "test_digests_of_many_seeds",
     "test_digest_and_stats",
     "test_digest_and_stats_of_tiles_and_their_edges",
     "test_each_place_of_a_tile_counts",
     "test_stats_at_the_limits_of_a_dtype",
+    "test_vector_mean",
 ]
 OTHER_INSTRUCTION_SETS = [
     isa
