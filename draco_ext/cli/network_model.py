@@ -15,6 +15,7 @@ from rich.table import Table
 
 from draco_ext.codes import Code, CyclicCode, RepetitionCode, SolonCode
 from draco_ext.ops.cyclic import projections_shape
+from draco_ext.protocol.communicator import SHORT
 from draco_ext.protocol.keys import SHARE_BYTES
 from draco_ext.protocol.messages import SLICE
 from draco_ext.protocol.transports.server import SLICES_AT_ONCE
@@ -141,8 +142,15 @@ def _all_reduce(workers: int, size: int, tree: bool, *, payload: bool = True) ->
 
 
 def _all_gather(workers: int, size: int, tree: bool) -> Traffic:
+    if not tree and size <= SHORT:
+        return _to_all(workers, size, payload=False)
     rounds = _rounds(workers, tree)
     return Traffic(checks=workers * (workers - 1) * size, link=(workers - 1) * size, messages=rounds, waits=rounds)
+
+
+def _draw_key(workers: int, tree: bool) -> Traffic:
+    """Return the traffic of a sum of shares, which are numbers; see `ProcessGroupCommunicator.all_reduce`."""
+    return _all_reduce(workers, _NUMBER, tree, payload=False) if tree else _all_gather(workers, _NUMBER, tree)
 
 
 def _to_all(workers: int, size: int, *, payload: bool = True) -> Traffic:
@@ -197,7 +205,7 @@ def _allreduce(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Tra
     for length in lengths:
         tiles, count = projections_shape(code.message_length(length))
         projections = tiles * (2 * count + 1) * _NUMBER  # complex numbers, and a norm
-        total += _all_reduce(n, _NUMBER, tree, payload=False)  # the key
+        total += _draw_key(n, tree)
         # The sum is under way meanwhile: its rounds do not add up to those of the projections.
         messages = _all_reduce(n, length * item, tree)
         total += Traffic(messages.payload, 0, messages.link, messages.messages)
@@ -219,7 +227,7 @@ def _allreduce_repetition(code: Code, lengths: Sequence[int], item: int, tree: b
         rounds = sums.waits + (math.ceil(math.log2(groups[-1])) if broadcasts else 0)
         total += Traffic(payload, 0, sums.link + broadcasts * shard, sums.messages + broadcasts)
         if code.adversaries > 0:
-            total += _all_reduce(n, _NUMBER, tree, payload=False)  # the key
+            total += _draw_key(n, tree)
             digests = _all_gather(n, 2 * _NUMBER, tree)
             rounds = max(rounds - digests.waits, 0)
             total += digests + Traffic(reads=length * item)

@@ -147,6 +147,9 @@ class Communicator(abc.ABC):
         """
 
 
+SHORT = 2**16  # bytes: values of at most so many that gloo sends go straight to everybody
+
+
 class _Operation(NamedTuple):
     """A started operation, and the worker at its other end if there is only one."""
 
@@ -191,10 +194,20 @@ class ProcessGroupCommunicator(Communicator):
 
     def all_gather(self, values: Tensor) -> Pending:
         """See `Communicator.all_gather`."""
+        if _is_short(values):
+            return self._all_gather_short(values)
         rows = values.new_empty((self.workers, *values.shape))
         by_rank = [rows[self.ranks.index(rank)] for rank in range(self.workers)]
         work = dist.all_gather(by_rank, values, group=self.group, async_op=True)
         return self._pending([_Operation(work, None)], rows, (values, *by_rank))
+
+    def _all_gather_short(self, values: Tensor) -> Pending:
+        """Gather straight from everybody: gloo's ring sends as much, in n - 1 rounds that wait for each other."""
+        sent = values.expand(self.workers, *values.shape).contiguous()
+        rows = torch.empty_like(sent)
+        work: Any = dist.all_to_all_single(rows, sent, group=self.group, async_op=True)
+        pending = self._pending([_Operation(work, None)], rows, (sent,))
+        return Pending(lambda: pending.wait()[list(self.ranks)])
 
     def all_gather_p2p(self, values: Tensor, rows: Tensor) -> Pending:
         """See `Communicator.all_gather_p2p`."""
@@ -206,6 +219,9 @@ class ProcessGroupCommunicator(Communicator):
 
     def all_reduce(self, values: Tensor, *, resume_on_next_bucket: bool = False) -> Pending:
         """See `Communicator.all_reduce`."""
+        if _is_short(values) and not values.is_floating_point():  # whose sum does not depend on the order
+            rows = self._all_gather_short(values)
+            return Pending(lambda: values.copy_(rows.wait().sum(0)), resume_on_next_bucket=resume_on_next_bucket)
         work = dist.all_reduce(values, group=self.group, async_op=True)
         return self._pending([_Operation(work, None)], values, (values,), resume_on_next_bucket=resume_on_next_bucket)
 
@@ -275,11 +291,16 @@ class ProcessGroupCommunicator(Communicator):
                 for is_sent, tensor, other in operations
             ]
             return dist.batch_isend_irecv(ops)
-        # Not by dist.isend and dist.irecv: what they check again takes four times as long as a short message.
-        return [
-            (self.group.send if is_sent else self.group.recv)([tensor], self.ranks[other], tag_of(tensor))
-            for is_sent, tensor, other in operations
-        ]
+        works = []
+        for is_sent, tensor, other in operations:
+            # Not by dist.isend and dist.irecv: what they check again takes four times as long as a short message.
+            begin = self.group.send if is_sent else self.group.recv
+            try:
+                works.append(begin([tensor], self.ranks[other], tag_of(tensor)))
+            except RuntimeError as error:  # its connection is closed
+                self._keepalive.append(tuple(tensor for _, tensor, _ in operations))
+                raise self._lost(other, error) from error
+        return works
 
     def _pending(
         self,
@@ -296,14 +317,16 @@ class ProcessGroupCommunicator(Communicator):
                 try:
                     work.wait(self._timeout)
                 except RuntimeError as error:
-                    other = "a rank" if worker is None else f"rank {self._names[worker]}"
-                    raise RuntimeError(
-                        f"{other} has died, hangs, or sends something of another length ({error})"
-                    ) from error
+                    raise self._lost(worker, error) from error
             self.seconds.communicate += time.perf_counter() - begin
             return result
 
         return Pending(wait, resume_on_next_bucket=resume_on_next_bucket)
+
+    def _lost(self, worker: int | None, error: RuntimeError) -> RuntimeError:
+        """Return an error that names the rank that is lost, if it is known."""
+        other = "a rank" if worker is None else f"rank {self._names[worker]}"
+        return RuntimeError(f"{other} has died, hangs, or sends something of another length ({error})")
 
 
 @dataclass(frozen=True)
@@ -321,6 +344,10 @@ class _ProcessGroupConnection(Connection):
 
     def receive(self, values: Tensor) -> None:
         dist.recv(values, group=self.group, group_src=self.rank, tag=tag_of(values))
+
+
+def _is_short(values: Tensor) -> bool:
+    return not values.is_cuda and values.numel() * values.element_size() <= SHORT
 
 
 def _needs_batch(values: Tensor) -> bool:

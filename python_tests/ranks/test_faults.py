@@ -3,6 +3,7 @@
 import ast
 import multiprocessing
 import os
+import re
 import signal
 import time
 from datetime import timedelta
@@ -119,7 +120,8 @@ def test_a_rank_that_is_lost_ends_the_job_in_time(tmp_path, code, transport, vic
     for rank in others:
         result = torch.load(tmp_path / f"{rank}.pt")
         assert result["step"] == STEP, result
-        assert f"no gradient in step {STEP}, bucket " in result["error"]
+        # The record begins before the last bucket ends, and may be the first to meet a closed connection.
+        assert re.match(rf"no gradient in step {STEP}, (bucket \d+|record of the step): ", result["error"])
         named = {"server": "rank 0", "verified": f"rank {victim} "}.get(transport, "a rank has died, hangs")
         assert named in result["error"]
         assert result["none"]

@@ -23,7 +23,8 @@ CASES = [pytest.param(code, name, id=f"{code!r} {name}") for code in REPETITION 
 
 @pytest.fixture
 def sent(monkeypatch):
-    """What all workers send, by the number of bytes in a message; collectives count as a ring or a tree sends them."""
+    """What all workers send, by the number of bytes in a message; sums count as a ring sends them, but those of numbers
+    (keys), which go straight to everybody."""
     counted, lock = [], threading.Lock()
 
     def size(values):
@@ -42,9 +43,12 @@ def sent(monkeypatch):
     counting("post", lambda communicator, values: size(values))
     counting("all_gather", lambda communicator, values: (communicator.workers - 1) * size(values))
     counting("all_gather_p2p", lambda communicator, values: (communicator.workers - 1) * size(values))
-    counting(
-        "all_reduce", lambda communicator, values: 2 * (communicator.workers - 1) * size(values) / communicator.workers
-    )
+
+    def all_reduced(communicator, values):
+        each = 2 / communicator.workers if values.is_floating_point() else 1
+        return (communicator.workers - 1) * each * size(values)
+
+    counting("all_reduce", all_reduced)
     counting("broadcast", lambda communicator, values: (communicator.workers - 1) * size(values) / communicator.workers)
     return counted
 
