@@ -34,7 +34,7 @@ LAYERS = {
 # quick and long draw the same examples every time, so that a change fails for what it does alone; thorough draws others
 # each time. All print how to see a failing one again.
 hypothesis.settings.register_profile("quick", max_examples=30, derandomize=True, deadline=None, print_blob=True)
-for profile, examples, same in (("long", 300, True), ("thorough", 3000, False)):
+for profile, examples, same in (("long", 150, True), ("thorough", 3000, False)):
     hypothesis.settings.register_profile(
         profile,
         max_examples=examples,
@@ -113,6 +113,26 @@ def pytest_itemcollected(item):
         item.add_marker(pytest.mark.gpu)
 
 
+# Files of half a minute and more begin first, so that no process is left with one of them in the end.
+LONGEST = (
+    "test_simt",
+    "test_protect",
+    "test_ops",
+    "test_verified",
+    "test_hosts",
+    "test_audit_fsdp",
+    "test_audit",
+    "test_state",
+    "test_train",
+)
+
+
+def _begins(item):
+    """The place of a test's file among those that begin first; others stay as they are."""
+    file = item.path.stem
+    return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+
 def pytest_collection_modifyitems(config, items):
     def wanted(item):
         if config.getoption("--simt") is not None and "device" not in item.fixturenames:
@@ -122,7 +142,7 @@ def pytest_collection_modifyitems(config, items):
         return config.getoption("--long") or item.get_closest_marker("long") is None
 
     config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
-    items[:] = filter(wanted, items)
+    items[:] = sorted(filter(wanted, items), key=_begins)
 
 
 @pytest.fixture
@@ -215,6 +235,20 @@ def simt(request):
     Not with --long.
     """
     return request.config.getoption("--simt") is not None and not request.config.getoption("--long")
+
+
+@pytest.fixture
+def one_core(request):
+    """Let the threads of a test take turns on one core.
+
+    The interpreter runs one of them at a time. On several cores each op of torch, which lets go of the interpreter,
+    makes them fight for it, at more processor time than the ops take.
+    """
+    cores = os.sched_getaffinity(0)
+    process = getattr(request.config, "workerinput", {"workerid": "gw0"})["workerid"]
+    os.sched_setaffinity(0, {sorted(cores)[int(process.removeprefix("gw")) % len(cores)]})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 def on(device, function, *args, **kwargs):

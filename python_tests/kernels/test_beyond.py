@@ -21,8 +21,8 @@ SMALL = [
     pytest.param(RepetitionCode(9, 1, beyond="trimmed-mean"), marks=pytest.mark.long),
     pytest.param(RepetitionCode(10, 1, beyond="median"), marks=pytest.mark.long),
     pytest.param(RepetitionCode(12, 1, beyond="median"), marks=pytest.mark.long),
-    pytest.param(RepetitionCode(15, 1, beyond="median"), marks=pytest.mark.long),
 ]
+LARGE = RepetitionCode(15, 1, beyond="median")  # of whose workers there are 32768 sets
 
 
 def every_set(workers):
@@ -50,6 +50,18 @@ def test_every_set_of_bad_workers_is_bounded_or_fails(code, attack, device, simt
     """Colluders, and each in its own way: gradients are between those of the groups that are not corrupted."""
     if simt and code.workers > 6:
         pytest.skip("left to the faster devices")
+    check_every_set(code, attack, device, generator)
+
+
+@pytest.mark.long
+def test_every_set_of_fifteen_workers_is_bounded_or_fails(device, simt, generator):
+    """Against colluders; the other attacks are those of twelve."""
+    if simt:
+        pytest.skip("left to the faster devices")
+    check_every_set(LARGE, "collude", device, generator)
+
+
+def check_every_set(code, attack, device, generator):
     gradients = torch.randn(code.parts, 5, generator=generator)
     messages = honest_messages(code, gradients)
     clean = on(device, draco_ext.decode, messages, code)

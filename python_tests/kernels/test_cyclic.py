@@ -448,7 +448,7 @@ OWN_ERRORS = {
 )
 def test_any_number_of_bad_workers_that_do_not_collude(n, s, dtype, device, simt, generator):
     """All s, and some number below, wrong in the natural ways: they are found, and nobody else is named."""
-    if simt and (n > 63 or dtype == torch.float64):
+    if simt and (n > 48 or dtype == torch.float64):
         pytest.skip("left to the faster devices")
     code, d, rng = CyclicCode(n, s), 500, np.random.default_rng(generator.initial_seed())
     messages, mean = messages_of(code, d, dtype, generator)

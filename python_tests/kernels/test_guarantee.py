@@ -258,7 +258,7 @@ ADAPTIVE = [
     (7, 2, 200),
     (15, 3, 1000),
     (64, 5, 1000),
-    (64, 5, 2 * ops.TILE),
+    (15, 3, 2 * ops.TILE),
     pytest.param(64, 5, 5 * ops.TILE, marks=pytest.mark.long),
     (100, 10, 300),
     (255, 8, 300),

@@ -1,7 +1,7 @@
 """What holds for every code, gradient and adversary that strategies.py can draw.
 
-`--long` draws ten times as many, `--hypothesis-profile=thorough` a hundred times and others each time; a failure prints
-how to see it again.
+`--long` draws five times as many, `--hypothesis-profile=thorough` a hundred times and others each time; a failure
+prints how to see it again.
 """
 
 import math

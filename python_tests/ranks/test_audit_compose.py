@@ -28,7 +28,7 @@ import draco_ext
 from draco_ext import Audit
 from draco_ext.testing.local import run_local
 
-STEPS = 5
+STEPS = 4
 BAD = 1
 BUCKETS = {"bucket_cap_mb": 0.005}
 

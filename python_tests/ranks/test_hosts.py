@@ -24,6 +24,7 @@ HOSTS = {"alpha": "10.77.0.1", "beta": "10.77.0.2"}
 RANKS = {"alpha": 5, "beta": 3}
 LINK = "draco"  # the network device of each
 PORT = 29411
+STEPS = 5
 # With bad workers on both hosts.
 CASES = [(RepetitionCode(8, 1), (3, 4)), (CyclicCode(8, 2), (2, 5))]
 
@@ -33,9 +34,10 @@ def _ranks(file):
     results = []
     for code, bad in CASES:
         for transport in TRANSPORTS:
-            clean, guard, _ = train(dist.get_rank(), code, transport, batch_size=80)
+            options = {"batch_size": 80, "steps": STEPS}
+            clean, guard, _ = train(dist.get_rank(), code, transport, **options)
             rows, guard, outcomes = train(
-                dist.get_rank(), code, transport, injector=Injector("reversed", bad), batch_size=80
+                dist.get_rank(), code, transport, injector=Injector("reversed", bad), **options
             )
             everybody = [None] * code.workers
             dist.all_gather_object(everybody, (socket.gethostname(), guard.worker))
@@ -161,7 +163,7 @@ def test_two_hosts(hosts, tmp_path):
             holders = [where[worker] for worker in where if part in code.assignment(worker)]
             assert holders.count("alpha") <= math.ceil(len(holders) * 5 / 8), name
         assert {int(worker): host for worker, host in result["suspects"].items()} == {j: where[j] for j in bad}, name
-        assert result["steps"] == [20, 20], name
+        assert result["steps"] == [STEPS, STEPS], name
         assert {where[j] for j in bad} == set(HOSTS)
 
 

@@ -90,6 +90,7 @@ def token_packed(replicas, part, epoch):
 LOADERS = [own_sampler, sampler_and_workers, stream, no_sampler, global_generator, token_packed]
 # With an Audit ranks load what they would load in plain DDP.
 CASES = [(loader, code) for loader in LOADERS for code in ("repetition", "cyclic")] + [(own_sampler, "audit")]
+LESS_OFTEN = CASES[3:12:4] + CASES[4:12:4]  # one code for each loader but the first; these in the long layer
 CODES = {
     "repetition": RepetitionCode(RANKS, 1),
     "cyclic": CyclicCode(RANKS, 1),
@@ -161,18 +162,23 @@ def times_minus_two(step, value, kind=None):
     return -2 * value
 
 
-def _train_all(rank, report):
+def _train_all(rank, report, cases):
     torch.set_num_threads(1)
-    for loader, code in [*CASES, (redundant_sampler, "repetition")]:
+    for loader, code in cases:
         report((loader.__name__, code, [train(rank, CODES[code], loader, a) for a in (None, times_minus_two)]))
 
 
 @pytest.fixture(scope="module")
-def trained():
-    return {(loader, code): runs for loader, code, runs in run_local(_train_all, RANKS)}
+def trained(request):
+    long = request.config.getoption("--long")
+    cases = [case for case in CASES if long or case not in LESS_OFTEN] + [(redundant_sampler, "repetition")]
+    return {(loader, code): runs for loader, code, runs in run_local(_train_all, RANKS, cases)}
 
 
-NAMES = [(loader.__name__, code) for loader, code in CASES]
+NAMES = [
+    pytest.param(loader.__name__, code, marks=[pytest.mark.long] if (loader, code) in LESS_OFTEN else [])
+    for loader, code in CASES
+]
 
 
 @pytest.mark.parametrize(("loader", "code"), [*NAMES, ("redundant_sampler", "repetition")])

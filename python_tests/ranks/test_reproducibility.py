@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections import UserDict, deque
@@ -371,13 +372,37 @@ def test_what_one_rank_draws_alone_accuses_nobody():
     assert len(set(of_batches)) == 12  # accumulated ones, too
 
 
+def check_doctor(said):
+    assert said.count("gradients are bit-reproducible, on each rank and across ranks") == 1
+    assert len([line for line in said.splitlines() if torch.__version__ in line]) == 2
+
+
+def _doctor(rank, port, folder):
+    """What torchrun starts, in a process that has imported torch already."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(number) for name, number in numbers.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    with open(folder / f"{rank}", "w") as out, contextlib.redirect_stdout(out):
+        commands.draco(["doctor"], standalone_mode=False)
+
+
+def test_doctor_on_the_ranks_of_a_job(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.start_processes(_doctor, (port, tmp_path), nprocs=2, start_method="forkserver")
+    said = [(tmp_path / f"{rank}").read_text() for rank in range(2)]
+    check_doctor(said[0])
+    assert said[1] == ""
+
+
+@pytest.mark.long
 def test_doctor_under_torchrun():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "draco_ext.cli", "doctor"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     run = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("gradients are bit-reproducible, on each rank and across ranks") == 1
-    assert len([line for line in run.stdout.splitlines() if torch.__version__ in line]) == 2
+    check_doctor(run.stdout)
 
 
 def test_doctor_says_what_is_wrong(monkeypatch):

@@ -64,7 +64,7 @@ def _near_the_noise_floor(rank, report, code, steps):
 
 @pytest.mark.parametrize(
     ("code", "steps"),
-    [(CyclicCode(4, 1), 25), *(pytest.param(CyclicCode(n, 1), 100, marks=pytest.mark.long) for n in (4, 7))],
+    [(CyclicCode(4, 1), 25), pytest.param(CyclicCode(7, 1), 40, marks=pytest.mark.long)],
     ids=repr,
 )
 def test_honest_ranks_leave_out_the_same_errors_near_the_noise_floor(code, steps):

@@ -14,6 +14,8 @@ from draco_ext.protocol.transports import TRANSPORTS, make_transport, verified
 from draco_ext.reporting.report import Seconds
 from draco_ext.testing.communicator import FakeCommunicator, run_workers
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 REPETITION = [RepetitionCode(*arguments) for arguments in [(3, 1), (4, 1), (6, 1), (7, 1), (8, 1), (11, 2), (5, 0)]]
 CYCLIC = [CyclicCode(*arguments) for arguments in [(3, 1), (7, 2)]]
 CASES = [pytest.param(code, name, id=f"{code!r} {name}") for code in REPETITION + CYCLIC for name in TRANSPORTS]

@@ -16,6 +16,8 @@ from draco_ext.protocol.transports import TRANSPORTS, allgather, make_transport,
 from draco_ext.reporting.report import Seconds
 from draco_ext.testing.communicator import run_workers
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 LENGTHS = (3, 60, 41)  # of the parameters in a bucket
 
 

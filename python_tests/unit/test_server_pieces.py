@@ -17,6 +17,8 @@ from draco_ext.protocol.transports.server import ServerTransport
 from draco_ext.protocol.verifier import votes_needed
 from draco_ext.testing.communicator import FakeCommunicator, run_workers
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 CODES = [RepetitionCode(*arguments) for arguments in [(3, 1), (4, 1), (5, 2), (6, 1), (7, 1)]]
 LENGTH = 211  # of a message; its pieces have different lengths
 # What a worker sends: to the server, to others ("shard"), and to the server again: which shards are missing, and wrong.
@@ -338,7 +340,7 @@ def test_a_repair_is_compared_under_a_new_key():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_liars(seed):
+def test_random_liars(seed, long):
     """Everything that a bad worker sends is changed at random, or not. Nobody honest is named."""
     rng = random.Random(seed)
 
@@ -356,7 +358,7 @@ def test_random_liars(seed):
 
         return tell
 
-    for _ in range(25):
+    for _ in range(25 if long else 10):
         code = rng.choice([*CODES, RepetitionCode(10, 2)])
         bad = rng.choice(sets_of_bad(code)) - {0}
         results = run(code, tells={j: liar(random.Random(rng.random())) for j in bad})

@@ -30,6 +30,8 @@ from draco_ext.protocol.transports import server, verified
 from draco_ext.protocol.transports.server import ServerTransport
 from draco_ext.testing.communicator import FakeCommunicator, run_workers
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 
 @pytest.fixture(autouse=True)
 def _small_results_in_shards(monkeypatch):
@@ -246,7 +248,7 @@ def test_a_claim_bars_both_and_they_get_results_whole(leaving):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_relays_that_lie_at_random(seed):
+def test_relays_that_lie_at_random(seed, long):
     rng = random.Random(seed)
 
     def liar(own):
@@ -262,7 +264,7 @@ def test_relays_that_lie_at_random(seed):
 
         return tell, pass_on
 
-    for _ in range(15):
+    for _ in range(15 if long else 8):
         code = rng.choice([*CODES, RepetitionCode(10, 2)])
         bad = rng.choice(sets_of_bad(code)) - {0}
         lies = {j: liar(random.Random(rng.random())) for j in bad}

@@ -17,6 +17,8 @@ from draco_ext.protocol.transports.verified import VerifiedAllReduce
 from draco_ext.reporting.report import Seconds
 from draco_ext.testing.communicator import run_workers
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 CODES = [RepetitionCode(*arguments) for arguments in [(3, 1), (4, 1), (5, 2), (6, 1), (7, 1), (8, 1), (9, 1), (7, 3)]]
 LENGTH = 211  # of a message; its pieces have different lengths
 COMMITMENT, VALUES, SHARE, KEY, ANSWER, WORD, CLAIMS = range(7)  # kinds of what is sent
@@ -95,7 +97,7 @@ def one_exchange(communicator, code, bad, attack, *, seed=0, exchanges=1, **opti
 @pytest.fixture
 def most(pytestconfig):
     """The number of sets of bad workers that are tried: with --long all of up to nine workers."""
-    return 64 if pytestconfig.getoption("long") else 5
+    return 64 if pytestconfig.getoption("long") else 4
 
 
 def sets_of_bad(code, most):
@@ -451,7 +453,7 @@ def test_silence_is_an_error_that_names_the_silent(kind):
 def test_random_liars(seed, pytestconfig):
     """Every message of every bad rank is changed at random, or not."""
     rng = random.Random(seed)
-    runs = 40 if pytestconfig.getoption("long") else 12
+    runs = 30 if pytestconfig.getoption("long") else 8
 
     def attack(communicator, code, bad, members):
         own = random.Random(rng.random())
