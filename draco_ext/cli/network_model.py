@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.table import Table
 
@@ -237,7 +237,7 @@ def _all_to_all(code: Code, lengths: Sequence[int], item: int) -> Traffic:
         total += Traffic(whole.payload, 0, whole.link, count * whole.messages, bool(count), n * size)
         if code.uses_projections:
             share = _to_all(n, SHARE_BYTES, payload=False)
-            commitment = Traffic(0, share.checks, share.link, share.messages)  # under way with the messages
+            commitment = replace(share, waits=0)  # under way with the messages
             total += sum(count * [commitment, share], Traffic())
     return total
 
@@ -252,7 +252,7 @@ def _verified(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traf
         if length * item <= SMALL:
             each = _all_to_all(code, [length], item)
         elif len(sizes) == 1:
-            each = _compare(sizes) + Traffic(waits=1, reads=length * item)  # waits also for commitments
+            each = _to_all(code.workers, SHARE_BYTES, payload=False) + _compare(sizes) + Traffic(reads=length * item)
         else:
             each = _deliveries(sizes, length, item)
         total += sum(times * [each], Traffic())
@@ -262,17 +262,16 @@ def _verified(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traf
 def _compare(sizes: Sequence[int]) -> Traffic:
     """Return the traffic of one comparison of digests among groups of these sizes; see `Delivery`.
 
-    Everybody sends everybody a commitment, under way with the pieces, and a share in the key; the key, whether its
-    vector is known, and the digests of its own group's pieces; a verdict, a count, and for each of the receiver's
-    pieces whether it is wanted.
+    Everybody sends everybody a share in the key; the key, whether its vector is known, and the digests of its own
+    group's pieces; a verdict, a count, and for each of the receiver's pieces whether it is wanted.
     """
     n, most = sum(sizes), max(sizes)
-    shares, answers = 2 * SHARE_BYTES // _NUMBER, 2 + 2 * most
+    share, answers = SHARE_BYTES // _NUMBER, 2 + 2 * most
     verdicts = sum(size * (2 + size) for size in sizes) - (2 + most)
     return Traffic(
-        checks=_NUMBER * (n - 1) * sum(size * (shares + 4 + 3 * size) for size in sizes),
-        link=_NUMBER * ((n - 1) * (shares + answers) + verdicts),
-        messages=4 * (n - 1),
+        checks=_NUMBER * (n - 1) * sum(size * (share + 4 + 3 * size) for size in sizes),
+        link=_NUMBER * ((n - 1) * (share + answers) + verdicts),
+        messages=3 * (n - 1),
         waits=3,
     )
 
@@ -294,9 +293,10 @@ def _deliveries(sizes: Sequence[int], length: int, item: int) -> Traffic:
         link = max(link, leaving, arriving)
         # Digests of this rank's message, the sum of its shards, and what has arrived; and adding up.
         reads = max(reads, length + shard + arriving + count * shard)
-    comparison = _compare(sizes)
     pieces = Traffic(payload * item, 0, link * item, 2 * (n - min(sizes)), 2, reads * item)
-    return pieces + comparison + comparison
+    commitments = replace(_to_all(n, SHARE_BYTES, payload=False), waits=0)  # under way with the pieces
+    comparison = _compare(sizes)
+    return pieces + commitments + comparison + comparison
 
 
 def _server(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traffic:

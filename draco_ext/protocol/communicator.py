@@ -275,13 +275,11 @@ class ProcessGroupCommunicator(Communicator):
                 for is_sent, tensor, other in operations
             ]
             return dist.batch_isend_irecv(ops)
-        works: list[Any] = []
-        for is_sent, tensor, other in operations:
-            if is_sent:
-                works.append(dist.isend(tensor, group=self.group, group_dst=self.ranks[other], tag=tag_of(tensor)))
-            else:
-                works.append(dist.irecv(tensor, group=self.group, group_src=self.ranks[other], tag=tag_of(tensor)))
-        return works
+        # Not by dist.isend and dist.irecv: what they check again takes four times as long as a short message.
+        return [
+            (self.group.send if is_sent else self.group.recv)([tensor], self.ranks[other], tag_of(tensor))
+            for is_sent, tensor, other in operations
+        ]
 
     def _pending(
         self,

@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from draco_ext.protocol.communicator import Communicator
+from draco_ext.protocol.communicator import Communicator, Pending
 from draco_ext.protocol.differences import Difference
-from draco_ext.protocol.exchange import Steps, run_alone
-from draco_ext.protocol.keys import Digest, commitment, draw_secret, join_shares, to_bytes, to_tensor
+from draco_ext.protocol.exchange import Steps, copy_to_host, run_alone
+from draco_ext.protocol.keys import Digest, commitment, join_shares, to_bytes, to_tensor
 from draco_ext.protocol.verifier import Verdict, Verifier, digests_of, read_digests
 
 _LARGEST_KEY = 2**63 - 1  # and none is negative
@@ -52,10 +52,13 @@ class Delivery:
         adversaries: s.
         serve: f(worker): the vector that this rank's group has for a worker; the same tensor for the same vector.
         held: by group, the vector that is delivered to this rank. This rank's own group's is already there.
+        share: this rank's share in the key, which no other rank knows; see `draw_secret`.
+        commitments: all workers' commitments to their shares; default: they come with the pieces.
         is_known: whether this rank has its group's vectors; otherwise it can neither send nor vote.
         announced: workers that were found wrong before, and are announced to the others together with these.
 
     Attributes:
+        shares: all workers' shares in the key, as they have revealed them to this rank.
         failed: whether a vector could not be verified, because more than s members of its group are wrong.
         failing: the other workers that say so, or that do not have their group's vector.
         announcements: how many workers each other worker has found wrong, as it says.
@@ -69,20 +72,26 @@ class Delivery:
         serve: Callable[[int], Tensor],
         held: Sequence[Tensor],
         *,
+        share: bytes,
+        commitments: Sequence[bytes] = (),
         is_known: bool = True,
         announced: Collection[int] = (),
     ) -> None:
         self.failed = False
+        self.shares: list[bytes] = []
         self.failing: set[int] = set()
         self.announcements: dict[int, int] = {}
         self._communicator = communicator
         self._groups = groups
         self._adversaries = adversaries
         self._serve = serve
+        self._share = share
+        self._commitments = commitments
         self._is_known = is_known
         self._announced = announced
         self._own = communicator.worker
-        self._others = [j for j in range(communicator.workers) if j != self._own]
+        self._everybody = range(communicator.workers)
+        self._others = [j for j in self._everybody if j != self._own]
         self._group_of = {j: g for g, members in enumerate(groups) for j in members}
         self._members = groups[self._group_of[self._own]]  # of this rank's own group
         self._device = held[0].device
@@ -105,16 +114,17 @@ class Delivery:
             if members != self._members
             for piece_and_sender in zip(vector.tensor_split(len(members)), members, strict=True)
         ]
-        secret = draw_secret()
-        promise = to_tensor(commitment(self._own, secret), self._device)
-        promises = {j: torch.empty_like(promise) for j in self._others}
-        leaving += [(promise, j) for j in self._others]
-        arriving += [(values, j) for j, values in promises.items()]
+        if not self._commitments:
+            own = to_tensor(commitment(self._own, self._share), self._device)
+            shown = [own.clone() for _ in self._everybody]
+            leaving += [(own, j) for j in self._others]
+            arriving += [(shown[j], j) for j in self._others]
         yield self._communicator.exchange(leaving, arriving)
+        if not self._commitments:
+            self._commitments = list(map(to_bytes, copy_to_host(shown)))
 
-        key = yield from self._reveal(secret, promises | {self._own: promise})
-        everybody = range(self._communicator.workers)
-        verifiers = yield from self._verify(dict.fromkeys(everybody, key), self._adversaries + 1)
+        key = yield from self._reveal()
+        verifiers = yield from self._verify(dict.fromkeys(self._everybody, key), self._adversaries + 1)
         for repetitions in reversed(range(self._adversaries + 1)):
             if not verifiers:
                 break
@@ -123,18 +133,13 @@ class Delivery:
         if not self.failed:
             self._verifier.finish()
 
-    def _reveal(self, secret: bytes, promises: Mapping[int, Tensor]) -> Steps[int]:
+    def _reveal(self) -> Steps[int]:
         """Reveal this rank's share, when everything has arrived that is to be verified, and return the key."""
-        own_share = to_tensor(secret, self._device)
-        shares = {j: torch.empty_like(own_share) for j in self._others}
-        yield self._communicator.exchange(
-            [(own_share, j) for j in self._others], [(values, j) for j, values in shares.items()]
-        )
-        shares[self._own] = own_share
-        seed, _ = join_shares(
-            {j: to_bytes(values) for j, values in shares.items()},
-            {j: to_bytes(values) for j, values in promises.items()},
-        )
+        own = to_tensor(self._share, self._device)
+        shown = [own.clone() for _ in self._everybody]
+        yield self._swap(dict.fromkeys(self._everybody, own), dict(enumerate(shown)))
+        self.shares = list(map(to_bytes, copy_to_host(shown)))
+        seed, _ = join_shares(dict(enumerate(self.shares)), dict(enumerate(self._commitments)))
         return seed & _LARGEST_KEY
 
     def _verify_alone(self, verifiers: Collection[int], repetitions: int) -> Steps[set[int]]:
@@ -147,7 +152,7 @@ class Delivery:
             [(keys[own], j) for j in self._others] if own in verifiers else [],
             [(values, j) for j, values in keys.items() if j != own],
         )
-        return (yield from self._verify({j: int(key) for j, key in keys.items()}, repetitions))
+        return (yield from self._verify({j: key for j, (key,) in _read(keys).items()}, repetitions))
 
     def _verify(self, keys: Mapping[int, int], repetitions: int) -> Steps[set[int]]:
         """Compare digests, and get what is wrong from others; return the verifiers that must go on.
@@ -156,24 +161,33 @@ class Delivery:
             keys: of the workers that compare.
             repetitions: how often they may do it again.
         """
-        exchange, own = self._communicator.exchange, self._own
-        others = [j for j in self._others if j in keys]
-        everybody = self._others if own in keys else []  # with whom this rank compares
-
+        own = self._own
+        peers = self._everybody if own in keys else range(0)  # with whom this rank compares
         own_answers = self._answers(keys)
-        answers = {j: self._numbers(2 + 2 * len(self._groups[self._group_of[j]])) for j in everybody}
-        yield exchange([(own_answers[j], j) for j in others], [(answers[j], j) for j in everybody])
+        answers = {j: self._numbers(2 + 2 * len(self._groups[self._group_of[j]])) for j in peers}
+        answered = self._swap(own_answers, answers)
+        if own in keys:
+            self._verifier.prepare(keys[own])  # while the answers are under way
+        yield answered
 
         verdict, wanted = Verdict.VERIFIED, dict[int, list[int]]()
         if own in keys:
             answers[own] = own_answers[own]
-            verdict, wanted = self._compare(keys[own], {j: answer.tolist() for j, answer in answers.items()})
+            verdict, wanted = self._compare(keys[own], _read(answers))
             if verdict == Verdict.AGAIN and repetitions == 0:
                 verdict, wanted = Verdict.FAILED, {}
             self.failed = verdict == Verdict.FAILED
-        words = {j: self._numbers(2 + len(self._members)) for j in others}
-        yield exchange([(self._word(verdict, wanted, j), j) for j in everybody], [(words[j], j) for j in others])
-        return self._send_and_get(words, wanted) | ({own} if verdict == Verdict.AGAIN else set())
+        words = {j: self._numbers(2 + len(self._members)) for j in keys}
+        yield self._swap({j: self._word(verdict, wanted, j) for j in peers}, words)
+        again = self._send_and_get({j: word for j, word in _read(words).items() if j != own}, wanted)
+        return again | ({own} if verdict == Verdict.AGAIN else set())
+
+    def _swap(self, leaving: Mapping[int, Tensor], arriving: Mapping[int, Tensor]) -> Pending:
+        """Send each worker a tensor and receive one from each, in place; this rank's own is left as it is."""
+        return self._communicator.exchange(
+            [(values, j) for j, values in leaving.items() if j != self._own],
+            [(values, j) for j, values in arriving.items() if j != self._own],
+        )
 
     def _answers(self, keys: Mapping[int, int]) -> dict[int, Tensor]:
         """Return the answers to verifiers: their key, whether this rank has its group's vector, and all its digests."""
@@ -215,11 +229,11 @@ class Delivery:
             word[i] = 1
         return torch.tensor([verdict, len({*self._announced, *self.wrong}), *word], device=self._device)
 
-    def _send_and_get(self, words: dict[int, Tensor], wanted: dict[int, list[int]]) -> set[int]:
+    def _send_and_get(self, words: dict[int, list[int]], wanted: dict[int, list[int]]) -> set[int]:
         """Send the pieces that verifiers want, and get those that this rank wants; return the verifiers that go on."""
         again, leaving = set(), []
         for j, word in words.items():
-            verdict, found, *flags = word.tolist()
+            verdict, found, *flags = word
             if verdict == Verdict.AGAIN:
                 again.add(j)
             elif verdict == Verdict.FAILED:
@@ -240,3 +254,8 @@ class Delivery:
 
     def _numbers(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int64, device=self._device)
+
+
+def _read(numbers: Mapping[int, Tensor]) -> dict[int, list[int]]:
+    """Return the numbers that each worker has sent, for all of which the host waits for the device once."""
+    return dict(zip(numbers, (each.tolist() for each in copy_to_host(list(numbers.values()))), strict=True))

@@ -203,15 +203,15 @@ def _altered(rank, small, code, transport, alter):
     """What rank 1 sends is altered on its way out, under its full length."""
     clean, _, _ = train(rank, code, transport, steps=4, small=small)
     findings = []
-    send, sent = dist.isend, []
+    send, sent = dist.ProcessGroup.send, []
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
 
-            def altered_send(values, *, group_dst, **options):
-                sent.append(alter(values, group_dst))  # gloo does not keep it
-                return send(sent[-1], group_dst=group_dst, **options)
+            def altered_send(group, tensors, peer, tag):
+                sent.append([alter(values, peer) for values in tensors])  # gloo does not keep them
+                return send(group, sent[-1], peer, tag)
 
-            patch.setattr(dist, "isend", altered_send)
+            patch.setattr(dist.ProcessGroup, "send", altered_send)
         rows, _, outcomes = train(rank, code, transport, steps=4, small=small, callback=findings.append)
     everybody = [None] * code.workers
     dist.all_gather_object(everybody, [(f.step, f.bucket, f.worker, f.elements, f.largest) for f in findings])

@@ -1,5 +1,6 @@
 """The verified all-reduce against ranks that compute and send anything, to every rank something else."""
 
+import collections
 import itertools
 import random
 
@@ -34,20 +35,22 @@ class Liar(Communicator):
         self._inner = inner
         self._members = members  # the number of members of this worker's group
         self._lie = lie
-        self._committed = False
+        deliveries = 1 if members == inner.workers else 2
+        self._shown = itertools.cycle([COMMITMENT] + deliveries * [SHARE])
 
     def exchange(self, leaving, arriving):
-        shares = SHARE if self._committed else COMMITMENT
-        lies = [(self._lie(self._kind(values) or shares, to, values.clone()), to) for values, to in leaving]
-        if any(self._kind(values) is None for values, _ in leaving):
-            self._committed = not self._committed
+        shown = next(self._shown) if any(self._kind(values) is None for values, _ in leaving) else None
+        lies = [
+            (self._lie(shown if (kind := self._kind(values)) is None else kind, to, values.clone()), to)
+            for values, to in leaving
+        ]
         return self._inner.exchange([(values, to) for values, to in lies if values is not None], arriving)
 
     def _kind(self, values):
         if values.dtype == torch.float64:
             return CLAIMS
         if values.dtype == torch.uint8:
-            return None  # a commitment, and next time a share
+            return None  # a commitment, and then a share for each delivery
         if values.dtype != torch.int64:
             return VALUES
         return {1: KEY, 2 + 2 * self._members: ANSWER}.get(values.numel(), WORD)
@@ -296,15 +299,16 @@ def test_who_shows_every_rank_another_share_gains_nothing(code, wrong, most):
 
     def attack(communicator, code, bad, members):
         own = communicator.worker
-
-        def secret(to):
-            return bytes([to]) * keys.SHARE_BYTES
+        shown = collections.Counter()
 
         def lie(kind, to, values):
-            if kind == COMMITMENT:
-                return keys.to_tensor(keys.commitment(own, secret(to)), values.device)
-            if kind == SHARE:
-                return keys.to_tensor(secret(to), values.device)
+            if kind in (COMMITMENT, SHARE):  # each fits the one before
+                chain = [bytes([to]) * keys.SHARE_BYTES]
+                while len(chain) < (2 if members == code.workers else 3):
+                    chain.insert(0, keys.commitment(own, chain[0]))
+                text = chain[shown[to] % len(chain)]
+                shown[to] += 1
+                return keys.to_tensor(text, values.device)
             return values + 1 if wrong and kind == VALUES else values
 
         return Liar(communicator, members, lie)

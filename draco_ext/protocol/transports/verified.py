@@ -14,6 +14,7 @@ from draco_ext.protocol.communicator import Communicator
 from draco_ext.protocol.delivery import Delivery, more_than
 from draco_ext.protocol.differences import Difference, join, validate_reported
 from draco_ext.protocol.exchange import Exchange, RecordExchange
+from draco_ext.protocol.keys import commitment, draw_secret
 from draco_ext.protocol.messages import ExchangeOutcome, Message, RowPool
 from draco_ext.protocol.transports.allgather import AllGather
 from draco_ext.protocol.transports.base import Transport
@@ -64,8 +65,11 @@ class VerifiedAllReduce(Transport):
         if values.numel() * values.element_size() <= SMALL:
             return (yield from self._small.exchange(message, number))
         groups, own = self._groups, self._group_of[self.communicator.worker]
+        # The share of the first key is the commitment to that of the last one, which so needs no message.
+        last_share = draw_secret()
+        share = commitment(self.communicator.worker, last_share)
         if len(groups) == 1:
-            scatter = last = self._delivery(lambda worker: values, [values])
+            scatter = last = self._delivery(lambda worker: values, [values], share=share)
             yield from scatter.run()
             message.write(values)
             begin = 0
@@ -73,13 +77,18 @@ class VerifiedAllReduce(Transport):
             shards, sums = values.tensor_split(len(groups)), target.tensor_split(len(groups))
             rows = self._rows.take(len(groups), shards[own])
             rows[own] = shards[own]
-            scatter = self._delivery(lambda worker: shards[self._group_of[worker]], list(rows))
+            scatter = self._delivery(lambda worker: shards[self._group_of[worker]], list(rows), share=share)
             yield from scatter.run()
             if not scatter.failed:
                 ops.majority_vote(rows, (1,) * len(groups), 0, mean=True, out=sums[own])
             self._rows.give_back(rows)
             last = self._delivery(
-                lambda worker: sums[own], sums, is_known=not scatter.failed, announced=scatter.wrong.keys()
+                lambda worker: sums[own],
+                sums,
+                share=last_share,
+                commitments=scatter.shares,
+                is_known=not scatter.failed,
+                announced=scatter.wrong.keys(),
             )
             yield from last.run()
             begin = sum(shard.numel() for shard in shards[:own])
