@@ -68,6 +68,16 @@ inline void check_out(const char* op, const Tensor& out, int64_t size, const Ten
                   op, ": out must be a contiguous vector of ", size, " elements of the same dtype on the same device");
 }
 
+// Vectors of the same size, dtype and device as out.
+inline void check_vectors(const char* op, const std::vector<Tensor>& vectors, const Tensor& out) {
+  STD_TORCH_CHECK(!vectors.empty() && vectors.size() <= kMostWorkers, op, ": needs from 1 to ", kMostWorkers,
+                  " vectors, got ", vectors.size());
+  for (const Tensor& vector : vectors) {
+    STD_TORCH_CHECK(vector.dim() == 1 && vector.is_contiguous(), op, ": vectors must be contiguous vectors");
+    check_out(op, out, vector.size(0), vector);
+  }
+}
+
 // The bytes of a vector to be digested.
 inline int64_t check_digest(const char* op, const Tensor& values) {
   STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), op, ": values must be a contiguous vector");

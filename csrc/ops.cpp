@@ -12,6 +12,9 @@ STABLE_TORCH_LIBRARY(DRACO_LIBRARY, m) {
       "majority_vote_out(Tensor messages, Tensor? missing, int[] group_sizes, int adversaries, float atol, float rtol, "
       "bool mean, Tensor(a!) out) -> (Tensor suspects, Tensor failed)");
 
+  // What a committee makes of the vectors that groups have voted on.
+  m.def("vector_mean_out(Tensor[] vectors, Tensor(a!) out) -> ()");
+
   // What ranks compare instead of whole messages.
   m.def("digest(Tensor values, int[] seed) -> Tensor");
   m.def("digest_by_keys(Tensor values, Tensor seeds) -> Tensor");

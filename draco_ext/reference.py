@@ -66,6 +66,11 @@ def majority_vote(
     return total / len(winners) if mean else total, suspects, torch.tensor(False)
 
 
+def vector_mean(vectors: Sequence[Tensor]) -> Tensor:
+    """As `ops.vector_mean`, in float64."""
+    return torch.stack([vector.double() for vector in vectors]).mean(0)
+
+
 def robust_mean(winners: Tensor, lost: Tensor, trim: int | None) -> Tensor:
     """As `codes.robust.robust_mean` with the factor 1, in float64: sorts the rows that are not lost.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 HOT = {
     "vote_kernel": 8,
     "vote_finish": 4,
+    "mean_kernel": 4,
     "sweep_kernel": 8,
     "gather_kernel": 1,
     "digest_kernel": 1,

@@ -30,7 +30,7 @@ from draco_ext.ops.cyclic import (
     projections_shape,
 )
 from draco_ext.ops.digest import DIGEST_DTYPES, digest, digest_and_stats, digest_stats_and_scale_
-from draco_ext.ops.vote import MOST_GROUP_MEMBERS, VOTE_DTYPES, majority_vote
+from draco_ext.ops.vote import MOST_GROUP_MEMBERS, VOTE_DTYPES, majority_vote, vector_mean
 
 __all__ = [
     "CYCLIC_DTYPES",
@@ -51,6 +51,7 @@ __all__ = [
     "majority_vote",
     "message_length",
     "projections_shape",
+    "vector_mean",
 ]
 
 

@@ -12,6 +12,7 @@ from draco_ext._extension import _C
 
 VOTE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MOST_GROUP_MEMBERS: int = _C.MOST_GROUP_MEMBERS
+MOST_VECTORS = _checks.MOST_WORKERS
 
 
 def majority_vote(
@@ -71,6 +72,47 @@ def majority_vote(
         return result
     _checks.check_out(out, messages.size(1), "messages", messages)
     return out, *torch.ops.draco_ext.majority_vote_out(messages, missing, *options, out)
+
+
+def vector_mean(vectors: Sequence[Tensor], *, out: Tensor | None = None) -> Tensor:
+    """Return the mean of vectors that lie apart, such as those that groups have voted on.
+
+    Has the bits that `majority_vote` gives for groups of one: sums are taken in float32 (float64 for float64), in the
+    order of the vectors; a single vector's bits stay as they are. Reads all vectors once, writes d elements.
+    Deterministic.
+
+    Args:
+        vectors: (d,) each, contiguous; float32, float64, float16 or bfloat16, all alike.
+        out: (d,), receives the mean; see `draco_ext.ops`. It may also be one of the vectors.
+
+    Returns:
+        The mean, (d,).
+    """
+    if not isinstance(vectors, (tuple, list)):
+        raise TypeError(f"vectors must be a tuple or list of Tensors, got {type(vectors).__name__}")
+    if not 1 <= len(vectors) <= MOST_VECTORS:
+        raise ValueError(f"vectors must be from 1 to {MOST_VECTORS}, got {len(vectors)}")
+    first = vectors[0]
+    for i, vector in enumerate(vectors):
+        _checks.check_tensor(f"vectors[{i}]", vector, 1, (first.dtype,) if i else VOTE_DTYPES, first if i else None)
+        _checks.check_contiguous(f"vectors[{i}]", vector)
+        if vector.size(0) != first.size(0):
+            raise ValueError(f"vectors[{i}] must have {first.size(0)} elements as vectors[0], got {vector.size(0)}")
+    if out is None:
+        out = torch.empty_like(first)
+    else:
+        _checks.check_tensor("out", out, 1, (first.dtype,), first)
+        _checks.check_writable("out", out, first.size(0))
+        for i, vector in enumerate(vectors):
+            if vector.data_ptr() != out.data_ptr():
+                _checks.check_apart("out", out, f"vectors[{i}]", vector)
+    torch.ops.draco_ext.vector_mean_out(list(vectors), out)
+    return out
+
+
+@torch.library.register_fake("draco_ext::vector_mean_out")
+def _(vectors, out):  # type: ignore[no-untyped-def]
+    return None
 
 
 @torch.library.register_fake("draco_ext::majority_vote_out")

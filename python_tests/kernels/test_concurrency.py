@@ -148,6 +148,7 @@ def test_threads_with_small_stacks(dtype):
             yield ops.majority_vote(votes, [511, 511], 1, atol=atol)
             yield ops.majority_vote(votes[:, :3], [511, 511], 1, atol=atol)
             yield ops.majority_vote(votes[:9], [4, 5], 1, atol=atol)
+        yield ops.vector_mean(list(votes[:9]))
         yield ops.digest(votes[0], 1)
         yield ops.digest(votes[0], [1, 2, 3])
         yield ops.digest_and_stats(votes[0], 1)

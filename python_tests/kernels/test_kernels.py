@@ -586,6 +586,47 @@ def test_decode_where_squares_overflow(device, generator):
         torch.testing.assert_close(gradient / scale, truth, rtol=1e-12, atol=1e-13)
 
 
+# --------------------------------------------------------------------------------------------------- vector mean
+
+
+def check_vector_mean(count, d, dtype, offset, seed, device):
+    """Vectors that lie apart, some of them not aligned; the mean beside them, and in the place of each of them."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = random(count, d, generator=generator).to(dtype)
+    matrix[:, : d // 8] *= torch.tensor([1.0, -0.0, torch.inf, torch.nan]).repeat(count)[:count, None].to(dtype)
+    vectors = [
+        torch.full((d + 2 * offset,), torch.nan, dtype=dtype, device=device)[offset * (i % 2) :][:d]
+        for i in range(count)
+    ]
+    for vector, row in zip(vectors, matrix, strict=True):
+        vector.copy_(row)
+    with naming(f"vector_mean of {count}, d={d} {dtype} offset={offset} seed={seed}"):
+        (mean,) = run(ops.vector_mean, vectors)
+        assert same_bits(mean, VOTE_ON_CPU(matrix, None, [1] * count, 0, 0.0, 0.0, True)[0])
+        exact = reference.vector_mean(list(matrix))
+        finite = exact.isfinite()
+        assert torch.equal(mean.isnan(), exact.isnan())
+        limits = torch.finfo(torch.float32 if dtype.itemsize < 8 else dtype)
+        bound = (count * limits.eps * matrix.double().abs().sum(0) + torch.finfo(dtype).eps * exact.abs())[finite]
+        assert ((mean.double() - exact)[finite].abs() <= bound).all()
+        for i in {0, count // 2, count - 1}:
+            before = vectors[i].clone()
+            assert ops.vector_mean(vectors, out=vectors[i]) is vectors[i]
+            assert torch.equal(raw(vectors[i].cpu()), raw(mean))
+            vectors[i].copy_(before)
+        assert all(torch.equal(raw(vector.cpu()), raw(row)) for vector, row in zip(vectors, matrix, strict=True))
+
+
+@pytest.mark.parametrize("dtype", VOTE_DTYPES, ids=str)
+def test_vector_mean(dtype, device, simt):
+    seeds = itertools.count()
+    for count, d, offset in itertools.product((1, 2, 3, 7, 21), (*LENGTHS, *LONG[1:3]), (0, 1)):
+        if not (simt and d > 2000):
+            check_vector_mean(count, d, dtype, offset, next(seeds), device)
+    for count in (255, 256, 257, 600):  # addresses go to a GPU 256 at a time
+        check_vector_mean(count, 65, dtype, 1, next(seeds), device)
+
+
 # ------------------------------------------------------------------------------------------------------- digest
 
 
@@ -781,6 +822,8 @@ def test_every_kernel_once(device, generator):
     for dtype, layout, d in zip(VOTE_DTYPES, LAYOUTS[:4], (33, 127, 1025, 31), strict=True):
         for tolerant, (sizes, fate) in itertools.product((False, True), zip([(3, 4), (9,)], FATES[:2], strict=True)):
             check_vote(sizes, d, dtype, tolerant, fate, layout, True, device, generator)
+    for dtype, count in zip(VOTE_DTYPES, (2, 3, 257, 1), strict=True):
+        check_vector_mean(count, 1029, dtype, 1, count, device)
     for d, offset in ((33, 0), (4097, 1)):
         check_digest(d, torch.float32, offset, 3, device, generator)
     for dtype, d, scene in zip(VOTE_DTYPES, (33, 4097, 32770, 1025), VALUE_SCENES[1:], strict=True):

@@ -16,6 +16,7 @@ from draco_ext import _C, CyclicCode, RepetitionCode, ops
 NAMES = [
     "majority_vote",
     "majority_vote_out",
+    "vector_mean_out",
     "digest",
     "digest_by_keys",
     "digest_and_stats",
@@ -64,6 +65,12 @@ def test_opcheck_vote(dtype, tolerance, masked, real_device):
     messages = torch.randn(2, 50).to(real_device, dtype).repeat_interleave(3, 0)
     missing = torch.tensor([True] + [False] * 5, device=real_device) if masked else None
     torch.library.opcheck(op("majority_vote"), (messages, missing, [3, 3], 1, tolerance, 0.0, True))
+
+
+@pytest.mark.parametrize("dtype", VOTE_DTYPES, ids=str)
+def test_opcheck_vector_mean(dtype, real_device):
+    vectors = list(torch.randn(3, 50).to(real_device, dtype))
+    torch.library.opcheck(op("vector_mean_out"), (vectors, torch.zeros_like(vectors[0])))
 
 
 @pytest.mark.parametrize("dtype", ops.DIGEST_DTYPES, ids=str)
@@ -284,6 +291,7 @@ def every_call(messages, projections, norms):
     return {
         "majority_vote": (lambda x: ops.majority_vote(x, (5, 4), 1)[0], messages),
         "majority_vote_out": (lambda x: ops.majority_vote(messages, (5, 4), 1, out=x)[0], torch.zeros(50)),
+        "vector_mean_out": (lambda x: ops.vector_mean([messages[0], x]), messages[1]),
         "digest": (lambda x: ops.digest(x, 1), messages[0]),
         "digest_by_keys": (lambda x: ops.digest(x, torch.ones(1, dtype=torch.int64)), messages[0]),
         "digest_and_stats": (lambda x: ops.digest_and_stats(x, 1)[1], messages[0]),

@@ -224,6 +224,27 @@ def test_sequences_of_seeds():
         ops.digest(values, None)
 
 
+def test_vectors_are_alike():
+    x = torch.zeros(2, 8)
+    for vectors, error, message in (
+        (x, TypeError, "vectors must be a tuple or list of Tensors, got Tensor"),
+        ([], ValueError, "vectors must be from 1 to 32767, got 0"),
+        ([x[0], 3], TypeError, r"vectors\[1\] must be a Tensor, got int"),
+        ([x[0], x[1].double()], TypeError, r"vectors\[1\] must have dtype float32, got float64"),
+        ([x[0], x[1, :7]], ValueError, r"vectors\[1\] must have 8 elements as vectors\[0\], got 7"),
+        ([x[0], x], ValueError, r"vectors\[1\] must have 1 dimension"),
+        ([x[:, 0], x[:, 1]], ValueError, r"vectors\[0\] must be contiguous"),
+        ([x[0].int()], TypeError, r"vectors\[0\] must have dtype .*, got int32"),
+    ):
+        with pytest.raises(error, match=message):
+            ops.vector_mean(vectors)
+    buffer = torch.zeros(12)
+    with pytest.raises(ValueError, match=r"out must not share memory with vectors\[1\]"):
+        ops.vector_mean([torch.zeros(8), buffer[1:9]], out=buffer[:8])
+    with pytest.raises(ValueError, match="out must have 8 elements"):
+        ops.vector_mean([x[0]], out=torch.zeros(9))
+
+
 def test_factor_is_a_number():
     values = torch.ones(8)
     for bad in ("1", None, True, values):

@@ -170,6 +170,7 @@ def kernel_cases(d: int) -> Iterator[Case]:
     yield _vote_case(45, d // 2, 3, torch.float64)
     yield _vote_case(45, d, 3, torch.bfloat16)
     yield _vote_case(45, d, 3, torch.float16)
+    yield Case("mean of 3 vectors, in place of one", "one read", 3, d, lambda: _mean(d))
     yield Case("encode one part", "message.add_(gradient)", 45, d, lambda: _encode_part(d))
     yield Case("encode, 11 parts", "one read", 45, d, lambda: _encode(d))
     bucket = min(d, 25 * 2**18)  # 25 MiB
@@ -197,6 +198,11 @@ def _vote_case(n: int, d: int, group: int, dtype: torch.dtype) -> Case:
         return lambda: draco_ext.decode(messages, code), words.sum, messages.nbytes
 
     return Case(f"vote of {group}, {str(dtype).removeprefix('torch.')}", "one read", n, d, build)
+
+
+def _mean(d: int) -> Built:
+    vectors = same_messages(3, d)
+    return functools.partial(ops.vector_mean, list(vectors), out=vectors[1]), vectors.sum, vectors.nbytes
 
 
 def _encode_part(d: int) -> Built:

@@ -35,7 +35,8 @@ class VerifiedAllReduce(Transport):
 
     Members of a group have the same message, so each sends only its piece of it. A rank with groups of m members sends
     2 (n - m) / n times the buffer, where a plain all-reduce sends 2 (n - 1) / n times; with one group it sends only
-    digests. It needs memory of the size of the buffer while the first phase is under way, and keeps it for the next.
+    digests. It needs memory for the shards of the other groups, of (G - 1) / G times the buffer's size, while the first
+    phase is under way, and keeps it for the next.
     """
 
     trust = (
@@ -75,12 +76,12 @@ class VerifiedAllReduce(Transport):
             begin = 0
         else:
             shards, sums = values.tensor_split(len(groups)), target.tensor_split(len(groups))
-            rows = self._rows.take(len(groups), shards[own])
-            rows[own] = shards[own]
-            scatter = self._delivery(lambda worker: shards[self._group_of[worker]], list(rows), share=share)
+            rows = self._rows.take(len(groups) - 1, shards[own])
+            held = [*rows[:own], shards[own], *rows[own:]]
+            scatter = self._delivery(lambda worker: shards[self._group_of[worker]], held, share=share)
             yield from scatter.run()
             if not scatter.failed:
-                ops.majority_vote(rows, (1,) * len(groups), 0, mean=True, out=sums[own])
+                ops.vector_mean(held, out=sums[own])
             self._rows.give_back(rows)
             last = self._delivery(
                 lambda worker: sums[own],
