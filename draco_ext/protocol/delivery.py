@@ -29,8 +29,8 @@ class Delivery:
     All members of a group have the same vector. It has as many pieces as the group has members, and each member sends
     one, if the receiver is not a member itself and has its own copy. A receiver is a verifier:
 
-    1. Together with the pieces it gets from each rank a commitment to a share in a key. When all have arrived, it
-       reveals its own share to all ranks.
+    1. Together with the pieces it gets from each rank a commitment to a share in a key, unless it has them already.
+       When all have arrived, it reveals its own share to all ranks.
     2. With all shares, each rank has the key, and answers all with the digests of all pieces of its own copy under it.
     3. Of each piece the digest that the group's majority gives is right. The verifier tells all whether its own copy
        is. If not, it also asks a member of the majority for each wrong piece.
