@@ -7,7 +7,7 @@ import torch
 from conftest import ATTACKS, attacked, honest_messages
 from hypothesis import strategies as st
 
-from draco_ext import CyclicCode, RepetitionCode, ops
+from draco_ext import CyclicCode, RepetitionCode, SolonCode, ops
 
 MOST_WORKERS = 11
 # Decimal exponents of a layer's scale: from denormal to as large as every attack leaves room for. A float64 cyclic
@@ -31,9 +31,11 @@ KINDS = (*ATTACKS, FAINT)
 
 @st.composite
 def codes(draw, kinds=(RepetitionCode, CyclicCode), least_adversaries=0):
-    """A code of either kind with few workers."""
+    """A code of one of these kinds with few workers."""
     s = draw(st.integers(least_adversaries, 4))
-    return draw(st.sampled_from(kinds))(draw(st.integers(2 * s + 1, MOST_WORKERS)), s)
+    kind = draw(st.sampled_from(kinds))
+    more = (draw(st.integers(1, min(4, MOST_WORKERS - 2 * s))),) if kind is SolonCode else ()
+    return kind(draw(st.integers(2 * s + sum(more or (1,)), MOST_WORKERS)), s, *more)
 
 
 def dtypes(code):
@@ -109,7 +111,7 @@ def adversaries(draw, code, within=True, kinds=KINDS):
 class Round:
     """A code, its gradients, the honest messages for them, an adversary, and what comes in."""
 
-    code: RepetitionCode | CyclicCode
+    code: RepetitionCode | CyclicCode  # or a SolonCode, which is one
     gradients: torch.Tensor
     honest: torch.Tensor
     adversary: Adversary

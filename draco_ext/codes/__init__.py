@@ -1,7 +1,7 @@
 """The codes: who computes which part, what a worker sends, how messages are decoded."""
 
 from draco_ext.codes.audit import Audit
-from draco_ext.codes.base import Code, Decoded, DecodingError, decode
+from draco_ext.codes.base import Code, Decoded, DecodingError, decode, groups_by_worker
 from draco_ext.codes.byzshield import ByzShieldCode
 from draco_ext.codes.cyclic import CyclicCode
 from draco_ext.codes.repetition import RepetitionCode
@@ -17,4 +17,5 @@ __all__ = [
     "RepetitionCode",
     "SolonCode",
     "decode",
+    "groups_by_worker",
 ]

@@ -364,6 +364,11 @@ class Code(abc.ABC):
         _checks.check_int("worker", worker, 0, self.workers - 1)
 
 
+def groups_by_worker(groups: Iterable[Iterable[int]]) -> dict[int, int]:
+    """Return for each worker the number of its group among `groups`, such as `Code.decoding_groups`."""
+    return {worker: number for number, members in enumerate(groups) for worker in members}
+
+
 def decode(
     messages: Tensor,
     code: Code,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from draco_ext import _checks, ops
-from draco_ext.codes.base import Code, Decoded
-from draco_ext.codes.robust import check_beyond, robust_mean
+from draco_ext.codes.base import Decoded
+from draco_ext.codes.robust import check_beyond
+from draco_ext.codes.votes import VotingCode
 
 
 @dataclass(frozen=True)
-class ByzShieldCode(Code):
+class ByzShieldCode(VotingCode):
     """The batch has l * l parts, of which each of (2s+1) * l workers computes l, and any two share at most one.
 
     Each part has 2s+1 workers, whose gradients of it are put to a vote, as in a group of the repetition code. Compute
@@ -49,12 +51,9 @@ class ByzShieldCode(Code):
         ValueError: workers / (2s+1) is not a prime of at least 2s+1, or an argument has a wrong value.
     """
 
-    dtypes: ClassVar[tuple[torch.dtype, ...]] = ops.VOTE_DTYPES
-    exact: ClassVar[bool] = True
     sliceable: ClassVar[bool] = False
 
     beyond: str = "median"
-    trim: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,16 +74,6 @@ class ByzShieldCode(Code):
     def parts(self) -> int:
         """The number of parts of a batch: l * l."""
         return self.load**2
-
-    @property
-    def bounded(self) -> bool:
-        """Return whether there is a second stage."""
-        return self.beyond != "fail"
-
-    @property
-    def corruptible(self) -> int:
-        """The number of parts that may have more than s bad workers before the gradient is not bounded any more."""
-        return check_beyond(self.beyond, self.trim, self.parts)
 
     def assignment(self, worker: int) -> tuple[int, ...]:
         """Return the l parts of this worker, in ascending order."""
@@ -162,35 +151,23 @@ class ByzShieldCode(Code):
             _checks.check_tensor("out", out, 1, (messages.dtype,), like=messages)
             _checks.check_writable("out", out, d)
             _checks.check_apart("out", out, "messages", messages)
-        gradient = messages.new_empty(d) if out is None else out
-        rows = messages.unflatten(1, (self.load, d))
+        return self._decode_by_votes(
+            self._ballots(messages.unflatten(1, (self.load, d)), missing),
+            messages.new_empty(d) if out is None else out,
+            missing=missing,
+            reduction=reduction,
+            atol=atol,
+            rtol=rtol,
+        )
+
+    def _ballots(self, messages: Tensor, missing: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield what each part's workers have sent of it, in the same memory, and which of them are missing."""
         absent = None if missing is None else self._by_part(missing)
-        winners, ballot = messages.new_empty(self.parts + 1, d), messages.new_empty(self.redundancy, d)
-        split, differing = [], []
+        ballot = messages.new_empty(self.redundancy, messages.size(2))
         for part in range(self.parts):
             for vote, worker in zip(ballot, self.holders(part), strict=True):
-                vote.copy_(rows[worker, part // self.load])
-            _, differs, failed = ops.majority_vote(
-                ballot,
-                (self.redundancy,),
-                self.adversaries,
-                missing=None if absent is None else absent[part],
-                atol=atol,
-                rtol=rtol,
-                out=winners[part],
-            )
-            split.append(failed)
-            differing.append(differs & ~failed)
-        lost = torch.stack(split)
-        if self.bounded:
-            trim = None if self.beyond == "median" else self.corruptible
-            robust_mean(winners, lost, trim, factor=1 if reduction == "mean" else self.parts, out=gradient)
-        else:  # a part without a majority is NaN, and so is the mean
-            ops.majority_vote(winners[:-1], (1,) * self.parts, 0, mean=reduction == "mean", out=gradient)
-        suspects = self._of_workers(torch.stack(differing))
-        in_lost = self._of_workers(lost[:, None].expand(-1, self.redundancy))
-        left_out = suspects | (in_lost if missing is None else in_lost & ~missing)
-        return Decoded(gradient, suspects, lost.sum() > self.corruptible, left_out, self, bounded=self.bounded)
+                vote.copy_(messages[worker, part // self.load])
+            yield ballot, None if absent is None else absent[part]
 
     def _by_part(self, mask: Tensor) -> Tensor:
         """Return for each part the entries of its workers: (l * l, 2s+1) of (n,)."""
@@ -198,23 +175,13 @@ class ByzShieldCode(Code):
         by_row = [torch.stack([row.roll(-(k + 1) * i) for k, row in enumerate(classes)], 1) for i in range(load)]
         return torch.cat(by_row)
 
-    def _of_workers(self, flags: Tensor) -> Tensor:
-        """Return for each worker whether one of its parts has set its flag: (n,) of (l * l, 2s+1)."""
-        flags = flags.reshape(self.load, self.load, self.redundancy)
+    def _of_workers(self, flags: Sequence[Tensor]) -> Tensor:
+        table = torch.stack(tuple(flags)).view(self.load, self.load, self.redundancy)
         lines = [
-            torch.stack([flags[i, :, k].roll((k + 1) * i) for i in range(self.load)]).any(0)
+            torch.stack([table[i, :, k].roll((k + 1) * i) for i in range(self.load)]).any(0)
             for k in range(self.redundancy)
         ]
         return torch.cat(lines)
-
-    def error_bound(self, dtype: torch.dtype, *, length: int | None = None, probability: float = 1e-6) -> float:
-        """Return infinity with a second stage, else 0; see `RepetitionCode.error_bound`."""
-        self._check_bound(dtype, length, probability)
-        return math.inf if self.bounded else 0.0
-
-    def noise_amplification(self) -> float:
-        """Return 1: a vote passes one worker's bits on."""
-        return 1.0
 
 
 def _is_prime(number: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from draco_ext import _checks, ops
-from draco_ext.codes.base import Code, Decoded
-from draco_ext.codes.robust import check_beyond, robust_mean
+from draco_ext.codes.base import Decoded
+from draco_ext.codes.robust import check_beyond
+from draco_ext.codes.votes import VotingCode
 
 
 @dataclass(frozen=True)
-class RepetitionCode(Code):
+class RepetitionCode(VotingCode):
     """Workers are cut into floor(n / (2s+1)) groups of consecutive workers; each group computes one part.
 
     Where 2s+1 does not divide n, the first groups have more members. Decoding is a bitwise majority vote in each group,
@@ -47,12 +48,8 @@ class RepetitionCode(Code):
             least 1.
     """
 
-    dtypes: ClassVar[tuple[torch.dtype, ...]] = ops.VOTE_DTYPES
     message_is_gradient: ClassVar[bool] = True
-    exact: ClassVar[bool] = True
 
-    beyond: str = "fail"
-    trim: int | None = None
     group_sizes: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -72,16 +69,6 @@ class RepetitionCode(Code):
         second = "" if self.beyond == "fail" else f", beyond={self.beyond!r}"
         second += "" if self.trim is None else f", trim={self.trim}"
         return f"RepetitionCode(workers={self.workers}, adversaries={self.adversaries}{second})"
-
-    @property
-    def bounded(self) -> bool:
-        """Return whether there is a second stage."""
-        return self.beyond != "fail"
-
-    @property
-    def corruptible(self) -> int:
-        """The number of groups that may be corrupted before the gradient is not bounded any more."""
-        return check_beyond(self.beyond, self.trim, self.parts)
 
     @property
     def parts(self) -> int:
@@ -173,7 +160,18 @@ class RepetitionCode(Code):
         if length is not None:
             _checks.check_int("length", length, messages.size(1), messages.size(1))
         if self.bounded:
-            return self._decode_beyond(messages, missing, atol, rtol, reduction, out)
+            _checks.check_messages(messages, ops.VOTE_DTYPES)
+            _checks.check_mask("missing", missing, messages)
+            if out is not None:
+                _checks.check_out(out, messages.size(1), "messages", messages)
+            return self._decode_by_votes(
+                self._ballots(messages, missing),
+                messages.new_empty(messages.size(1)) if out is None else out,
+                missing=missing,
+                reduction=reduction,
+                atol=atol,
+                rtol=rtol,
+            )
         gradient, suspects, failed = ops.majority_vote(
             messages,
             self.group_sizes,
@@ -186,54 +184,12 @@ class RepetitionCode(Code):
         )
         return Decoded(gradient, suspects, failed, suspects, self)
 
-    def _decode_beyond(
-        self,
-        messages: Tensor,
-        missing: Tensor | None,
-        atol: float,
-        rtol: float,
-        reduction: str,
-        out: Tensor | None,
-    ) -> Decoded:
-        """Vote in each group, and take a robust mean of the winners."""
-        _checks.check_messages(messages, ops.VOTE_DTYPES)
-        _checks.check_mask("missing", missing, messages)
-        if out is not None:
-            _checks.check_out(out, messages.size(1), "messages", messages)
-        gradient = messages.new_empty(messages.size(1)) if out is None else out
-        winners = messages.new_empty(self.parts + 1, messages.size(1))
-        split, differing = [], []
+    def _ballots(self, messages: Tensor, missing: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the messages of each group, and which of them are missing."""
         end = 0
-        for winner, size in zip(winners[:-1], self.group_sizes, strict=True):
+        for size in self.group_sizes:
             begin, end = end, end + size
-            _, differs, failed = ops.majority_vote(
-                messages[begin:end],
-                (size,),
-                self.adversaries,
-                missing=None if missing is None else missing[begin:end],
-                atol=atol,
-                rtol=rtol,
-                out=winner,
-            )
-            split.append(failed)
-            differing.append(differs & ~failed)
-        lost = torch.stack(split)
-        factor = 1 if reduction == "mean" else self.parts
-        robust_mean(winners, lost, None if self.beyond == "median" else self.corruptible, factor=factor, out=gradient)
-        suspects = torch.cat(differing)
-        in_lost = torch.cat([each.expand(size) for each, size in zip(split, self.group_sizes, strict=True)])
-        left_out = suspects | (in_lost if missing is None else in_lost & ~missing)
-        return Decoded(gradient, suspects, lost.sum() > self.corruptible, left_out, self, bounded=True)
+            yield messages[begin:end], None if missing is None else missing[begin:end]
 
-    def error_bound(self, dtype: torch.dtype, *, length: int | None = None, probability: float = 1e-6) -> float:
-        """Return 0: the gradient is bit-identical to the one without bad workers; see `Code.error_bound`.
-
-        With atol and rtol a group's median is between its honest members' values instead, however far those are apart.
-        With a second stage it is infinite: the distance of a robust mean from the mean has no bound relative to it.
-        """
-        self._check_bound(dtype, length, probability)
-        return math.inf if self.bounded else 0.0
-
-    def noise_amplification(self) -> float:
-        """Return 1: a vote passes one member's bits on."""
-        return 1.0
+    def _of_workers(self, flags: Sequence[Tensor]) -> Tensor:
+        return torch.cat(tuple(flags))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from draco_ext import ops
+from draco_ext.codes import groups_by_worker
 from draco_ext.protocol.differences import Difference, difference
 from draco_ext.protocol.keys import Digest
 
@@ -68,7 +69,7 @@ class Verifier:
         self.wrong: dict[int, list[tuple[int, Difference]]] = {}
         self._own = own
         self._groups = groups
-        self._group_of = {j: g for g, members in enumerate(groups) for j in members}
+        self._group_of = groups_by_worker(groups)
         self._adversaries = adversaries
         self._describes = describes
         self._held = held

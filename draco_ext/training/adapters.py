@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from draco_ext.training.adapter import Adapter, AuditAdapter
+from draco_ext.training.adapter import Adapter
 from draco_ext.training.ddp import DDPAdapter
 
 if TYPE_CHECKING:
@@ -21,33 +21,17 @@ def is_fsdp(model: object) -> TypeGuard[FSDPModule]:
     return kind is not None and isinstance(model, kind)
 
 
-def make_adapter(model: torch.nn.Module) -> Adapter:
-    """Return the adapter for a model and a code.
+def make_adapter(model: torch.nn.Module, *, audit: bool) -> Adapter:
+    """Return the adapter for a model: an `AuditAdapter` for an audit.
 
     Raises:
         TypeError: the model is not data-parallel.
     """
     if is_fsdp(model):
         from draco_ext.training.fsdp import FSDPAdapter
-
-        return FSDPAdapter(model)
-    return _make_ddp_adapter(model)
-
-
-def make_audit_adapter(model: torch.nn.Module) -> AuditAdapter:
-    """Return the adapter for a model and an audit.
-
-    Raises:
-        TypeError: the model is not data-parallel.
-    """
-    if is_fsdp(model):
         from draco_ext.training.fsdp_audit import FSDPAuditAdapter
 
-        return FSDPAuditAdapter(model)
-    return _make_ddp_adapter(model)
-
-
-def _make_ddp_adapter(model: torch.nn.Module) -> DDPAdapter:
+        return FSDPAuditAdapter(model) if audit else FSDPAdapter(model)
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model must be a DistributedDataParallel or made by fully_shard, got {type(model).__name__}")
     return DDPAdapter(model)

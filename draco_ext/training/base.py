@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,7 @@ class GuardBase(abc.ABC):
     Attributes: see `Guard`.
     """
 
+    _is_audit: ClassVar[bool] = False
     _adapter: Adapter
 
     def __init__(
@@ -69,7 +70,7 @@ class GuardBase(abc.ABC):
     ) -> None:
         self.code = code
         self.failed = False
-        adapter = self._adapter = self._make_adapter(model)
+        adapter = self._adapter = make_adapter(model, audit=self._is_audit)
         group, device = adapter.group, adapter.device
         self._workers = workers
         self._ranks = tuple(sorted(range(code.workers), key=workers.__getitem__))
@@ -146,10 +147,6 @@ class GuardBase(abc.ABC):
         usage = self._adapter.parameters_may_be_unused
         self._record = StepRecord(self.code, self.worker, reduced, usage=usage)
         self._unused = UnusedParameters(reduced, self._record) if usage else None
-
-    def _make_adapter(self, model: torch.nn.Module) -> Adapter:
-        """Return the adapter for a model."""
-        return make_adapter(model)
 
     @property
     @abc.abstractmethod

@@ -179,8 +179,14 @@ def kernel_cases(d: int) -> Iterator[Case]:
         "digest and statistics of a bucket", "one read", 1, bucket, lambda: _digest(ops.digest_and_stats, bucket)
     )
     yield Case("project", "one read", 45, d, lambda: _project(d))
-    for code in (draco_ext.RepetitionCode(15, 1), draco_ext.CyclicCode(15, 1), draco_ext.CyclicCode(15, 2)):
-        name = f"call of decode, {type(code).__name__}(15, {code.adversaries})"
+    for code in (
+        draco_ext.RepetitionCode(15, 1),
+        draco_ext.CyclicCode(15, 1),
+        draco_ext.CyclicCode(15, 2),
+        draco_ext.SolonCode(15, 1, 2),
+    ):
+        arguments = (15, code.adversaries, *([code.blocks] if code.blocks > 1 else []))
+        name = f"call of decode, {type(code).__name__}{arguments}"
         yield Case(name, "messages.sum()", 15, 1000, functools.partial(_short, code), short=True)
 
 

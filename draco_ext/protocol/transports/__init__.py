@@ -1,5 +1,6 @@
 """The transports and their registry: a new transport is a new file and a line in `TRANSPORTS`."""
 
+import inspect
 from collections.abc import Callable, Mapping
 
 from draco_ext.codes import Code
@@ -14,29 +15,19 @@ from draco_ext.protocol.transports.verified import VerifiedAllReduce
 __all__ = ["FORMER_NAMES", "TRANSPORTS", "Transport", "make_transport"]
 
 
-def _all_reduce(
-    code: Code, communicator: Communicator, *, deadline: float, on_one_host: bool, **tolerance: float
-) -> Transport:
+def _all_reduce(code: Code, communicator: Communicator, *, atol: float = 0.0, rtol: float = 0.0) -> Transport:
     if code.bounded:
         raise ValueError(f"code must have no second stage for 'allreduce', which adds up blindly; got {code!r}")
     if code.message_is_gradient:
-        return AllReduceRepetition(code, communicator, **tolerance)
+        return AllReduceRepetition(code, communicator, atol=atol, rtol=rtol)
     if code.uses_projections and code.blocks == 1:
-        return AllReduceCyclic(code, communicator, **tolerance)
+        return AllReduceCyclic(code, communicator, atol=atol, rtol=rtol)
     raise ValueError(
         f"code must have messages that are gradients, or as long and with projections, for 'allreduce'; got {code!r}"
     )
 
 
-def _verified(
-    code: Code,
-    communicator: Communicator,
-    *,
-    deadline: float,
-    on_one_host: bool,
-    atol: float = 0.0,
-    rtol: float = 0.0,
-) -> Transport:
+def _verified(code: Code, communicator: Communicator, *, atol: float = 0.0, rtol: float = 0.0) -> Transport:
     if code.blocks > 1:
         raise ValueError(f"code must have messages as long as a gradient for 'verified'; got {code!r}")
     # Messages differ by nature, or a second stage needs the winners of all votes: so all go to all.
@@ -65,7 +56,7 @@ def make_transport(
     atol: float = 0.0,
     rtol: float = 0.0,
 ) -> Transport:
-    """Return the transport of this name. All ranks must call it.
+    """Return the transport of this name, made with those of the settings that it takes. All ranks must call it.
 
     Args:
         name: one of `TRANSPORTS`, or the former name of one.
@@ -78,6 +69,7 @@ def make_transport(
     """
     if not code.sliceable:
         raise ValueError(f"code must be decoded column by column to have a transport, got {code!r}: use decode")
-    return TRANSPORTS[FORMER_NAMES.get(name, name)](
-        code, communicator, deadline=deadline, on_one_host=on_one_host, atol=atol, rtol=rtol
-    )
+    make = TRANSPORTS[FORMER_NAMES.get(name, name)]
+    settings = {"deadline": deadline, "on_one_host": on_one_host, "atol": atol, "rtol": rtol}
+    taken = settings.keys() & inspect.signature(make).parameters
+    return make(code, communicator, **{setting: settings[setting] for setting in taken})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from draco_ext import ops
-from draco_ext.codes import Code
+from draco_ext.codes import Code, groups_by_worker
 from draco_ext.protocol.communicator import Communicator, Connection
 from draco_ext.protocol.differences import Difference, join
 from draco_ext.protocol.exchange import Exchange, RecordExchange
@@ -94,7 +94,7 @@ class ServerTransport(Transport):
         self._connections: dict[int, _WorkerConnection] = {}
         self._rounds = itertools.count()
         self._groups = code.decoding_groups
-        self._group_of = {j: g for g, members in enumerate(self._groups) for j in members}
+        self._group_of = groups_by_worker(self._groups)
         # Otherwise messages differ by nature, one rank's word has to do, or a part may do without a majority.
         self._has_replicas = (
             code.message_is_gradient and not code.bounded and code.adversaries > 0 and atol == rtol == 0

@@ -17,7 +17,6 @@ from draco_ext.protocol.groups import gather_json
 from draco_ext.protocol.messages import ExchangeOutcome, Message
 from draco_ext.reporting.report import Report
 from draco_ext.training.adapter import AuditAdapter, Bucket
-from draco_ext.training.adapters import make_audit_adapter
 from draco_ext.training.audit import opinions, shipping
 from draco_ext.training.audit.measures import Bits, Projections
 from draco_ext.training.audit.opinions import Row
@@ -68,6 +67,7 @@ class AuditGuard(GuardBase):
         failed: whether the last step failed; see `Guard`.
     """
 
+    _is_audit = True
     _adapter: AuditAdapter
 
     def __init__(
@@ -120,10 +120,6 @@ class AuditGuard(GuardBase):
             "accumulate by guard.steps(loader, accumulate=...), whose steps have several mini-batches",
         )
         self._conviction: str | None = None  # why the step ends with an error although its gradient is right
-
-    def _make_adapter(self, model: torch.nn.Module) -> AuditAdapter:
-        """See `GuardBase`."""
-        return make_audit_adapter(model)
 
     @property
     def step(self) -> int:
