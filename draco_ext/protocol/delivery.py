@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from draco_ext.codes import groups_by_worker
 from draco_ext.protocol.communicator import Communicator, Pending
 from draco_ext.protocol.differences import Difference
 from draco_ext.protocol.exchange import Steps, copy_to_host, run_alone
@@ -92,7 +93,7 @@ class Delivery:
         self._own = communicator.worker
         self._everybody = range(communicator.workers)
         self._others = [j for j in self._everybody if j != self._own]
-        self._group_of = {j: g for g, members in enumerate(groups) for j in members}
+        self._group_of = groups_by_worker(groups)
         self._members = groups[self._group_of[self._own]]  # of this rank's own group
         self._device = held[0].device
         self._held = held

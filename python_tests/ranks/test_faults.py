@@ -117,13 +117,16 @@ def test_a_rank_that_is_lost_ends_the_job_in_time(tmp_path, code, transport, vic
     finally:
         for process in processes:
             process.kill()
-    for rank in others:
-        result = torch.load(tmp_path / f"{rank}.pt")
+    results = {rank: torch.load(tmp_path / f"{rank}.pt") for rank in others}
+    named = {"server": "rank 0", "verified": f"rank {victim} "}.get(transport, "a rank has died, hangs")
+    # Whoever waits for a rank that waits for the victim may see that one end first.
+    assert any(named in result["error"] for result in results.values())
+    for rank, result in results.items():
         assert result["step"] == STEP, result
         # The record begins before the last bucket ends, and may be the first to meet a closed connection.
         assert re.match(rf"no gradient in step {STEP}, (bucket \d+|record of the step): ", result["error"])
-        named = {"server": "rank 0", "verified": f"rank {victim} "}.get(transport, "a rank has died, hangs")
-        assert named in result["error"]
+        assert transport == "verified" or named in result["error"]
+        assert "has died, hangs" in result["error"] or transport == "server"
         assert result["none"]
         assert result["unchanged"]
         parameters = torch.load(tmp_path / f"checkpoint-{rank}.pt")

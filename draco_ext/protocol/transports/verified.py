@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from draco_ext import ops
-from draco_ext.codes import Code
+from draco_ext.codes import Code, groups_by_worker
 from draco_ext.protocol.communicator import Communicator
 from draco_ext.protocol.delivery import Delivery, more_than
 from draco_ext.protocol.differences import Difference, join, validate_reported
@@ -47,7 +47,7 @@ class VerifiedAllReduce(Transport):
     def __init__(self, code: Code, communicator: Communicator) -> None:
         super().__init__(code, communicator)
         self._groups = code.decoding_groups
-        self._group_of = {j: g for g, members in enumerate(self._groups) for j in members}
+        self._group_of = groups_by_worker(self._groups)
         self._small = AllGather(code, communicator)
         self._rows = RowPool()  # for the shards of all groups
 
