@@ -30,7 +30,7 @@ def test_the_command_with_every_rule_side_by_side(tmp_path):
 
     figures = json.loads((tmp_path / "train.json").read_text())
     assert figures["config"]["bad"] == "random"
-    assert figures["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(figures["versions"]["torch"])  # which may leave out what is behind a plus
     assert all(check["holds"] for check in figures["checks"])
     lines = {(t["rule"], t["attacked"]): t for t in figures["trainings"]}
     assert len(lines) == len(figures["trainings"]) == 10
