@@ -588,7 +588,7 @@ def test_the_server_goes_on_without_dead_and_late_replicas(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- refusals
 
-# Whether one parameter may have a mesh of its own, as from torch 2.12 on.
+# Whether one parameter may have a mesh of its own, as in newer torch.
 PLACES_PARAMETERS = hasattr(_fsdp_common, "ShardPlacementResult")
 
 
