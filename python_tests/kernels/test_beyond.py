@@ -54,10 +54,8 @@ def test_every_set_of_bad_workers_is_bounded_or_fails(code, attack, device, simt
 
 
 @pytest.mark.long
-def test_every_set_of_fifteen_workers_is_bounded_or_fails(device, simt, generator):
+def test_every_set_of_fifteen_workers_is_bounded_or_fails(device, generator):
     """Against colluders; the other attacks are those of twelve."""
-    if simt:
-        pytest.skip("left to the faster devices")
     check_every_set(LARGE, "collude", device, generator)
 
 
