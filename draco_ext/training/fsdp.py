@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 
 from draco_ext.codes import Code
 from draco_ext.protocol.groups import Rendezvous, gather
@@ -30,6 +29,7 @@ from draco_ext.protocol.messages import GradientBuffer
 from draco_ext.training.adapter import Adapter, Bucket
 from draco_ext.training.compatibility import check_module
 from draco_ext.training.handshake import sha256_of
+from draco_ext.training.optimizer_steps import before_optimizer_steps
 from draco_ext.training.reproducibility import (
     ACROSS_RANKS,
     SAME_RANK,
@@ -277,9 +277,7 @@ class FSDPAdapter(Adapter):
             torch.compiler.disable(self._before_forward), with_kwargs=True, prepend=True
         )
         self._module.register_forward_hook(torch.compiler.disable(self._after_forward))
-        this = weakref.ref(self)
-        handle = register_optimizer_step_pre_hook(lambda optimizer, *_: _before_step(this(), optimizer))
-        weakref.finalize(self, handle.remove).atexit = False
+        before_optimizer_steps(self, lambda adapter, optimizer, _: adapter.check_optimizer(optimizer))
 
     def _groups_of_fsdp(self) -> list[dist.ProcessGroup]:
         """Return the process groups on which FSDP itself communicates."""
@@ -638,9 +636,3 @@ def _stays_in_place(unit: Unit, values: Tensor) -> bool:
         and not isinstance(group.offload_policy, CPUOffloadPolicy)
         and all(parameter.sharded_param.grad is None for parameter in unit.trained)
     )
-
-
-def _before_step(adapter: FSDPAdapter | None, optimizer: Optimizer) -> None:
-    # A compiled optimizer step cannot run the check.
-    if adapter is not None and not torch.compiler.is_compiling():
-        adapter.check_optimizer(optimizer)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
+
+from draco_ext.training.optimizer_steps import before_optimizer_steps
 
 
 class PendingGradients:
@@ -28,9 +27,7 @@ class PendingGradients:
         self._advice = advice
         self._parameters = frozenset(parameters)
         self._versions: list[tuple[Tensor, int, int]] = []  # of parameters and their gradients
-        this = weakref.ref(self)
-        handle = register_optimizer_step_pre_hook(lambda optimizer, *_: _before_step(this(), optimizer))
-        weakref.finalize(self, handle.remove).atexit = False
+        before_optimizer_steps(self, lambda pending, optimizer, _: pending.see(optimizer))
 
     def begin(self) -> None:
         """Note the gradients with which a step has ended."""
@@ -64,8 +61,3 @@ class PendingGradients:
         """Note that an optimizer steps."""
         if self._versions and any(p in self._parameters for group in optimizer.param_groups for p in group["params"]):
             self.forget()
-
-
-def _before_step(pending: PendingGradients | None, optimizer: Any) -> None:
-    if pending is not None and not torch.compiler.is_compiling():
-        pending.see(optimizer)

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from draco_ext.training.compatibility import reduced_parameters, unreduced
+from draco_ext.training.optimizer_steps import Call, before_optimizer_steps
 
 # The number of collectives on each process group, by name, that DistributedDataParallel or a guard has started.
 _own_collectives: Counter[str] = Counter()
@@ -123,9 +124,8 @@ class Watch:
                 method(parameter)
 
         handles = [parameter.register_post_accumulate_grad_hook(accumulated) for parameter in self._reduced]
-        this = weakref.ref(self)
-        handles.append(register_optimizer_step_pre_hook(lambda *step: _before_step(this(), *step)))
         weakref.finalize(self, _remove, handles).atexit = False
+        before_optimizer_steps(self, _before_step)
 
     def own(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which collectives are the guard's own."""
@@ -260,13 +260,9 @@ def _remove(handles: list[RemovableHandle]) -> None:
         handle.remove()
 
 
-def _before_step(
-    watch: Watch | None, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _before_step(watch: Watch, optimizer: Optimizer, call: Call) -> Call | None:
     """Check an optimizer's step, or, if it takes a closure that makes the gradients, each call of the closure."""
-    # A compiled optimizer step cannot run the check.
-    if watch is None or torch.compiler.is_compiling():
-        return None
+    arguments, keywords = call
     closure = arguments[1] if len(arguments) > 1 else keywords.get("closure")
     if closure is None:
         watch.check_optimizer(optimizer)
