@@ -205,19 +205,16 @@ class ProcessGroupCommunicator(Communicator):
     def all_gather(self, values: Tensor) -> Pending:
         """See `Communicator.all_gather`."""
         if _is_short(values):
-            return self._all_gather_short(values)
+            # Straight from everybody: gloo's ring sends as much, in n - 1 rounds that wait for each other.
+            sent = values.expand(self.workers, *values.shape).contiguous()
+            received = torch.empty_like(sent)
+            begun: Any = dist.all_to_all_single(received, sent, group=self.group, async_op=True)
+            pending = self._pending([_Operation(begun, None)], received, (sent,))
+            return Pending(lambda: pending.wait()[list(self.ranks)])
         rows = values.new_empty((self.workers, *values.shape))
         by_rank = [rows[self.ranks.index(rank)] for rank in range(self.workers)]
         work = dist.all_gather(by_rank, values, group=self.group, async_op=True)
         return self._pending([_Operation(work, None)], rows, (values, *by_rank))
-
-    def _all_gather_short(self, values: Tensor) -> Pending:
-        """Gather straight from everybody: gloo's ring sends as much, in n - 1 rounds that wait for each other."""
-        sent = values.expand(self.workers, *values.shape).contiguous()
-        rows = torch.empty_like(sent)
-        work: Any = dist.all_to_all_single(rows, sent, group=self.group, async_op=True)
-        pending = self._pending([_Operation(work, None)], rows, (sent,))
-        return Pending(lambda: pending.wait()[list(self.ranks)])
 
     def all_gather_p2p(self, values: Tensor, rows: Tensor) -> Pending:
         """See `Communicator.all_gather_p2p`."""
@@ -229,9 +226,6 @@ class ProcessGroupCommunicator(Communicator):
 
     def all_reduce(self, values: Tensor, *, resume_on_next_bucket: bool = False) -> Pending:
         """See `Communicator.all_reduce`."""
-        if _is_short(values) and not values.is_floating_point():  # whose sum does not depend on the order
-            rows = self._all_gather_short(values)
-            return Pending(lambda: values.copy_(rows.wait().sum(0)), resume_on_next_bucket=resume_on_next_bucket)
         work = dist.all_reduce(values, group=self.group, async_op=True)
         return self._pending([_Operation(work, None)], values, (values,), resume_on_next_bucket=resume_on_next_bucket)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,18 +11,27 @@ import torch
 from torch import Tensor
 
 from draco_ext.codes import groups_by_worker
-from draco_ext.protocol.communicator import Communicator, Pending
+from draco_ext.protocol.communicator import Addressed, Communicator
 from draco_ext.protocol.differences import Difference
-from draco_ext.protocol.exchange import Steps, copy_to_host, run_alone
-from draco_ext.protocol.keys import Digest, commitment, join_shares, to_bytes, to_tensor
+from draco_ext.protocol.exchange import copy_to_host
+from draco_ext.protocol.keys import LARGEST_KEY, Digest
 from draco_ext.protocol.verifier import Verdict, Verifier, digests_of, read_digests
 
-_LARGEST_KEY = 2**63 - 1  # and none is negative
+# What a rank sends straight to others, and room for what it gets from them.
+Parcels = tuple[list[Addressed], list[Addressed]]
 
 
 def more_than(adversaries: int, workers: Collection[int], groups: Sequence[Sequence[int]]) -> bool:
     """Return whether more than s members of one group are among these workers, so that one of them is honest."""
     return any(len(set(workers).intersection(members)) > adversaries for members in groups)
+
+
+class Known(enum.IntEnum):
+    """Whether a rank knows its own group's vector, as it says in its answers; LATE: but did not when it sent pieces."""
+
+    NO = 0
+    YES = 1
+    LATE = 2
 
 
 class Delivery:
@@ -30,8 +40,7 @@ class Delivery:
     All members of a group have the same vector. It has as many pieces as the group has members, and each member sends
     one, if the receiver is not a member itself and has its own copy. A receiver is a verifier:
 
-    1. Together with the pieces it gets from each rank a commitment to a share in a key, unless it has them already.
-       When all have arrived, it reveals its own share to all ranks.
+    1. When the pieces have arrived from all ranks, it reveals its share in a key; see `ChainedKeys`.
     2. With all shares, each rank has the key, and answers all with the digests of all pieces of its own copy under it.
     3. Of each piece the digest that the group's majority gives is right. The verifier tells all whether its own copy
        is. If not, it also asks a member of the majority for each wrong piece.
@@ -47,22 +56,25 @@ class Delivery:
     for each verifier. All ranks take the same steps until the first comparison; only those concerned go on, without a
     pause.
 
+    The steps of the first comparison are methods, since those of two deliveries go together: `pieces`, `answer`,
+    `prepare`, `compare`, `tell` and `hear`, and where that says so, `settle`. What `pieces`, `answer` and `tell` return
+    is sent, and received, before the next one is called.
+
     Args:
         communicator: connects the workers.
         groups: the members of each group.
         adversaries: s.
         serve: f(worker): the vector that this rank's group has for a worker; the same tensor for the same vector.
         held: by group, the vector that is delivered to this rank. This rank's own group's is already there.
-        share: this rank's share in the key, which no other rank knows; see `draw_secret`.
-        commitments: all workers' commitments to their shares; default: they come with the pieces.
-        is_known: whether this rank has its group's vectors; otherwise it can neither send nor vote.
         announced: workers that were found wrong before, and are announced to the others together with these.
 
     Attributes:
-        shares: all workers' shares in the key, as they have revealed them to this rank.
+        known: whether this rank has its group's vectors. If not, it can neither send nor vote.
+        late: the workers that may say so in the first comparison; who else does is wrong.
         failed: whether a vector could not be verified, because more than s members of its group are wrong.
         failing: the other workers that say so, or that do not have their group's vector.
         announcements: how many workers each other worker has found wrong, as it says.
+        verifiers: the workers that have to compare again.
     """
 
     def __init__(
@@ -73,22 +85,18 @@ class Delivery:
         serve: Callable[[int], Tensor],
         held: Sequence[Tensor],
         *,
-        share: bytes,
-        commitments: Sequence[bytes] = (),
-        is_known: bool = True,
         announced: Collection[int] = (),
     ) -> None:
+        self.known = Known.YES
+        self.late: Collection[int] = ()
         self.failed = False
-        self.shares: list[bytes] = []
         self.failing: set[int] = set()
         self.announcements: dict[int, int] = {}
+        self.verifiers: set[int] = set()
         self._communicator = communicator
         self._groups = groups
         self._adversaries = adversaries
         self._serve = serve
-        self._share = share
-        self._commitments = commitments
-        self._is_known = is_known
         self._announced = announced
         self._own = communicator.worker
         self._everybody = range(communicator.workers)
@@ -98,99 +106,140 @@ class Delivery:
         self._device = held[0].device
         self._held = held
         self._verifier = Verifier(self._own, groups, adversaries, held, describes=self._describes)
+        # Of the comparison that is under way:
+        self._keys: Mapping[int, int] = {}  # by worker that compares
+        self._answers: dict[int, Tensor] = {}  # what each worker has answered to this rank
+        self._words: dict[int, Tensor] = {}  # what each that compares has told it
+        self._verdict = Verdict.VERIFIED
+        self._wanted: dict[int, list[int]] = {}
+        self._requests: dict[int, list[int]] = {}  # by worker that wants some of this rank's pieces: a flag for each
 
     @property
     def wrong(self) -> dict[int, list[tuple[int, Difference]]]:
         """The workers that this rank has found wrong; see `Verifier`."""
         return self._verifier.wrong
 
-    def run(self) -> Steps[None]:
-        """Deliver and verify."""
+    def pieces(self) -> Parcels:
+        """Return this rank's piece for each worker outside its group, and room for the pieces that it gets."""
         place = self._members.index(self._own)
         outside = [j for j in self._others if self._group_of[j] != self._group_of[self._own]]
-        leaving = [(self._pieces_for(j)[place], j) for j in outside]
         arriving = [
             piece_and_sender
             for vector, members in zip(self._held, self._groups, strict=True)
             if members != self._members
             for piece_and_sender in zip(vector.tensor_split(len(members)), members, strict=True)
         ]
-        if not self._commitments:
-            own = to_tensor(commitment(self._own, self._share), self._device)
-            shown = [own.clone() for _ in self._everybody]
-            leaving += [(own, j) for j in self._others]
-            arriving += [(shown[j], j) for j in self._others]
-        yield self._communicator.exchange(leaving, arriving)
-        if not self._commitments:
-            self._commitments = list(map(to_bytes, copy_to_host(shown)))
+        return [(self._pieces_for(j)[place], j) for j in outside], arriving
 
-        key = yield from self._reveal()
-        verifiers = yield from self._verify(dict.fromkeys(self._everybody, key), self._adversaries + 1)
-        for repetitions in reversed(range(self._adversaries + 1)):
-            if not verifiers:
+    def answer(self, key: int) -> Parcels:
+        """Return this rank's answers under the key of all, and room for the others'."""
+        return self._answer(dict.fromkeys(self._everybody, key))
+
+    def _answer(self, keys: Mapping[int, int]) -> Parcels:
+        """Return the answers to workers that compare, under their keys, and room for those to this rank if it does."""
+        self._keys = keys
+        own_answers = self._answers_under(keys)
+        peers = self._everybody if self._own in keys else range(0)  # with whom this rank compares
+        self._answers = {j: self._numbers(2 + 2 * len(self._groups[self._group_of[j]])) for j in peers}
+        parcels = self._parcels(own_answers, self._answers)
+        if self._own in keys:
+            self._answers[self._own] = own_answers[self._own]
+        return parcels
+
+    def prepare(self) -> None:
+        """Take the digests that `compare` needs, while the answers are under way."""
+        if self._own in self._keys:
+            self._verifier.prepare(self._keys[self._own])
+
+    def compare(self, *, is_last: bool = False) -> None:
+        """Compare what has arrived with the answers; `is_last`: there is no other comparison after this one."""
+        self._verdict, self._wanted = Verdict.VERIFIED, {}
+        if self._own not in self._keys:
+            return
+        self._verdict, self._wanted = self._judge(self._keys[self._own], _read(self._answers))
+        if self._verdict == Verdict.AGAIN and is_last:
+            self._verdict, self._wanted = Verdict.FAILED, {}
+        self.failed = self._verdict == Verdict.FAILED
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether all that has arrived was right in the last comparison."""
+        return self._verdict == Verdict.VERIFIED
+
+    def tell(self) -> Parcels:
+        """Return this rank's word to all workers, if it compares, and room for the words of those that do."""
+        peers = self._everybody if self._own in self._keys else range(0)
+        self._words = {j: self._numbers(2 + len(self._members)) for j in self._keys}
+        return self._parcels({j: self._word(j) for j in peers}, self._words)
+
+    def hear(self) -> bool:
+        """Read the words, and return whether anybody needs something of this rank, or it of others: see `settle`."""
+        self.verifiers, self._requests = set(), {}
+        if self._verdict == Verdict.AGAIN:
+            self.verifiers.add(self._own)
+        for j, (verdict, found, *flags) in _read(self._words).items():
+            if j == self._own:
+                continue
+            if verdict == Verdict.AGAIN:
+                self.verifiers.add(j)
+            elif verdict == Verdict.FAILED:
+                self.failing.add(j)
+            self.announcements[j] = min(max(found, 0), self._communicator.workers)
+            if any(flags):
+                self._requests[j] = flags
+        return bool(self.verifiers or self._requests or self._wanted)
+
+    def settle(self) -> None:
+        """Send the pieces that others want, get those that this rank wants, and compare again where that is necessary.
+
+        Each verifier now has a key that it draws alone. Other exchanges do not go on meanwhile: only some ranks are
+        concerned, and the order must be the same on all.
+        """
+        own = self._own
+        self.late = ()  # what is sent from now on is right
+        if self.known == Known.LATE:
+            self.known = Known.YES
+        self._repair()
+        # The first may ask again for what came late, and each of s others find another bad member, or the last of them.
+        for repetitions in reversed(range(self._adversaries + 2)):
+            if not self.verifiers:
                 break
-            # Other exchanges must not go on meanwhile: only some ranks are concerned, and the order must be the same.
-            verifiers = run_alone(self._verify_alone(verifiers, repetitions))
+            keys = {j: self._numbers(1) for j in sorted(self.verifiers)}
+            if own in keys:
+                keys[own][0] = secrets.randbits(64) & LARGEST_KEY
+            self._exchange(self._parcels(dict.fromkeys(self._everybody, keys[own]) if own in keys else {}, keys))
+            answered = self._communicator.exchange(*self._answer({j: key for j, (key,) in _read(keys).items()}))
+            self.prepare()
+            answered.wait()
+            self.compare(is_last=repetitions == 0)
+            self._exchange(self.tell())
+            self.hear()
+            self._repair()
         if not self.failed:
             self._verifier.finish()
 
-    def _reveal(self) -> Steps[int]:
-        """Reveal this rank's share, when everything has arrived that is to be verified, and return the key."""
-        own = to_tensor(self._share, self._device)
-        shown = [own.clone() for _ in self._everybody]
-        yield self._swap(dict.fromkeys(self._everybody, own), dict(enumerate(shown)))
-        self.shares = list(map(to_bytes, copy_to_host(shown)))
-        seed, _ = join_shares(dict(enumerate(self.shares)), dict(enumerate(self._commitments)))
-        return seed & _LARGEST_KEY
+    def _repair(self) -> None:
+        """Send and get the pieces that are wanted."""
+        leaving = []
+        for j, flags in self._requests.items():
+            pieces = zip(self._pieces_for(j), flags, strict=True)
+            leaving.append((torch.cat([piece for piece, flag in pieces if flag]), j))
+        arriving = self._verifier.make_room(self._wanted)
+        if leaving or arriving:
+            self._exchange((leaving, [(values, j) for j, values in arriving.items()]))
+        self._verifier.take(self._wanted, arriving)
 
-    def _verify_alone(self, verifiers: Collection[int], repetitions: int) -> Steps[set[int]]:
-        """Compare again, each verifier under a key that it draws now; see `_verify`."""
-        own = self._own
-        keys = {j: self._numbers(1) for j in verifiers}
-        if own in verifiers:
-            keys[own][0] = secrets.randbits(64) & _LARGEST_KEY
-        yield self._communicator.exchange(
-            [(keys[own], j) for j in self._others] if own in verifiers else [],
-            [(values, j) for j, values in keys.items() if j != own],
-        )
-        return (yield from self._verify({j: key for j, (key,) in _read(keys).items()}, repetitions))
+    def _exchange(self, parcels: Parcels) -> None:
+        self._communicator.exchange(*parcels).wait()
 
-    def _verify(self, keys: Mapping[int, int], repetitions: int) -> Steps[set[int]]:
-        """Compare digests, and get what is wrong from others; return the verifiers that must go on.
-
-        Args:
-            keys: of the workers that compare.
-            repetitions: how often they may do it again.
-        """
-        own = self._own
-        peers = self._everybody if own in keys else range(0)  # with whom this rank compares
-        own_answers = self._answers(keys)
-        answers = {j: self._numbers(2 + 2 * len(self._groups[self._group_of[j]])) for j in peers}
-        answered = self._swap(own_answers, answers)
-        if own in keys:
-            self._verifier.prepare(keys[own])  # while the answers are under way
-        yield answered
-
-        verdict, wanted = Verdict.VERIFIED, dict[int, list[int]]()
-        if own in keys:
-            answers[own] = own_answers[own]
-            verdict, wanted = self._compare(keys[own], _read(answers))
-            if verdict == Verdict.AGAIN and repetitions == 0:
-                verdict, wanted = Verdict.FAILED, {}
-            self.failed = verdict == Verdict.FAILED
-        words = {j: self._numbers(2 + len(self._members)) for j in keys}
-        yield self._swap({j: self._word(verdict, wanted, j) for j in peers}, words)
-        again = self._send_and_get({j: word for j, word in _read(words).items() if j != own}, wanted)
-        return again | ({own} if verdict == Verdict.AGAIN else set())
-
-    def _swap(self, leaving: Mapping[int, Tensor], arriving: Mapping[int, Tensor]) -> Pending:
-        """Send each worker a tensor and receive one from each, in place; this rank's own is left as it is."""
-        return self._communicator.exchange(
+    def _parcels(self, leaving: Mapping[int, Tensor], arriving: Mapping[int, Tensor]) -> Parcels:
+        """Return parcels for other workers and from them; this rank's own stay as they are."""
+        return (
             [(values, j) for j, values in leaving.items() if j != self._own],
             [(values, j) for j, values in arriving.items() if j != self._own],
         )
 
-    def _answers(self, keys: Mapping[int, int]) -> dict[int, Tensor]:
+    def _answers_under(self, keys: Mapping[int, int]) -> dict[int, Tensor]:
         """Return the answers to verifiers: their key, whether this rank has its group's vector, and all its digests."""
         alike: dict[int, list[int]] = defaultdict(list)  # verifiers to which this rank delivers the same vector
         for worker in keys:
@@ -199,20 +248,24 @@ class Delivery:
         for workers in alike.values():
             seeds = sorted({keys[worker] for worker in workers})
             digests = digests_of(self._pieces_for(workers[0]), seeds)
-            known = torch.tensor([[seed, int(self._is_known)] for seed in seeds], device=self._device)
+            known = torch.tensor([[seed, self.known] for seed in seeds], device=self._device)
             rows = dict(zip(seeds, torch.cat([known, digests], 1), strict=True))
             answers.update((worker, rows[keys[worker]]) for worker in workers)
         return answers
 
-    def _compare(self, key: int, answers: Mapping[int, list[int]]) -> tuple[Verdict, dict[int, list[int]]]:
+    def _judge(self, key: int, answers: Mapping[int, list[int]]) -> tuple[Verdict, dict[int, list[int]]]:
         """Compare this rank's copies with what the majorities of the groups say; see `Verifier.compare`."""
         undecided, digests = set(), dict[int, list[Digest] | None]()
         for j, (answered, known, *numbers) in answers.items():
+            is_late = known == Known.LATE and j in self.late
+            is_known = known == Known.YES or is_late
+            if is_late and j != self._own:
+                self._verifier.drop(j)
             if answered != key:
                 undecided.add(j)
             else:
-                digests[j] = read_digests(numbers) if known == 1 else None
-                if known != 1 and j != self._own:
+                digests[j] = read_digests(numbers) if is_known else None
+                if not is_known and j != self._own:
                     self.failing.add(j)
         return self._verifier.compare(key, digests, undecided=undecided)
 
@@ -223,31 +276,12 @@ class Delivery:
             describes = self._members[(worker + 1) % len(self._members)]
         return describes == self._own
 
-    def _word(self, verdict: int, wanted: dict[int, list[int]], worker: int) -> Tensor:
+    def _word(self, worker: int) -> Tensor:
         """Return what this rank says to a worker: the verdict, how many were wrong, and the pieces that it wants."""
-        word = [0] * len(self._groups[self._group_of[worker]])
-        for i in wanted.get(worker, ()):
-            word[i] = 1
-        return torch.tensor([verdict, len({*self._announced, *self.wrong}), *word], device=self._device)
-
-    def _send_and_get(self, words: dict[int, list[int]], wanted: dict[int, list[int]]) -> set[int]:
-        """Send the pieces that verifiers want, and get those that this rank wants; return the verifiers that go on."""
-        again, leaving = set(), []
-        for j, word in words.items():
-            verdict, found, *flags = word
-            if verdict == Verdict.AGAIN:
-                again.add(j)
-            elif verdict == Verdict.FAILED:
-                self.failing.add(j)
-            self.announcements[j] = min(max(found, 0), self._communicator.workers)
-            if any(flags):
-                pieces = zip(self._pieces_for(j), flags, strict=True)
-                leaving.append((torch.cat([piece for piece, flag in pieces if flag]), j))
-        arriving = self._verifier.make_room(wanted)
-        if leaving or arriving:
-            self._communicator.exchange(leaving, [(values, j) for j, values in arriving.items()]).wait()
-        self._verifier.take(wanted, arriving)
-        return again
+        flags = [0] * len(self._groups[self._group_of[worker]])
+        for i in self._wanted.get(worker, ()):
+            flags[i] = 1
+        return torch.tensor([self._verdict, len({*self._announced, *self.wrong}), *flags], device=self._device)
 
     def _pieces_for(self, worker: int) -> tuple[Tensor, ...]:
         """Return the pieces of the vector that this rank's group has for a worker."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import enum
+import functools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from draco_ext.protocol.communicator import Pending
+from draco_ext.protocol.communicator import Addressed, Communicator, Pending
 from draco_ext.protocol.messages import ExchangeOutcome
 from draco_ext.reporting.report import Seconds
 
@@ -18,8 +20,9 @@ T = TypeVar("T")
 
 
 class Turn(enum.Enum):
-    """A value that an exchange yields to let others go on although it waits for nothing."""
+    """What an exchange waits for that waits for no message: its begin, or that others go on first, which it yields."""
 
+    BEGIN = enum.auto()
     EARLIER_EXCHANGES_FIRST = enum.auto()
 
 
@@ -34,8 +37,65 @@ class HostCopy:
     values: Tensor
 
 
-Wait = Pending | Turn | HostCopy
-# An exchange is a generator. It yields a collective or a copy and is sent the result, or a turn and is sent None.
+class Together(abc.ABC):
+    """A few values that an exchange sends to other workers and gets from them.
+
+    Those of all exchanges that go on at the same time go in one collective, which begins before any of them goes on.
+    The exchange is sent the pending result.
+    """
+
+    communicator: Communicator
+
+    @classmethod
+    @abc.abstractmethod
+    def begin(cls, communicator: Communicator, requests: Sequence[Any]) -> list[Pending]:
+        """Begin what exchanges have asked for; return the pending result of each."""
+
+
+@dataclass(frozen=True)
+class Gather(Together):
+    """Values that an exchange needs from every worker: (workers, *values.shape), row j from worker j."""
+
+    communicator: Communicator
+    values: Tensor
+
+    @classmethod
+    def begin(cls, communicator: Communicator, requests: Sequence[Gather]) -> list[Pending]:
+        """See `Together.begin`."""
+        tensors = [request.values for request in requests]
+        if len(tensors) == 1:
+            return [communicator.all_gather(tensors[0])]
+        pending = communicator.all_gather(join_bytes(tensors))
+        rows = functools.cache(lambda: [split_bytes(row, tensors) for row in pending.wait()])
+
+        def part(i: int) -> Pending:
+            return Pending(lambda: torch.stack([row[i] for row in rows()]))
+
+        return [part(i) for i in range(len(tensors))]
+
+
+@dataclass(frozen=True)
+class Swap(Together):
+    """Tensors that go straight to other workers, and others that arrive from them; see `Communicator.exchange`."""
+
+    communicator: Communicator
+    leaving: Sequence[Addressed]
+    arriving: Sequence[Addressed]
+
+    @classmethod
+    def begin(cls, communicator: Communicator, requests: Sequence[Swap]) -> list[Pending]:
+        """See `Together.begin`."""
+        pending = communicator.exchange(
+            [each for request in requests for each in request.leaving],
+            [each for request in requests for each in request.arriving],
+        )
+        wait = functools.cache(pending.wait)
+        return [Pending(wait) for _ in requests]
+
+
+Wait = Pending | Turn | HostCopy | Together
+# An exchange is a generator. It yields a collective or a copy and is sent the result; what goes together with that of
+# others, and is sent the pending result; or a turn, and is sent None.
 Steps = Generator[Wait, Any, T]
 Exchange = Steps[ExchangeOutcome]
 # Its result: the rows of all workers, and the workers whose row is missing.
@@ -50,11 +110,13 @@ class InFlightExchange:
     name: str
     complete: Callable[[Any], None]
     background: bool
-    waits_for: Wait = Turn.EARLIER_EXCHANGES_FIRST
+    waits_for: Wait = Turn.BEGIN
 
     @property
     def resumes_on_next_bucket(self) -> bool:
         """Return whether it goes on when the next buffer's exchange begins."""
+        if self.waits_for is Turn.BEGIN:
+            return True
         if self.background or isinstance(self.waits_for, HostCopy):
             return False
         return not isinstance(self.waits_for, Pending) or self.waits_for.resume_on_next_bucket
@@ -78,20 +140,30 @@ class ExchangeScheduler:
         self._seconds = seconds
         self._in_flight: list[InFlightExchange] = []
 
-    def start(self, steps: Steps[T], *, name: str, complete: Callable[[T], None], background: bool = False) -> None:
+    def start(
+        self,
+        steps: Steps[T],
+        *,
+        name: str,
+        complete: Callable[[T], None],
+        background: bool = False,
+        with_next: bool = False,
+    ) -> None:
         """Start an exchange and resume the earlier ones that go on with the next bucket.
 
         Args:
             steps: the exchange.
             name: the name that errors give it.
             complete: called with its result.
-            background: resume it only when all other exchanges are complete, since nothing else needs its result.
+            background: begin it together with the next exchange, and resume it only when all others are complete, since
+                nothing else needs its result.
+            with_next: begin it together with the next exchange.
         """
-        earlier = [] if background else [other for other in self._in_flight if other.resumes_on_next_bucket]
+        earlier = [other for other in self._in_flight if other.resumes_on_next_bucket]
         exchange = InFlightExchange(steps, name, complete, background)
         self._in_flight.append(exchange)
-        for each in (exchange, *earlier):
-            self._advance(each)
+        if not (with_next or background):
+            self._advance_together([exchange, *earlier])
 
     def complete_all(self) -> None:
         """Complete all exchanges; no other may be started in this step."""
@@ -100,8 +172,22 @@ class ExchangeScheduler:
             others = [exchange for exchange in self._in_flight if not isinstance(exchange.waits_for, HostCopy)]
             if not ready and not others:
                 self._copy_to_host()
-            for exchange in ready or others or list(self._in_flight):
-                self._advance(exchange)
+            self._advance_together(ready or others or list(self._in_flight))
+
+    def _advance_together(self, exchanges: Sequence[InFlightExchange]) -> None:
+        """Run exchanges until each has ended or waits for something that has begun."""
+        for exchange in exchanges:
+            self._advance(exchange)
+        while waiting := [(each, each.waits_for) for each in exchanges if isinstance(each.waits_for, Together)]:
+            first = waiting[0][1]
+            alike = [
+                (each, request)
+                for each, request in waiting
+                if type(request) is type(first) and request.communicator is first.communicator
+            ]
+            results = type(first).begin(first.communicator, [request for _, request in alike])
+            for (exchange, _), result in zip(alike, results, strict=True):
+                self._advance(exchange, result)
 
     def _copy_to_host(self) -> None:
         """Copy what exchanges need on the CPU, all at once."""
@@ -118,12 +204,12 @@ class ExchangeScheduler:
         for exchange in exchanges:
             exchange.steps.close()
 
-    def _advance(self, exchange: InFlightExchange) -> None:
-        """Run an exchange until it yields or ends."""
+    def _advance(self, exchange: InFlightExchange, begun: Pending | None = None) -> None:
+        """Run an exchange until it yields or ends; `begun`: what it has asked for, see `Together`."""
         with self._seconds.decoding():
             try:
                 waits_for = exchange.waits_for
-                exchange.waits_for = exchange.steps.send(_result(waits_for))
+                exchange.waits_for = exchange.steps.send(begun or _result(waits_for))
             except StopIteration as stop:
                 self._in_flight.remove(exchange)
                 exchange.complete(stop.value)
@@ -143,8 +229,11 @@ def run_alone(steps: Steps[T]) -> T:
         value = _result(waits_for)
 
 
-def _result(waits_for: Wait) -> Tensor | None:
+def _result(waits_for: Wait) -> Tensor | Pending | None:
     """Wait, and return what an exchange is sent."""
+    if isinstance(waits_for, Together):
+        (pending,) = waits_for.begin(waits_for.communicator, [waits_for])
+        return pending
     if isinstance(waits_for, Pending):
         return waits_for.wait()
     return waits_for.values.cpu() if isinstance(waits_for, HostCopy) else None

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from draco_ext.protocol.communicator import Communicator, Pending
+from draco_ext.protocol.communicator import Addressed, Communicator, Pending
+from draco_ext.protocol.exchange import Gather, copy_to_host
 
 KEY_BITS = 55  # bits of a rank's share in a key: the sum of 255 shares fits into an int64
+LARGEST_KEY = 2**63 - 1  # of a digest, and none is negative
 SHARE_BYTES = 32  # bytes of a rank's share in a seed drawn by commit and reveal
 
 Digest = tuple[int, int]
@@ -26,9 +28,14 @@ def draw_share(device: torch.device) -> Tensor:
     return torch.tensor([secrets.randbits(KEY_BITS)], device=device)
 
 
-def draw_key(communicator: Communicator, device: torch.device) -> Pending:
-    """Draw a key (1,) that no rank knows before all ranks have called this; see `draw_share`."""
-    return communicator.all_reduce(draw_share(device), resume_on_next_bucket=True)
+def draw_key(communicator: Communicator, device: torch.device) -> Gather:
+    """Draw a share in a key that no rank knows before all have drawn theirs; `key_of` makes the key of all shares."""
+    return Gather(communicator, draw_share(device))
+
+
+def key_of(shares: Tensor) -> Tensor:
+    """Return the key (1,) that the shares (workers, 1) make; see `draw_share`."""
+    return shares.sum(0)
 
 
 def draw_secret() -> bytes:
@@ -64,6 +71,47 @@ def to_tensor(text: bytes, device: torch.device) -> Tensor:
 def to_bytes(values: Tensor) -> bytes:
     """Return the share or commitment in a tensor."""
     return bytes(values.tolist())
+
+
+class ChainedKeys:
+    """Keys that no rank can choose, or know before all have revealed their shares in them; see `draw_secret`.
+
+    A share in a key is the commitment to the share in the next one, so a reveal takes one message.
+
+    Args:
+        communicator: connects the workers.
+        count: the number of keys.
+        device: the device of what is sent.
+    """
+
+    def __init__(self, communicator: Communicator, count: int, device: torch.device) -> None:
+        self._own = communicator.worker
+        self._workers = communicator.workers
+        self._device = device
+        self._chain = [draw_secret()]  # the last one first
+        for _ in range(count):
+            self._chain.append(commitment(self._own, self._chain[-1]))
+        self._shown: list[Tensor] = []
+        self._commitments: list[bytes] = []
+
+    def show(self) -> tuple[list[Addressed], list[Addressed]]:
+        """Return the commitment, and then share after share, as they are sent to all workers, and room for the others'.
+
+        A share is sent when everything has arrived that is digested under its key.
+        """
+        own = to_tensor(self._chain.pop(), self._device)
+        self._shown = [own.clone() for _ in range(self._workers)]
+        others = [j for j in range(self._workers) if j != self._own]
+        return [(own, j) for j in others], [(self._shown[j], j) for j in others]
+
+    def read(self) -> int:
+        """Return the key that has been revealed; of no meaning for the commitments."""
+        shares = list(map(to_bytes, copy_to_host(self._shown)))
+        commitments, self._commitments = self._commitments, shares
+        if not commitments:
+            return 0
+        seed, _ = join_shares(dict(enumerate(shares)), dict(enumerate(commitments)))
+        return seed & LARGEST_KEY
 
 
 class SharedSeed:

@@ -169,23 +169,27 @@ def finish_slices(
     return ExchangeOutcome(suspects, failed, tuple(missing), tuple(left_out))
 
 
-class RowPool:
-    """A pool of the memory that messages of several workers arrive in: new memory costs as much as a decode."""
+class MemoryPool:
+    """A pool of the memory that messages arrive in: new memory costs as much as a decode."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []  # bytes
 
-    def take(self, count: int, like: Tensor) -> Tensor:
-        """Return rows (count, len(like)) of its dtype and on its device; what they hold is not defined."""
-        size = count * like.numel() * like.element_size()
-        rows = self._free.pop() if self._free else None
-        if rows is None or rows.numel() < size:
-            rows = torch.empty(size, dtype=torch.uint8, device=like.device)
-        return rows[:size].view(like.dtype).view(count, -1)
+    def take(self, length: int, like: Tensor) -> Tensor:
+        """Return a vector of so many elements, of a tensor's dtype and on its device; what it holds is not defined."""
+        size = length * like.element_size()
+        values = self._free.pop() if self._free else None
+        if values is None or values.numel() < size:
+            values = torch.empty(size, dtype=torch.uint8, device=like.device)
+        return values[:size].view(like.dtype)
 
-    def give_back(self, rows: Tensor) -> None:
-        """Take rows back that are not used any more."""
-        self._free.append(rows.view(-1).view(torch.uint8))
+    def take_rows(self, count: int, like: Tensor) -> Tensor:
+        """Return rows (count, len(like)); see `take`."""
+        return self.take(count * like.numel(), like).view(count, -1)
+
+    def give_back(self, values: Tensor) -> None:
+        """Take a vector or rows back that are not used any more."""
+        self._free.append(values.view(-1).view(torch.uint8))
 
 
 def workers_in(mask: Tensor) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from draco_ext.protocol.communicator import Communicator, Connection
 from draco_ext.protocol.delivery import more_than
-from draco_ext.protocol.messages import RowPool
+from draco_ext.protocol.messages import MemoryPool
 from draco_ext.protocol.verifier import digest_of, read_digests
 
 logger = logging.getLogger("draco_ext")
@@ -119,7 +119,7 @@ class ShardExchange:
         self._number = 0
         self._peers: dict[int, _Peer] = {}
         self._arrived: queue.Queue[_Arrival] = queue.Queue()
-        self._pool = RowPool()
+        self._pool = MemoryPool()
         self._recent: list[Gathering] = []  # whose memory may be used again once they are complete
         weakref.finalize(self, _close, self._peers)
 
@@ -156,7 +156,7 @@ class ShardExchange:
             else:
                 pending.append(gathering)
         self._recent = pending[-2:]
-        return self._pool.take(1, torch.empty_like(like, device="cpu"))[0]
+        return self._pool.take(like.numel(), torch.empty(0, dtype=like.dtype))
 
     def _peer(self, worker: int) -> _Peer:
         if worker not in self._peers:

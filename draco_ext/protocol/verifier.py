@@ -157,6 +157,11 @@ class Verifier:
                 wanted[helper].append(i)
         return verdict, wanted
 
+    def drop(self, worker: int) -> None:
+        """Count a worker's pieces as missing, without judging it."""
+        for senders in self._senders:
+            senders[:] = [None if j == worker else j for j in senders]
+
     def make_room(self, wanted: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """Return a tensor for the pieces that are wanted from each worker, joined."""
         lengths = {j: sum(self._pieces[self._group_of[j]][i].numel() for i in wanted[j]) for j in wanted}

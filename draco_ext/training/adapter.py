@@ -56,6 +56,7 @@ class Adapter(abc.ABC):
         alike: the workers that have the same parameters, or the same shards; None: all.
         state_is_replicated: whether there are several ranks that have the same shards.
         parameters_may_be_unused: whether a pass may leave out parameters, which a majority then decides on.
+        small_buckets: fewer bytes than so many wait for the next bucket, and are exchanged together with it.
         how_to_accumulate: how a loop over the steps of a code accumulates gradients, for errors.
     """
 
@@ -71,6 +72,7 @@ class Adapter(abc.ABC):
     alike: Sequence[tuple[int, ...]] | None = None
     state_is_replicated: bool = True
     parameters_may_be_unused: bool = False
+    small_buckets: int = 0
 
     @property
     @abc.abstractmethod

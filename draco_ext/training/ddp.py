@@ -22,6 +22,9 @@ from draco_ext.training.record import StepRecord
 from draco_ext.training.reproducibility import SelfTest, self_test
 from draco_ext.training.watch import Watch
 
+# Bytes of small buckets that are exchanged together. To send more takes longer than to wait for other ranks.
+SMALL_BUCKETS = 2**22
+
 # The attributes of a module in which there are hooks of its forward pass, by number.
 HOOKS = (
     "_forward_hooks",
@@ -51,6 +54,8 @@ class DDPAdapter(AuditAdapter):
         self.members = tuple((rank,) for rank in range(dist.get_world_size(self.group)))
         self.device = next(model.parameters()).device
         # DDP's own map of unused parameters covers only the last pass of a step, and trusts every rank.
+        # Whoever makes smaller buckets wants them to be exchanged one by one.
+        self.small_buckets = min(SMALL_BUCKETS, model.bucket_bytes_cap)
         self.parameters_may_be_unused = model.find_unused_parameters or model.static_graph
 
     @property

@@ -64,6 +64,7 @@ class Guard(GuardBase):
         self._inputs = InputCheck(code, self._ranks)  # used in the first step
         self._outcomes: list[BucketOutcome] = []  # the current step's
         self._claims: Claims | None = None  # the current step's
+        self._waiting = 0  # bytes of the buckets whose exchange begins with the next bucket's
         self._elsewhere: set[int] = set()  # workers at another step, for which that was logged
 
         self._attach()
@@ -195,10 +196,14 @@ class Guard(GuardBase):
 
         exchange = self._transport.exchange(message, self._exchanges)
         self._exchanges += 1
-        self._scheduler.start(
-            exchange, name=f"no gradient in step {self.step}, {bucket.buffer.name}", complete=complete
-        )
-        if bucket.is_last or bucket.at_once:
+        at_once = bucket.is_last or bucket.at_once
+        # Small buckets begin together: the messages with which they are checked then go together, too.
+        self._waiting += bucket.buffer.values.numel() * bucket.buffer.values.element_size()
+        with_next = self._waiting < self._adapter.small_buckets and not at_once
+        self._waiting = self._waiting if with_next else 0
+        name = f"no gradient in step {self.step}, {bucket.buffer.name}"
+        self._scheduler.start(exchange, name=name, complete=complete, with_next=with_next)
+        if at_once:
             self._scheduler.complete_all()
         if bucket.is_last:
             self._adapter.call_after_backward(self._finish)
@@ -218,6 +223,7 @@ class Guard(GuardBase):
     def _forget_step(self) -> None:
         """Forget what a step has collected, whether it came to its end or not."""
         self._claims, self._outcomes = None, []
+        self._waiting = 0
         self._step.begin(self._step.number)  # its forward passes count anew
         self._record.begin()
         if self._unused is not None:

@@ -189,6 +189,12 @@ def _no_vector(communicator, bad, kind, to, values):
         values[1] = 0
 
 
+def _late(communicator, bad, kind, to, values):
+    if kind == ANSWER:
+        values[1] = 2
+    _wrong_values(communicator, bad, kind, to, values)
+
+
 def _fails(communicator, bad, kind, to, values):
     if kind == WORD:
         values[0] = 2
@@ -228,6 +234,7 @@ EVERYWHERE = {
     "answers": _wrong_answers,
     "answers to some": _wrong_answers_to_some,
     "no vector": _no_vector,
+    "late": _late,
     "failure": _fails,
     "no verdict": _no_verdict,
     "other keys": _other_keys,
@@ -335,6 +342,53 @@ def test_who_is_lied_to_names_the_liar():
                 assert (liar in outcome.suspects) == (j in victims or count > 1)
 
 
+@pytest.mark.parametrize("known", [0, 2])
+def test_who_does_not_answer_for_what_it_has_sent_is_named(known, most):
+    """It sends wrong values, and says in one of both deliveries that it does not know its vector, or did not."""
+    for deliveries in ((0,), (1,), (0, 1)):
+
+        def attack(communicator, code, bad, members, deliveries=deliveries):
+            answered = collections.Counter()
+
+            def lie(kind, to, values):
+                if kind == ANSWER and answered.update([to]) is None and answered[to] - 1 in deliveries:
+                    values[1] = known
+                return values + 1 if kind == VALUES else values
+
+            return Liar(communicator, members, lie)
+
+        for code in (RepetitionCode(6, 1), RepetitionCode(7, 1), RepetitionCode(10, 2)):
+            for bad in sets_of_bad(code, most):
+                check(code, bad, attack, named=bad)
+
+
+def test_who_says_that_it_is_late_can_only_cause_a_repetition(most):
+    """It asks for another comparison of the shards, and says that its sum, which is wrong, was made before."""
+
+    class Late(VerifiedAllReduce):
+        def _delivery(self, *arguments, **keywords):
+            delivery = super()._delivery(*arguments, **keywords)
+            if "announced" not in keywords:  # the first of the two
+                judge, count = delivery._judge, itertools.count()
+                delivery._judge = lambda key, answers: judge(key, answers) if next(count) else (1, {})
+            return delivery
+
+    def attack(communicator, code, bad, members):
+        sent = itertools.count()
+        pieces = code.workers - members  # in each delivery
+
+        def lie(kind, to, values):
+            return values + 1 if kind == VALUES and pieces <= next(sent) < 2 * pieces else values
+
+        liar = Liar(communicator, members, lie)
+        liar.transport = Late
+        return liar
+
+    for code in (RepetitionCode(6, 1), RepetitionCode(7, 1), RepetitionCode(10, 2)):
+        for bad in sets_of_bad(code, most):
+            check(code, bad, attack, named=set())
+
+
 def test_digests_of_the_step_before_are_worth_nothing(most):
     def attack(communicator, code, bad, members):
         before = {}
@@ -410,7 +464,7 @@ class Tireless(VerifiedAllReduce):
     def _delivery(self, *arguments, **keywords):
         delivery = super()._delivery(*arguments, **keywords)
         everything = {j: list(range(len(self._groups[self._group_of[j]]))) for j in delivery._others}
-        delivery._compare = lambda key, answers: (1, everything)
+        delivery._judge = lambda key, answers: (1, everything)
         return delivery
 
 

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from draco_ext.codes import Code
 from draco_ext.protocol.communicator import Communicator, Pending
-from draco_ext.protocol.exchange import Exchange, HostCopy, RecordExchange, Turn
+from draco_ext.protocol.exchange import Exchange, HostCopy, RecordExchange, Swap, Turn
 from draco_ext.protocol.keys import SharedSeed
 from draco_ext.protocol.messages import (
     SLICE,
     ExchangeOutcome,
+    MemoryPool,
     Message,
-    RowPool,
     finish_slices,
     read_records,
     slice_length,
@@ -68,7 +68,7 @@ class AllGather(Transport):
         """See `Transport.abort`."""
         self._unsent: deque[_Slice] = deque()  # slices of all buffers, in order
         self._under_way = 0  # bytes
-        self._rows = RowPool()  # for everybody's slices
+        self._rows = MemoryPool()  # for everybody's slices
 
     def _exchange(self, message: Message, number: int) -> Exchange:
         """Gather and decode the slices in order, while the next ones arrive."""
@@ -84,14 +84,18 @@ class AllGather(Transport):
 
     def gather_record(self, record: Tensor) -> RecordExchange:
         """Gather the records straight from each rank; see `Transport.gather_record`."""
+        own = self.communicator.worker
         rows = write_truncation_sentinel(record.new_zeros(self.code.workers, record.numel()))
-        return read_records((yield HostCopy((yield self.communicator.all_gather_p2p(record, rows)))))
+        rows[own] = record
+        others = [j for j in range(self.code.workers) if j != own]
+        yield (yield Swap(self.communicator, [(record, j) for j in others], [(rows[j], j) for j in others]))
+        return read_records((yield HostCopy(rows)))
 
     def _send(self) -> None:
         while self._unsent and (not self._under_way or self._under_way + self._unsent[0].size <= WINDOW):
             each = self._unsent.popleft()
             self._under_way += each.size
-            each.rows = write_truncation_sentinel(self._rows.take(self.code.workers, each.values))
+            each.rows = write_truncation_sentinel(self._rows.take_rows(self.code.workers, each.values))
             if self._seed is not None:
                 each.share, each.commitments = self._seed.commit(each.values.device)
             each.messages = self.communicator.all_gather_p2p(each.values, each.rows)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from draco_ext.protocol.exchange import Exchange, HostCopy
-from draco_ext.protocol.keys import draw_key
+from draco_ext.protocol.exchange import Exchange, Gather, HostCopy
+from draco_ext.protocol.keys import draw_key, key_of
 from draco_ext.protocol.messages import ExchangeOutcome, Message, slices, workers_in
 from draco_ext.protocol.transports.allreduce_repetition import HONEST_COMMUNICATION
 from draco_ext.protocol.transports.base import Transport
@@ -26,14 +26,14 @@ class AllReduceCyclic(Transport):
         code, communicator, values = self.code, self.communicator, message.values
         buffer = message.buffer.values
         # The projection must not be known before all messages are made.
-        drawn = draw_key(communicator, values.device)
+        drawn = yield draw_key(communicator, values.device)
         if not message.buffer_holds_scaled_values:
             message.write(values, 1 / code.workers)
         total = communicator.all_reduce(buffer)
-        key = yield drawn
+        key = key_of((yield drawn))
         projections, norms = code.project(values[None], key)
         own = torch.cat([torch.view_as_real(projections[0]).flatten(), norms[0]])
-        rows = yield communicator.all_gather(own)
+        rows = yield (yield Gather(communicator, own))
         pairs, norms = (half.contiguous() for half in rows.tensor_split([2 * projections.numel()], dim=1))
         gathered = torch.view_as_complex(pairs.view(code.workers, *projections.shape[1:], 2))
         weights, suspects, failed = code.locate(

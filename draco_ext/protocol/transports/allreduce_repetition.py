@@ -12,8 +12,8 @@ from draco_ext import ops
 from draco_ext.codes import Code
 from draco_ext.protocol.communicator import Communicator
 from draco_ext.protocol.differences import Difference, difference, join, validate_reported
-from draco_ext.protocol.exchange import Exchange, HostCopy, Steps
-from draco_ext.protocol.keys import draw_key
+from draco_ext.protocol.exchange import Exchange, Gather, HostCopy, Steps
+from draco_ext.protocol.keys import draw_key, key_of
 from draco_ext.protocol.messages import ExchangeOutcome, Message, slice_length, slices
 from draco_ext.protocol.transports.base import Transport
 
@@ -65,9 +65,9 @@ class AllReduceRepetition(Transport):
             yield from self._add_up(message)
             return ExchangeOutcome({}, False)
         values = message.values
-        key = yield draw_key(self.communicator, values.device)
+        key = key_of((yield (yield draw_key(self.communicator, values.device))))
         own = ops.digest(values, key)[0]
-        gathered = self.communicator.all_gather(own)
+        gathered = yield Gather(self.communicator, own)
         message_again = message.keep() if len(self._groups) > 1 else lambda: values
         yield from self._add_up(message)
         rows = yield HostCopy((yield gathered))

@@ -12,7 +12,7 @@ from torch import Tensor
 from draco_ext.codes import Code, Decoded
 from draco_ext.protocol.communicator import Communicator
 from draco_ext.protocol.differences import Difference, difference
-from draco_ext.protocol.exchange import Exchange, HostCopy, RecordExchange
+from draco_ext.protocol.exchange import Exchange, Gather, HostCopy, RecordExchange
 from draco_ext.protocol.messages import ExchangeOutcome, Message, reject_truncated, workers_in
 
 
@@ -64,7 +64,7 @@ class Transport(abc.ABC):
             (workers, len) int64 on the CPU, row j from worker j, and the workers whose record is missing or truncated;
             their rows are 0. The result is the same on all ranks if each rank sends the same record to all.
         """
-        return (yield HostCopy((yield self.communicator.all_gather(record)))), ()
+        return (yield HostCopy((yield (yield Gather(self.communicator, record))))), ()
 
     def abort(self) -> None:  # noqa: B027 (most transports have nothing to forget)
         """Forget the exchanges of an aborted step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import Tensor
 from draco_ext import ops
 from draco_ext.codes import Code, groups_by_worker
 from draco_ext.protocol.communicator import Communicator
-from draco_ext.protocol.delivery import Delivery, more_than
+from draco_ext.protocol.delivery import Delivery, Known, Parcels, more_than
 from draco_ext.protocol.differences import Difference, join, validate_reported
-from draco_ext.protocol.exchange import Exchange, RecordExchange
-from draco_ext.protocol.keys import commitment, draw_secret
-from draco_ext.protocol.messages import ExchangeOutcome, Message, RowPool
+from draco_ext.protocol.exchange import Exchange, RecordExchange, Steps, Swap
+from draco_ext.protocol.keys import ChainedKeys
+from draco_ext.protocol.messages import ExchangeOutcome, MemoryPool, Message
 from draco_ext.protocol.transports.allgather import AllGather
 from draco_ext.protocol.transports.base import Transport
 
@@ -49,12 +50,12 @@ class VerifiedAllReduce(Transport):
         self._groups = code.decoding_groups
         self._group_of = groups_by_worker(self._groups)
         self._small = AllGather(code, communicator)
-        self._rows = RowPool()  # for the shards of all groups
+        self._rows = MemoryPool()  # for the shards of all groups
 
     def abort(self) -> None:
         """See `Transport.abort`."""
         self._small.abort()
-        self._rows = RowPool()
+        self._rows = MemoryPool()
 
     def gather_record(self, record: Tensor) -> RecordExchange:
         """Gather the records straight from each rank; see `Transport.gather_record`."""
@@ -65,34 +66,13 @@ class VerifiedAllReduce(Transport):
         values, target = message.values, message.buffer.values
         if values.numel() * values.element_size() <= SMALL:
             return (yield from self._small.exchange(message, number))
-        groups, own = self._groups, self._group_of[self.communicator.worker]
-        # The share of the first key is the commitment to that of the last one, which so needs no message.
-        last_share = draw_secret()
-        share = commitment(self.communicator.worker, last_share)
+        groups = self._groups
         if len(groups) == 1:
-            scatter = last = self._delivery(lambda worker: values, [values], share=share)
-            yield from scatter.run()
-            message.write(values)
-            begin = 0
+            scatter = last = yield from self._compare_copies(message)
         else:
-            shards, sums = values.tensor_split(len(groups)), target.tensor_split(len(groups))
-            rows = self._rows.take(len(groups) - 1, shards[own])
-            held = [*rows[:own], shards[own], *rows[own:]]
-            scatter = self._delivery(lambda worker: shards[self._group_of[worker]], held, share=share)
-            yield from scatter.run()
-            if not scatter.failed:
-                ops.vector_mean(held, out=sums[own])
-            self._rows.give_back(rows)
-            last = self._delivery(
-                lambda worker: sums[own],
-                sums,
-                share=last_share,
-                commitments=scatter.shares,
-                is_known=not scatter.failed,
-                announced=scatter.wrong.keys(),
-            )
-            yield from last.run()
-            begin = sum(shard.numel() for shard in shards[:own])
+            scatter, last = yield from self._scatter_and_hand_round(message)
+        own = self._group_of[self.communicator.worker]
+        begin = sum(shard.numel() for shard in values.tensor_split(len(groups))[:own])
         found: dict[int, Difference | None] = dict.fromkeys(last.wrong)  # what is wrong with a sum is not of interest
         for worker, parts in scatter.wrong.items():
             found[worker] = join([(begin + at, part) for at, part in parts]) if parts else None
@@ -100,12 +80,85 @@ class VerifiedAllReduce(Transport):
         if last.failed or more_than(self.code.adversaries, last.failing, groups):
             target.fill_(torch.nan)
             return ExchangeOutcome(suspects, True)
-        # Who says that too many are wrong is wrong.
-        suspects = dict.fromkeys(last.failing) | suspects
+        # Who says that too many are wrong, or that it does not have its own message, is wrong.
+        suspects = dict.fromkeys(scatter.failing | last.failing) | suspects
         return ExchangeOutcome(dict(sorted(suspects.items())), False)
+
+    def _compare_copies(self, message: Message) -> Steps[Delivery]:
+        """Verify a message of which every rank has its own copy."""
+        values = message.values
+        delivery = self._delivery(lambda worker: values, [values])
+        keys = ChainedKeys(self.communicator, 1, values.device)
+        yield (yield self._swap(keys.show()))
+        keys.read()
+        yield (yield self._swap(keys.show()))
+        answered = yield self._swap(delivery.answer(keys.read()))
+        delivery.prepare()
+        yield answered
+        delivery.compare()
+        yield (yield self._swap(delivery.tell()))
+        if delivery.hear():
+            delivery.settle()
+        message.write(values)
+        return delivery
+
+    def _scatter_and_hand_round(self, message: Message) -> Steps[tuple[Delivery, Delivery]]:
+        """Deliver shards to committees, and sums to all, in six rounds of messages.
+
+        Sums leave together with the answers that verify what they were made from. A rank that has got wrong shards gets
+        the right ones later, and adds up again. It says so when it answers for its sum, and nobody judges the one that
+        it has sent. Sums arrive in the message's place, to which the message is written again where it is still needed.
+        """
+        groups, own = self._groups, self._group_of[self.communicator.worker]
+        shards = message.values.tensor_split(len(groups))
+        sums = message.buffer.values.tensor_split(len(groups))
+        rows = self._rows.take_rows(len(groups) - 1, shards[own])
+        held = [*rows[:own], shards[own], *rows[own:]]
+        scatter = self._delivery(lambda worker: shards[self._group_of[worker]], held)
+        last = self._delivery(lambda worker: sums[own], sums, announced=scatter.wrong.keys())
+        keys = ChainedKeys(self.communicator, 2, rows.device)
+
+        yield (yield self._swap(scatter.pieces(), keys.show()))
+        keys.read()
+        yield (yield self._swap(keys.show()))
+        answers = scatter.answer(keys.read())
+        message_again = message.keep()
+        ops.vector_mean(held, out=sums[own])
+        arrived = yield self._swap(answers, last.pieces())
+        scatter.prepare()
+        yield arrived
+        scatter.compare()
+        is_late = not scatter.is_verified
+        yield (yield self._swap(scatter.tell(), keys.show()))
+        is_unsettled = scatter.hear()
+        last.late = scatter.verifiers
+        if is_unsettled:
+            arrived_sums = [shard.clone() for shard in sums]
+            if (again := message_again()) is not message.values:
+                message.values.copy_(again)
+            scatter.settle()
+            if is_late and not scatter.failed:
+                arrived_sums[own] = ops.vector_mean(held, out=arrived_sums[own])
+            for shard, arrived_sum in zip(sums, arrived_sums, strict=True):
+                shard.copy_(arrived_sum)
+        self._rows.give_back(rows)
+        if is_late:
+            last.known = Known.NO if scatter.failed else Known.LATE
+        answered = yield self._swap(last.answer(keys.read()))
+        last.prepare()
+        yield answered
+        last.compare()
+        yield (yield self._swap(last.tell()))
+        if last.hear():
+            last.settle()
+        return scatter, last
 
     def _delivery(self, serve: Callable[[int], Tensor], held: Sequence[Tensor], **options: Any) -> Delivery:
         return Delivery(self.communicator, self._groups, self.code.adversaries, serve, held, **options)
+
+    def _swap(self, *parcels: Parcels) -> Swap:
+        leaving, arriving = (list(itertools.chain(*side)) for side in zip(*parcels, strict=True))
+        return Swap(self.communicator, leaving, arriving)
 
     def _merge(
         self, own: Mapping[int, Difference | None], announcements: Mapping[int, int], values: Tensor
