@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import itertools
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -147,7 +147,8 @@ class Communicator(abc.ABC):
         """
 
 
-SHORT = 2**16  # bytes: values of at most so many that gloo sends go straight to everybody
+# Bytes: gathered values of at most so many go straight to everybody over gloo, and those for one worker in one message.
+SHORT = 2**16
 
 
 @dataclass(frozen=True)
@@ -243,8 +244,25 @@ class ProcessGroupCommunicator(Communicator):
         self._start_p2p([], [(values, worker)], values).wait()
 
     def exchange(self, leaving: Sequence[Addressed], arriving: Sequence[Addressed]) -> Pending:
-        """See `Communicator.exchange`."""
-        return self._start_p2p(leaving, arriving, torch.empty(0))
+        """See `Communicator.exchange`; short tensors for one worker go as one message."""
+        sent, joint_sent = _pack(leaving)
+        received, joint_received = _pack(arriving)
+        for message in joint_sent:
+            torch.cat([tensor.flatten().view(torch.uint8) for tensor in message.parts], out=message.values)
+        pending = self._start_p2p(
+            sent + [(message.values, message.worker) for message in joint_sent],
+            received + [(message.values, message.worker) for message in joint_received],
+            torch.empty(0),
+        )
+
+        def wait() -> Tensor:
+            result = pending.wait()
+            for message in joint_received:
+                for tensor, values in zip(message.parts, message.values.split(message.sizes), strict=True):
+                    tensor.flatten().view(torch.uint8).copy_(values)
+            return result
+
+        return Pending(wait)
 
     def connect(self, worker: int) -> Connection:
         """See `Communicator.connect`."""
@@ -347,8 +365,40 @@ class _ProcessGroupConnection(Connection):
         dist.recv(values, group=self.group, group_src=self.rank, tag=tag_of(values))
 
 
+@dataclass(frozen=True)
+class _JointMessage:
+    """A message of several tensors for one worker, or from it.
+
+    Attributes:
+        worker: the worker.
+        parts: the tensors, each contiguous.
+        sizes: the bytes of each.
+        values: the message's bytes.
+    """
+
+    worker: int
+    parts: Sequence[Tensor]
+    sizes: list[int]
+    values: Tensor
+
+
+def _pack(addressed: Sequence[Addressed]) -> tuple[list[Addressed], list[_JointMessage]]:
+    """Return the tensors that are messages of their own, and messages of the short ones that go the same way."""
+    short: dict[int, list[Tensor]] = defaultdict(list)
+    for tensor, worker in addressed:
+        if _is_short(tensor):
+            short[worker].append(tensor)
+    alone = [(tensor, worker) for tensor, worker in addressed if not (_is_short(tensor) and len(short[worker]) > 1)]
+    joint = []
+    for worker, parts in short.items():
+        if len(parts) > 1:
+            sizes = [tensor.nbytes for tensor in parts]
+            joint.append(_JointMessage(worker, parts, sizes, torch.empty(sum(sizes), dtype=torch.uint8)))
+    return alone, joint
+
+
 def _is_short(values: Tensor) -> bool:
-    return not values.is_cuda and values.numel() * values.element_size() <= SHORT
+    return not values.is_cuda and values.nbytes <= SHORT
 
 
 def _needs_batch(values: Tensor) -> bool:
