@@ -245,21 +245,16 @@ class ProcessGroupCommunicator(Communicator):
 
     def exchange(self, leaving: Sequence[Addressed], arriving: Sequence[Addressed]) -> Pending:
         """See `Communicator.exchange`; short tensors for one worker go as one message."""
-        sent, joint_sent = _pack(leaving)
-        received, joint_received = _pack(arriving)
-        for message in joint_sent:
-            torch.cat([tensor.flatten().view(torch.uint8) for tensor in message.parts], out=message.values)
-        pending = self._start_p2p(
-            sent + [(message.values, message.worker) for message in joint_sent],
-            received + [(message.values, message.worker) for message in joint_received],
-            torch.empty(0),
-        )
+        sent, _ = _pack(leaving)
+        received, joint = _pack(arriving)
+        pending = self._start_p2p(sent, received, torch.empty(0))
 
         def wait() -> Tensor:
             result = pending.wait()
-            for message in joint_received:
-                for tensor, values in zip(message.parts, message.values.split(message.sizes), strict=True):
-                    tensor.flatten().view(torch.uint8).copy_(values)
+            for values, parts in joint:
+                pieces = values.split_with_sizes([part.numel() for part in parts])
+                for part, piece in zip(parts, pieces, strict=True):
+                    part.copy_(piece)
             return result
 
         return Pending(wait)
@@ -365,36 +360,30 @@ class _ProcessGroupConnection(Connection):
         dist.recv(values, group=self.group, group_src=self.rank, tag=tag_of(values))
 
 
-@dataclass(frozen=True)
-class _JointMessage:
-    """A message of several tensors for one worker, or from it.
+def _pack(addressed: Sequence[Addressed]) -> tuple[list[Addressed], list[tuple[Tensor, list[Tensor]]]]:
+    """Join the short tensors that go the same way.
 
-    Attributes:
-        worker: the worker.
-        parts: the tensors, each contiguous.
-        sizes: the bytes of each.
-        values: the message's bytes.
+    Returns:
+        What is sent or received, and those messages among it that were joined, with the bytes of each tensor. Where
+        what arrives is shorter, the rest of them stays as it was.
     """
-
-    worker: int
-    parts: Sequence[Tensor]
-    sizes: list[int]
-    values: Tensor
-
-
-def _pack(addressed: Sequence[Addressed]) -> tuple[list[Addressed], list[_JointMessage]]:
-    """Return the tensors that are messages of their own, and messages of the short ones that go the same way."""
+    messages: list[Addressed] = []
     short: dict[int, list[Tensor]] = defaultdict(list)
     for tensor, worker in addressed:
         if _is_short(tensor):
             short[worker].append(tensor)
-    alone = [(tensor, worker) for tensor, worker in addressed if not (_is_short(tensor) and len(short[worker]) > 1)]
+        else:
+            messages.append((tensor, worker))
     joint = []
-    for worker, parts in short.items():
-        if len(parts) > 1:
-            sizes = [tensor.nbytes for tensor in parts]
-            joint.append(_JointMessage(worker, parts, sizes, torch.empty(sum(sizes), dtype=torch.uint8)))
-    return alone, joint
+    for worker, tensors in short.items():
+        if len(tensors) == 1:
+            messages.append((tensors[0], worker))
+        else:
+            parts = [tensor.flatten().view(torch.uint8) for tensor in tensors]
+            values = torch.cat(parts)
+            messages.append((values, worker))
+            joint.append((values, parts))
+    return messages, joint
 
 
 def _is_short(values: Tensor) -> bool:

@@ -119,8 +119,8 @@ class Verifier:
             key: see `prepare`.
             answers: the digests under it of all pieces of each worker's own copy, or None from one that has none.
             missing: the workers that count as missing.
-            undecided: the workers that have answered under another key. They are not judged; where too few others agree
-                without them, the comparison has to be made again.
+            undecided: the workers that have answered under another key. Their answers are not judged; where too few
+                others agree without them, the comparison has to be made again.
 
         Returns:
             The verdict, and the numbers of the pieces that are wanted from each worker.
@@ -145,7 +145,7 @@ class Verifier:
                 self._judge(g, j, digests, right, wanted)
             helpers = [j for j, digests in said.items() if digests == right]
             for i in sorted(self._unverified[g]):
-                if self._is_right(g, i, said, right[i]):
+                if self._is_right(g, i, said, undecided, right[i]):
                     self._unverified[g].remove(i)
                     continue
                 helper = next((j for j in helpers if j not in self.wrong), None)
@@ -207,7 +207,9 @@ class Verifier:
                 wanted[worker].append(i)
                 self._seen.add((worker, i))
 
-    def _is_right(self, g: int, i: int, said: Mapping[int, Sequence[Digest]], right: Digest) -> bool:
+    def _is_right(
+        self, g: int, i: int, said: Mapping[int, Sequence[Digest]], undecided: Collection[int], right: Digest
+    ) -> bool:
         """Return whether a piece is right; if not, keep it as evidence against its sender."""
         sender, piece = self._senders[g][i], self._pieces[g][i]
         if sender is None:
@@ -221,7 +223,7 @@ class Verifier:
             return True
         self._evidence.append((sender, g, i, piece))
         self._seen.add((sender, i))
-        if sender in said:
+        if sender in said or sender in undecided:  # and not who says that it does not know what is right
             self.wrong.setdefault(sender, [])
         return False
 

@@ -10,7 +10,16 @@ from draco_ext import ByzShieldCode, CyclicCode, RepetitionCode, SolonCode, ops
 from draco_ext.protocol import keys, messages
 from draco_ext.protocol.communicator import Pending
 from draco_ext.protocol.encoder import CHUNK, GradientEncoder
-from draco_ext.protocol.exchange import ExchangeScheduler, Turn, copy_to_host, join_bytes, run_alone, split_bytes
+from draco_ext.protocol.exchange import (
+    ExchangeScheduler,
+    Gather,
+    Swap,
+    Turn,
+    copy_to_host,
+    join_bytes,
+    run_alone,
+    split_bytes,
+)
 from draco_ext.protocol.messages import GradientBuffer, Message
 from draco_ext.protocol.transports import TRANSPORTS, allgather, make_transport, verified
 from draco_ext.reporting.report import Seconds
@@ -378,13 +387,62 @@ def test_the_order_of_exchanges_depends_on_nothing_but_themselves():
     for name, waits in (("a", ["soon", "late", "soon"]), ("b", [Turn.EARLIER_EXCHANGES_FIRST, "soon"])):
         scheduler.start(_steps(log, name, *waits), name=name, complete=done.append)
     scheduler.start(_steps(log, "c", "soon", "soon"), name="c", complete=done.append, background=True)
-    assert log == ["a begins soon", f"b begins {Turn.EARLIER_EXCHANGES_FIRST}", "a begins late", "c begins soon"]
+    scheduler.start(_steps(log, "d", "soon"), name="d", complete=done.append, with_next=True)
+    assert log == ["a begins soon", f"b begins {Turn.EARLIER_EXCHANGES_FIRST}", "a begins late"]
     del log[:]
     scheduler.complete_all()
     assert [line for line in log if "closed" not in line] == [
-        "b begins soon", "b ends", "a begins soon", "c begins soon", "a ends", "c ends",
+        "b begins soon", "c begins soon", "d begins soon", "b ends", "d ends",
+        "a begins soon", "c begins soon", "a ends", "c ends",
     ]  # fmt: skip
-    assert done == ["b", "a", "c"]
+    assert done == ["b", "d", "a", "c"]
+
+
+def test_what_exchanges_gather_or_swap_at_the_same_time_goes_in_one_collective():
+    def work(communicator):
+        own, n = communicator.worker, communicator.workers
+        collectives, results = [], []
+
+        def counting(name):
+            inner = getattr(communicator, name)
+            setattr(communicator, name, lambda *arguments: collectives.append(name) or inner(*arguments))
+
+        for name in ("all_gather", "exchange"):
+            counting(name)
+
+        def gathers(values):
+            rows = yield (yield Gather(communicator, values))
+            results.append(rows)
+
+        def swaps(values):
+            arriving = torch.empty_like(values)
+            pending = yield Swap(communicator, [(values, (own + 1) % n)], [(arriving, (own - 1) % n)])
+            yield pending
+            results.append(arriving)
+
+        scheduler = ExchangeScheduler(Seconds())
+
+        def start(steps, **options):
+            scheduler.start(steps, name="exchange", complete=lambda outcome: None, **options)
+
+        start(gathers(torch.tensor([own, 7])), background=True)
+        start(gathers(torch.full((2, 3), own, dtype=torch.bfloat16)), with_next=True)
+        start(swaps(torch.tensor([float(own)])), with_next=True)
+        start(gathers(torch.tensor([own], dtype=torch.uint8)), with_next=True)
+        assert collectives == []
+        start(swaps(torch.tensor([own, -own])))
+        assert collectives == ["exchange", "all_gather"]
+        scheduler.complete_all()
+        assert collectives == ["exchange", "all_gather"]
+        return own, results
+
+    for own, (matrix, single, number, pair, record) in run_workers(work, 3):
+        before = (own - 1) % 3
+        assert torch.equal(record, torch.tensor([[0, 7], [1, 7], [2, 7]]))
+        assert torch.equal(matrix, torch.arange(3, dtype=torch.bfloat16)[:, None, None].expand(3, 2, 3))
+        assert torch.equal(number, torch.arange(3, dtype=torch.uint8)[:, None])
+        assert torch.equal(single, torch.tensor([float(before)]))
+        assert torch.equal(pair, torch.tensor([before, -before]))
 
 
 def test_an_aborted_step_leaves_nothing_behind():
