@@ -136,9 +136,9 @@ def _rounds(workers: int, tree: bool) -> int:
     return math.ceil(math.log2(workers)) if tree else workers - 1
 
 
-def _all_reduce(workers: int, size: int, tree: bool, *, payload: bool = True) -> Traffic:
+def _all_reduce(workers: int, size: int, tree: bool) -> Traffic:
     rounds, sent = 2 * _rounds(workers, tree), 2 * (workers - 1) * size
-    return Traffic(*_split(sent, payload), link=sent / workers, messages=rounds, waits=rounds)
+    return Traffic(sent, link=sent / workers, messages=rounds, waits=rounds)
 
 
 def _all_gather(workers: int, size: int, tree: bool) -> Traffic:
@@ -148,9 +148,10 @@ def _all_gather(workers: int, size: int, tree: bool) -> Traffic:
     return Traffic(checks=workers * (workers - 1) * size, link=(workers - 1) * size, messages=rounds, waits=rounds)
 
 
-def _draw_key(workers: int, tree: bool) -> Traffic:
-    """Return the traffic of a sum of shares, which are numbers; see `ProcessGroupCommunicator.all_reduce`."""
-    return _all_reduce(workers, _NUMBER, tree, payload=False) if tree else _all_gather(workers, _NUMBER, tree)
+def _first_key(workers: int, tree: bool) -> Traffic:
+    """Return the traffic of the first key but its bytes: later ones are drawn with what the bucket before gathers."""
+    gathered = _all_gather(workers, _NUMBER, tree)
+    return Traffic(messages=gathered.messages, waits=gathered.waits)
 
 
 def _to_all(workers: int, size: int, *, payload: bool = True) -> Traffic:
@@ -205,12 +206,11 @@ def _allreduce(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Tra
     for length in lengths:
         tiles, count = projections_shape(code.message_length(length))
         projections = tiles * (2 * count + 1) * _NUMBER  # complex numbers, and a norm
-        total += _draw_key(n, tree)
         # The sum is under way meanwhile: its rounds do not add up to those of the projections.
         messages = _all_reduce(n, length * item, tree)
         total += Traffic(messages.payload, 0, messages.link, messages.messages)
-        total += _all_gather(n, projections, tree) + Traffic(reads=code.message_length(length) * item)
-    return total
+        total += _all_gather(n, _NUMBER + projections, tree) + Traffic(reads=code.message_length(length) * item)
+    return total + _first_key(n, tree)
 
 
 def _allreduce_repetition(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traffic:
@@ -227,12 +227,11 @@ def _allreduce_repetition(code: Code, lengths: Sequence[int], item: int, tree: b
         rounds = sums.waits + (math.ceil(math.log2(groups[-1])) if broadcasts else 0)
         total += Traffic(payload, 0, sums.link + broadcasts * shard, sums.messages + broadcasts)
         if code.adversaries > 0:
-            total += _draw_key(n, tree)
-            digests = _all_gather(n, 2 * _NUMBER, tree)
+            digests = _all_gather(n, 3 * _NUMBER, tree)  # and a share in a key
             rounds = max(rounds - digests.waits, 0)
             total += digests + Traffic(reads=length * item)
         total += Traffic(waits=rounds)
-    return total
+    return total + _first_key(n, tree) if code.adversaries > 0 else total
 
 
 def _all_to_all(code: Code, lengths: Sequence[int], item: int) -> Traffic:
@@ -301,10 +300,11 @@ def _deliveries(sizes: Sequence[int], length: int, item: int) -> Traffic:
         link = max(link, leaving, arriving)
         # Digests of this rank's message, the sum of its shards, and what has arrived; and adding up.
         reads = max(reads, length + shard + arriving + count * shard)
-    pieces = Traffic(payload * item, 0, link * item, 2 * (n - min(sizes)), 2, reads * item)
-    commitments = replace(_to_all(n, SHARE_BYTES, payload=False), waits=0)  # under way with the pieces
-    comparison = _compare(sizes)
-    return pieces + commitments + comparison + comparison
+    pieces = Traffic(payload * item, 0, link * item, 0, 0, reads * item)
+    both = pieces + _to_all(n, SHARE_BYTES, payload=False) + _compare(sizes) + _compare(sizes)
+    # Steps of both phases go together; see `VerifiedAllReduce`. Short pieces go with what checks them.
+    is_short = -(-max(shards) // min(sizes)) * item <= SHORT
+    return replace(both, messages=6 * (n - 1) + (0 if is_short else 2 * (n - min(sizes))), waits=6)
 
 
 def _server(code: Code, lengths: Sequence[int], item: int, tree: bool) -> Traffic:

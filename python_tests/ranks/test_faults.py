@@ -274,7 +274,7 @@ def test_a_message_that_is_cut_off_or_is_another_for_everybody():
 def test_a_piece_that_is_cut_off_or_is_another_for_everybody():
     """Whoever gets it has the right one sent again, and names its sender.
 
-    But not a sender that has lost its share in the key in one bucket, and so cannot verify what the next piece is made of.
+    But not a sender that has lost its share in the key, and so cannot verify what its next piece is made of.
     """
     results = run_local(_at_the_wire, 6, WIRE_IN_PIECES, 0)
     for (_, _, alter, *_), (same, distance, outcomes, everybody) in zip(WIRE_IN_PIECES, results, strict=True):

@@ -8,6 +8,7 @@ import torch
 from draco_ext import CyclicCode, RepetitionCode, ops
 from draco_ext.cli import network_model
 from draco_ext.cli.network_model import Network, Traffic, buckets, plain, traffic
+from draco_ext.protocol.communicator import SHORT
 from draco_ext.protocol.exchange import ExchangeScheduler, run_alone
 from draco_ext.protocol.messages import GradientBuffer, Message
 from draco_ext.protocol.transports import TRANSPORTS, make_transport, verified
@@ -23,8 +24,7 @@ CASES = [pytest.param(code, name, id=f"{code!r} {name}") for code in REPETITION 
 
 @pytest.fixture
 def sent(monkeypatch):
-    """What all workers send, by the number of bytes in a message; sums count as a ring sends them, but those of numbers
-    (keys), which go straight to everybody."""
+    """What all workers send, by the number of bytes in a message; sums count as a ring sends them."""
     counted, lock = [], threading.Lock()
 
     def size(values):
@@ -44,11 +44,9 @@ def sent(monkeypatch):
     counting("all_gather", lambda communicator, values: (communicator.workers - 1) * size(values))
     counting("all_gather_p2p", lambda communicator, values: (communicator.workers - 1) * size(values))
 
-    def all_reduced(communicator, values):
-        each = 2 / communicator.workers if values.is_floating_point() else 1
-        return (communicator.workers - 1) * each * size(values)
-
-    counting("all_reduce", all_reduced)
+    counting(
+        "all_reduce", lambda communicator, values: (communicator.workers - 1) * 2 * size(values) / communicator.workers
+    )
     counting("broadcast", lambda communicator, values: (communicator.workers - 1) * size(values) / communicator.workers)
     return counted
 
@@ -96,9 +94,11 @@ class Counting(FakeCommunicator):
 
     def __init__(self, inner):
         super().__init__(inner._network, inner.worker)
-        self.leaving, self.arriving, self.waits = [], [], 0
+        self.leaving, self.arriving, self.messages, self.waits = [], [], 0, 0
 
     def exchange(self, leaving, arriving):
+        short = {worker for values, worker in leaving if values.nbytes <= SHORT}  # of which each gets one message
+        self.messages += len(short) + sum(values.nbytes > SHORT for values, _ in leaving)
         self.leaving += [values.numel() * values.element_size() for values, _ in leaving]
         self.arriving += [values.numel() * values.element_size() for values, _ in arriving]
         self.waits += bool(leaving or arriving)
@@ -108,9 +108,8 @@ class Counting(FakeCommunicator):
 @pytest.mark.parametrize(
     "code", [RepetitionCode(*sizes) for sizes in [(3, 1), (6, 1), (7, 1), (9, 1), (15, 2), (16, 2)]], ids=repr
 )
-def test_messages_waits_and_the_busiest_link_of_the_verified_all_reduce(code):
-    length = 30_011
-
+@pytest.mark.parametrize("length", [30_011, 900_011])
+def test_messages_waits_and_the_busiest_link_of_the_verified_all_reduce(code, length):
     def work(communicator):
         counting = Counting(communicator)
         buffer = GradientBuffer(torch.zeros(length), (length,), (0,), "bucket")
@@ -119,8 +118,8 @@ def test_messages_waits_and_the_busiest_link_of_the_verified_all_reduce(code):
 
     counted = run_workers(work, code.workers)
     modelled = traffic(code, "verified", [length], 4)
-    assert {each.waits for each in counted} == {modelled.waits} == {4 if code.parts == 1 else 8}
-    assert max(len(each.leaving) for each in counted) == modelled.messages
+    assert {each.waits for each in counted} == {modelled.waits} == {4 if code.parts == 1 else 6}
+    assert max(each.messages for each in counted) == modelled.messages
     busiest = max(max(sum(each.leaving), sum(each.arriving)) for each in counted)
     assert modelled.link == pytest.approx(
         busiest, rel=0.01
