@@ -81,6 +81,7 @@ class Verifier:
         self._digests: dict[tuple[int, int], Digest] = {}  # by group and number, of pieces that others have sent
         self._unverified = [set(range(len(members))) for members in groups]
         self._evidence: list[tuple[int, int, int, Tensor]] = []  # sender, group and number of a wrong piece
+        self._unable: set[int] = set()  # workers that have said that they do not know what is right
         self._silent: set[int] = set()  # wrong workers that have not sent what they were asked for
         self._seen: set[tuple[int, int]] = set()  # senders and numbers of those, and of those that are asked for
 
@@ -143,7 +144,8 @@ class Verifier:
                 continue
             for j, digests in said.items():
                 self._judge(g, j, digests, right, wanted)
-            helpers = [j for j, digests in said.items() if digests == right]
+            self._unable.update(j for j in members if answers.get(j, ()) is None)
+            helpers = [j for j, digests in said.items() if digests == right and j not in self._unable]
             for i in sorted(self._unverified[g]):
                 if self._is_right(g, i, said, undecided, right[i]):
                     self._unverified[g].remove(i)
