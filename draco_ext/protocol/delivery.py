@@ -27,7 +27,10 @@ def more_than(adversaries: int, workers: Collection[int], groups: Sequence[Seque
 
 
 class Known(enum.IntEnum):
-    """Whether a rank knows its own group's vector, as it says in its answers; LATE: but did not when it sent pieces."""
+    """A rank's answer to whether it knows its own group's vector.
+
+    LATE: it does, but did not when it sent its pieces.
+    """
 
     NO = 0
     YES = 1
@@ -163,7 +166,7 @@ class Delivery:
 
     @property
     def is_verified(self) -> bool:
-        """Whether all that has arrived was right in the last comparison."""
+        """Return whether all that has arrived was right in the last comparison."""
         return self._verdict == Verdict.VERIFIED
 
     def tell(self) -> Parcels:

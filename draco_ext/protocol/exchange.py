@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Turn(enum.Enum):
-    """What an exchange waits for that waits for no message: its begin, or that others go on first, which it yields."""
+    """A wait for no message: for the begin of the exchange, or, yielded by it, for others to go on first."""
 
     BEGIN = enum.auto()
     EARLIER_EXCHANGES_FIRST = enum.auto()
