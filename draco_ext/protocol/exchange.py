@@ -66,10 +66,12 @@ class Gather(Together):
         if len(tensors) == 1:
             return [communicator.all_gather(tensors[0])]
         pending = communicator.all_gather(join_bytes(tensors))
-        rows = functools.cache(lambda: [split_bytes(row, tensors) for row in pending.wait()])
+        sizes = [tensor.nbytes for tensor in tensors]
+        parts = functools.cache(lambda: pending.wait().split_with_sizes(sizes, dim=1))
 
         def part(i: int) -> Pending:
-            return Pending(lambda: torch.stack([row[i] for row in rows()]))
+            like = tensors[i]
+            return Pending(lambda: parts()[i].contiguous().view(like.dtype).view(-1, *like.shape))
 
         return [part(i) for i in range(len(tensors))]
 
