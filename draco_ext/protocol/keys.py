@@ -105,7 +105,7 @@ class ChainedKeys:
         return [(own, j) for j in others], [(self._shown[j], j) for j in others]
 
     def read(self) -> int:
-        """Return the key that has been revealed; of no meaning for the commitments."""
+        """Read what has arrived; return the key that the shares make. Commitments make none: 0."""
         shares = list(map(to_bytes, copy_to_host(self._shown)))
         commitments, self._commitments = self._commitments, shares
         if not commitments:

@@ -53,9 +53,9 @@ class DDPAdapter(AuditAdapter):
         self.group = self.world = model.process_group
         self.members = tuple((rank,) for rank in range(dist.get_world_size(self.group)))
         self.device = next(model.parameters()).device
-        # DDP's own map of unused parameters covers only the last pass of a step, and trusts every rank.
         # Whoever makes smaller buckets wants them to be exchanged one by one.
         self.small_buckets = min(SMALL_BUCKETS, model.bucket_bytes_cap)
+        # DDP's own map of unused parameters covers only the last pass of a step, and trusts every rank.
         self.parameters_may_be_unused = model.find_unused_parameters or model.static_graph
 
     @property
