@@ -26,7 +26,7 @@ DRACO_HD Vector<uint64_t> multiply_lower(Vector<uint64_t> a, Vector<uint64_t> b)
 // Those of the lower and upper halves.
 DRACO_HD Vector<uint64_t> multiply_halves(Vector<uint64_t> x) { return multiply_lower(x, x >> 32); }
 
-constexpr int kDigestAhead = kDigestRow;  // bytes: further than kAhead, as there is one stream alone
+constexpr int kDigestAhead = kDigestRow * 3 / 2;  // bytes: further than kAhead, as there is one stream alone
 
 // Into the second-level cache, from where the hardware's prefetchers take over: they fill the first-level cache just in
 // time, and what is there at once only displaces the key.
@@ -54,15 +54,24 @@ enum class Row { kFirst, kOther, kXors };
 template <Row kRow, typename Statistics>
 DRACO_HD void digest_row(const uint32_t* key, const unsigned char* from, int whole, const unsigned char* rest,
                          int groups, unsigned char* xors, uint64_t* hashes, Statistics& statistics) {
+  // A group's lines of the key are those of the group before, but for one: they stay in registers where there are
+  // enough of them, since loads are what takes the time.
+  constexpr bool kKept = kBytes == 64 && std::is_same_v<Statistics, NoStatistics>;
+  Vector<uint32_t> kept[kDigestRowCells] = {};
+  DRACO_UNROLL for (int j = 0; kKept && j < kDigestColumns; ++j) kept[j + 1] = load(key + j * kDigestLineWords);
   Vector<uint64_t> sums[kDigestRowCells] = {};
   for (int g = 0; g < groups; ++g, from += kDigestGroup, key += kDigestLineWords, xors += kDigestGroup) {
     const unsigned char* const group = g < whole ? from : rest;
     if (kRow != Row::kXors) {
       DRACO_UNROLL for (int j = 0; j < kDigestColumns; ++j) fetch_far_ahead(from + j * kDigestLine);
     }
+    if (kKept) {
+      DRACO_UNROLL for (int j = 0; j < kDigestColumns; ++j) kept[j] = kept[j + 1];
+      kept[kDigestColumns] = load(key + kDigestColumns * kDigestLineWords);
+    }
     DRACO_UNROLL for (int v = 0; v < kDigestLine; v += kBytes) {
       const auto hash = [&](int j, Vector<uint32_t> words) __attribute__((always_inline)) {
-        const Vector<uint32_t> keyed = words + load(key + j * kDigestLineWords + v / 4);
+        const Vector<uint32_t> keyed = words + (kKept ? kept[j] : load(key + j * kDigestLineWords + v / 4));
         sums[j] += multiply_halves((Vector<uint64_t>)keyed);
         // Where there are few registers, compilers that begin with the next columns run out of them.
         if (kBytes < 64) in_order<uint64_t>(sums[j]);
