@@ -9,16 +9,16 @@
 namespace draco {
 
 struct alignas(64) DigestKey {
-  static constexpr int kSize = (kDigestKey + 4 * kDigestKeyStep - 1) / (4 * kDigestKeyStep) * 4 * kDigestKeyStep;
+  static constexpr int kSize = (kDigestKey + 4 * kPhiloxStep - 1) / (4 * kPhiloxStep) * 4 * kPhiloxStep;
   uint32_t word[kSize];
 
   // Draws what digesting so many bytes needs.
   void draw(const Kernels& kernel, uint64_t seed, int64_t bytes) {
-    constexpr int kStep = kDigestKeyStep, kOfHashes = kDigestCellKey / 4;
+    constexpr int kStep = kPhiloxStep, kOfHashes = kDigestCellKey / 4;
     static_assert(kOfHashes % kStep == 0, "the two parts of the key are drawn one by one");
     const int lines = (digest_rows(bytes) + 1) * kDigestRowCells - 1 + digest_groups(bytes, 0);
-    kernel.digest_key(seed, 0, (lines * kDigestLineWords / 4 + kStep - 1) / kStep * kStep, word);
-    kernel.digest_key(seed, kOfHashes, kSize / 4 - kOfHashes, word);
+    kernel.random_words(seed, kDigestKeyDomain, 0, (lines * kDigestLineWords / 4 + kStep - 1) / kStep * kStep, word);
+    kernel.random_words(seed, kDigestKeyDomain, kOfHashes, kSize / 4 - kOfHashes, word + kDigestCellKey);
   }
 };
 

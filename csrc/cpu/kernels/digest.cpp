@@ -26,12 +26,6 @@ DRACO_HD Vector<uint64_t> multiply_lower(Vector<uint64_t> a, Vector<uint64_t> b)
 // Those of the lower and upper halves.
 DRACO_HD Vector<uint64_t> multiply_halves(Vector<uint64_t> x) { return multiply_lower(x, x >> 32); }
 
-constexpr int kDigestAhead = kDigestRow * 3 / 2;  // bytes: further than kAhead, as there is one stream alone
-
-// Into the second-level cache, from where the hardware's prefetchers take over: they fill the first-level cache just in
-// time, and what is there at once only displaces the key.
-DRACO_HD void fetch_far_ahead(const unsigned char* from) { __builtin_prefetch(from + kDigestAhead, 0, 2); }
-
 DRACO_HD uint64_t sum_of(Vector<uint64_t> x) {
   typedef uint64_t Half __attribute__((vector_size(16)));
 #if defined(__AVX512F__)
@@ -149,13 +143,13 @@ DRACO_HD void digest_block(const uint32_t* key, const unsigned char* from, int64
 namespace DRACO_ISA {
 
 // philox of several counters, a word of each in the lower half of 64 bits; what is above is not used.
-void digest_key(uint64_t seed, int first, int count, uint32_t* key) {
+void random_words(uint64_t seed, uint32_t domain, uint64_t first, int count, uint32_t* words) {
   constexpr int kCount = VectorOf<uint64_t>::kSize;
-  static_assert(kDigestKeyStep % kCount == 0, "whole vectors are drawn");
+  static_assert(kPhiloxStep % kCount == 0, "whole vectors are drawn");
   Vector<uint64_t> own;
   for (int i = 0; i < kCount; ++i) own[i] = i;
-  for (int at = first; at < first + count; at += kCount) {
-    Vector<uint64_t> c0 = own + static_cast<uint64_t>(at), c1 = {}, c2 = c1 + kDigestKeyDomain, c3 = {};
+  for (int at = 0; at < count; at += kCount) {
+    Vector<uint64_t> c3 = {}, c2 = c3 + domain, c0 = own + (first + at), c1 = c0 >> 32;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
       const Vector<uint64_t> none = {};
@@ -169,8 +163,8 @@ void digest_key(uint64_t seed, int first, int count, uint32_t* key) {
     }
     const Vector<uint64_t> low = (c0 & 0xffffffffu) | c1 << 32, high = (c2 & 0xffffffffu) | c3 << 32;
     for (int i = 0; i < kCount; ++i) {
-      const uint64_t words[2] = {low[i], high[i]};
-      memcpy(key + 4 * (at + i), words, sizeof(words));
+      const uint64_t block[2] = {low[i], high[i]};
+      memcpy(words + 4 * (at + i), block, sizeof(block));
     }
   }
 }
