@@ -71,8 +71,13 @@ DRACO_HD double hypotenuse(double a, double b) {
 }
 
 // phi for all projections of one pair of columns; psi for all projections of one chunk of a message.
-DRACO_HD Philox projection_phi(uint64_t seed, int pair) { return philox(seed, static_cast<uint64_t>(pair), 1); }
-DRACO_HD Philox projection_psi(uint64_t seed, int64_t chunk) { return philox(seed, static_cast<uint64_t>(chunk), 2); }
+constexpr uint32_t kPhiDomain = 1, kPsiDomain = 2;
+DRACO_HD Philox projection_phi(uint64_t seed, int pair) {
+  return philox(seed, static_cast<uint64_t>(pair), kPhiDomain);
+}
+DRACO_HD Philox projection_psi(uint64_t seed, int64_t chunk) {
+  return philox(seed, static_cast<uint64_t>(chunk), kPsiDomain);
+}
 
 }  // namespace
 }  // namespace draco

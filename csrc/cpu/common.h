@@ -46,24 +46,26 @@ std::vector<const T*> row_pointers(const Tensor& matrix) {
   return rows;
 }
 
-// A new vector on the CPU, or where dim is 0 a scalar. Small decodes would spend much of their time in
-// torch::stable::new_empty, which finds its op by name and boxes every argument.
-inline Tensor new_vector(int dim, int64_t size, int32_t dtype) {
-  const int64_t stride = 1;
+// A new tensor on the CPU. Small decodes would spend much of their time in torch::stable::new_empty, which finds its op
+// by name and boxes every argument.
+inline Tensor new_tensor(const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, &size, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
 inline Tensor mask_tensor(const std::vector<uint8_t>& bits) {
-  Tensor mask = new_vector(1, bits.size(), aoti_torch_dtype_bool());
+  Tensor mask = new_tensor({static_cast<int64_t>(bits.size())}, aoti_torch_dtype_bool());
   std::copy(bits.begin(), bits.end(), static_cast<uint8_t*>(mask.data_ptr()));
   return mask;
 }
 
 inline Tensor flag_tensor(bool value) {
-  Tensor flag = new_vector(0, 1, aoti_torch_dtype_bool());
+  Tensor flag = new_tensor({}, aoti_torch_dtype_bool());
   *static_cast<uint8_t*>(flag.data_ptr()) = value;
   return flag;
 }
@@ -73,7 +75,7 @@ inline Tensor flag_tensor(bool value) {
 inline Tensor new_result(const Tensor& like, int64_t size) {
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  Tensor result = new_vector(1, size, dtype);
+  Tensor result = new_tensor({size}, dtype);
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   const auto begin = reinterpret_cast<uintptr_t>(result.data_ptr());

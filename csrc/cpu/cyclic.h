@@ -104,11 +104,13 @@ class Sweep {
     T* phi = static_cast<T*>(phi_.get());
     std::fill_n(phi, kMostProjections * kChunk, T{0});  // what a short message does not have is 0, too
     const int pairs = static_cast<int>(std::min<int64_t>(kChunkPairs, length / 2));
-    for (int pair = 0; pair < pairs; ++pair) {
-      const Philox random = projection_phi(seed, pair);
+    const int drawn = (pairs + kPhiloxStep - 1) / kPhiloxStep * kPhiloxStep;
+    std::vector<uint32_t> random(4 * drawn);
+    kernels().random_words(seed, kPhiDomain, 0, drawn, random.data());
+    for (int pair = 0; pair < pairs; ++pair)
       for (int k = 0; k < kMostProjections; ++k)
-        phi[k * kChunk + 2 * pair] = phi[k * kChunk + 2 * pair + 1] = kPhiScale<T> * signed_weight(random.word[k]);
-    }
+        phi[k * kChunk + 2 * pair] = phi[k * kChunk + 2 * pair + 1] =
+            kPhiScale<T> * signed_weight(random[4 * pair + k]);
   }
 
   // Projects the tiles from `first` to before `last` and, where there are `blocks` to write, writes their
@@ -135,11 +137,10 @@ class Sweep {
     std::vector<double> re(n * stride), im(n * stride), norm(n * chunks);
     const auto sweep_chunk = [&](int64_t p, T* total) {
       const int64_t at = begin + p * sweep_chunk_columns, columns = std::min(sweep_chunk_columns, end - at);
-      float psi[kSweepChunk / kChunk * kMostProjections];
-      for (int64_t c = 0; c * kChunk < columns; ++c) {
-        const Philox random = projection_psi(seed_, at / kChunk + c);
-        for (int k = 0; k < kMostProjections; ++k) psi[c * kMostProjections + k] = signed_weight(random.word[k]);
-      }
+      uint32_t random[4 * kPhiloxStep];
+      kernel.random_words(seed_, kPsiDomain, at / kChunk, kPhiloxStep, random);
+      float psi[4 * kPhiloxStep];
+      for (int i = 0; i < 4 * kPhiloxStep; ++i) psi[i] = signed_weight(random[i]);
       std::vector<const T*> from(n);
       for (int64_t j = 0; j < n; ++j) from[j] = rows_[j] == nullptr ? nullptr : rows_[j] + at;
       kernel.project(ProjectChunk<T>{from.data(), together ? weights : nullptr, added.data(),
@@ -170,6 +171,7 @@ class Sweep {
 
  private:
   static constexpr int64_t kSweepChunk = 8192;  // columns; their sum stays in the second-level cache
+  static_assert(kMostProjections == 4 && kSweepChunk <= kPhiloxStep * kChunk, "a chunk's weights are drawn at once");
   static_assert(kTile % kSweepChunk == 0 && kSweepChunk / 4 % kChunk == 0, "weights of a chunk and a tile begin anew");
 
   const std::vector<const T*>& rows_;

@@ -135,8 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> cyclic_locate(const Tensor& projections, cons
   const int s = static_cast<int>(adversaries);
   const Verdict verdict = find_suspects(p, read_mask(op, "missing", missing, projections), s, length,
                                         noise_model(float64, static_cast<int>(n), atol, rtol));
-  Tensor weights = compression == 1 ? new_vector(1, n, aoti_torch_dtype_complex128())
-                                    : torch::stable::new_empty(projections, {compression, n});
+  const std::vector<int64_t> shape = compression == 1 ? std::vector<int64_t>{n} : std::vector<int64_t>{compression, n};
+  Tensor weights = new_tensor(shape, aoti_torch_dtype_complex128());
   auto* to = static_cast<double*>(weights.data_ptr());
   if (verdict.failed || verdict.overflow) {
     std::fill(to, to + 2 * compression * n, std::numeric_limits<double>::quiet_NaN());

@@ -11,8 +11,8 @@ std::tuple<Tensor, Tensor> project(const char* op, const Tensor& messages, const
   check_pairs(op, messages, length);
   const std::vector<uint8_t> absent = read_mask(op, "missing", missing, messages);
   const int64_t tiles = tile_count(length), per_tile = projections_per_tile(length);
-  Tensor projections = torch::stable::new_empty(messages, {n, tiles, per_tile}, ScalarType::ComplexDouble);
-  Tensor norms = torch::stable::new_empty(messages, {n, tiles}, ScalarType::Double);
+  Tensor projections = new_tensor({n, tiles, per_tile}, aoti_torch_dtype_complex128());
+  Tensor norms = new_tensor({n, tiles}, aoti_torch_dtype_float64());
   dispatch_real(op, messages.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     std::vector<const T*> rows = row_pointers<T>(messages);

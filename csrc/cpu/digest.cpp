@@ -9,7 +9,7 @@ Tensor digests(const char* op, const Tensor& values, const int64_t* seeds, int64
   const auto* from = static_cast<const unsigned char*>(values.data_ptr());
   const Kernels& kernel = kernels();
   const int count = static_cast<int>(number);
-  Tensor out = torch::stable::new_empty(values, {count, 2}, ScalarType::Long);
+  Tensor out = new_tensor({count, 2}, aoti_torch_dtype_int64());
   digest_blocks(
       bytes, seeds, count, kDigestBlock,
       [&](const uint32_t* key, int64_t begin, int64_t size, uint64_t* sums) {

@@ -9,16 +9,16 @@
 namespace draco {
 
 struct alignas(64) DigestKey {
-  static constexpr int kSize = (kDigestKey + 4 * kDigestKeyStep - 1) / (4 * kDigestKeyStep) * 4 * kDigestKeyStep;
+  static constexpr int kSize = (kDigestKey + 4 * kPhiloxStep - 1) / (4 * kPhiloxStep) * 4 * kPhiloxStep;
   uint32_t word[kSize];
 
   // Draws what digesting so many bytes needs.
   void draw(const Kernels& kernel, uint64_t seed, int64_t bytes) {
-    constexpr int kStep = kDigestKeyStep, kOfHashes = kDigestCellKey / 4;
+    constexpr int kStep = kPhiloxStep, kOfHashes = kDigestCellKey / 4;
     static_assert(kOfHashes % kStep == 0, "the two parts of the key are drawn one by one");
     const int lines = (digest_rows(bytes) + 1) * kDigestRowCells - 1 + digest_groups(bytes, 0);
-    kernel.digest_key(seed, 0, (lines * kDigestLineWords / 4 + kStep - 1) / kStep * kStep, word);
-    kernel.digest_key(seed, kOfHashes, kSize / 4 - kOfHashes, word);
+    kernel.random_words(seed, kDigestKeyDomain, 0, (lines * kDigestLineWords / 4 + kStep - 1) / kStep * kStep, word);
+    kernel.random_words(seed, kDigestKeyDomain, kOfHashes, kSize / 4 - kOfHashes, word + kDigestCellKey);
   }
 };
 
@@ -27,21 +27,23 @@ struct alignas(64) DigestKey {
 // one thread, in their order, each under all keys while it is in the caches.
 template <typename F>
 void digest_blocks(int64_t bytes, const int64_t* seeds, int count, int64_t alignment, const F& hash, int64_t* out) {
-  constexpr int64_t kTaken = 4 * kDigestBlock;  // bytes that a thread takes at once
+  constexpr int64_t kLeast = 4 * kDigestBlock;  // bytes that are worth a thread
   const std::unique_ptr<DigestKey[]> keys(new DigestKey[count]);
   const auto seed = [&](int i) { return static_cast<uint64_t>(seeds[i]); };
   for (int i = 0; i < count; ++i) keys[i].draw(kernels(), seed(i), bytes);
   const std::unique_ptr<std::atomic<uint64_t>[]> totals(new std::atomic<uint64_t>[kDigestSums * count]());
-  for_each_chunk(bytes, kTaken, alignment, 0, 0, [&](int64_t begin, int64_t size, void*) {
-    for (int64_t at = begin; at < begin + size; at += kDigestBlock) {
+  parallel((bytes + alignment - 1) / alignment, kLeast / alignment, [&](int64_t first, int64_t last) {
+    std::vector<uint64_t> own(kDigestSums * count);
+    const int64_t end = std::min(last * alignment, bytes);
+    for (int64_t at = first * alignment; at < end; at += kDigestBlock) {
       for (int i = 0; i < count; ++i) {
         uint64_t sums[kDigestSums] = {};
-        hash(keys[i].word, at, std::min<int64_t>(kDigestBlock, begin + size - at), sums);
+        hash(keys[i].word, at, std::min<int64_t>(kDigestBlock, end - at), sums);
         for (int t = 0; t < kDigestSums; ++t)
-          totals[kDigestSums * i + t].fetch_add(digest_weigh(seed(i), at / kDigestBlock, t, sums[t]),
-                                                std::memory_order_relaxed);
+          own[kDigestSums * i + t] += digest_weigh(seed(i), at / kDigestBlock, t, sums[t]);
       }
     }
+    for (int t = 0; t < kDigestSums * count; ++t) totals[t].fetch_add(own[t], std::memory_order_relaxed);
   });
   for (int i = 0; i < count; ++i) {
     uint64_t sums[kDigestSums];

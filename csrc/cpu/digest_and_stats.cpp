@@ -14,11 +14,11 @@ std::tuple<Tensor, Tensor> digest_stats(const char* op, const Tensor& values, in
   dispatch_floating(op, "values", values.scalar_type(), [&](auto zero) { dtype = kDtype<decltype(zero)>; });
   auto* const from = static_cast<unsigned char*>(values.data_ptr());
   const int64_t tiles = tile_count(values.size(0));
-  Tensor stats = torch::stable::new_empty(values, {tiles, 4}, ScalarType::Double);
+  Tensor stats = new_tensor({tiles, 4}, aoti_torch_dtype_float64());
   auto* const of_tile = static_cast<Stats*>(stats.data_ptr());
   std::fill_n(of_tile, tiles, Stats{});
   const Kernels& kernel = kernels();
-  Tensor digest = new_vector(1, 2, aoti_torch_dtype_int64());
+  Tensor digest = new_tensor({2}, aoti_torch_dtype_int64());
   digest_blocks(
       bytes, &seed, 1, tile,
       [&](const uint32_t* key, int64_t begin, int64_t size, uint64_t* sums) {

@@ -28,7 +28,7 @@ struct VoteChunk {
   void* scratch;     // kVoteScratch bytes per member, on a multiple of 64
 };
 constexpr int64_t kVoteScratch = 200;
-constexpr int kDigestKeyStep = 8;
+constexpr int kPhiloxStep = 8;
 
 // sum[c] = sum over rows of weight[row] * rows[row][c], on pairs of columns as complex numbers; `columns` is even.
 // Several sums of the same rows, each with its own weights, are made together, four rows at a time.
@@ -96,9 +96,8 @@ struct Kernels {
   // parts apart, check is (checks, workers).
   void (*check_energy)(const Complex* check, int checks, int workers, const double* re, const double* im,
                        int64_t stride, int64_t columns, double* energy);
-  // Writes `count` vectors of four words of a digest's key (core/digest.h), a multiple of kDigestKeyStep, from number
-  // `first` on, to where they belong.
-  void (*digest_key)(uint64_t seed, int first, int count, uint32_t* key);
+  // Writes the words of `count` Philox blocks (core/random.h), a multiple of kPhiloxStep, from counter `first` on.
+  void (*random_words)(uint64_t seed, uint32_t domain, uint64_t first, int count, uint32_t* words);
   // Adds the four sums of the bytes of one block of a digest (core/digest.h) to `sums`; bytes > 0.
   void (*digest)(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums);
   // The same of a block of values, and in the same sweep their statistics, which are written to `stats`.

@@ -26,12 +26,6 @@ DRACO_HD Vector<uint64_t> multiply_lower(Vector<uint64_t> a, Vector<uint64_t> b)
 // Those of the lower and upper halves.
 DRACO_HD Vector<uint64_t> multiply_halves(Vector<uint64_t> x) { return multiply_lower(x, x >> 32); }
 
-constexpr int kDigestAhead = kDigestRow;  // bytes: further than kAhead, as there is one stream alone
-
-// Into the second-level cache, from where the hardware's prefetchers take over: they fill the first-level cache just in
-// time, and what is there at once only displaces the key.
-DRACO_HD void fetch_far_ahead(const unsigned char* from) { __builtin_prefetch(from + kDigestAhead, 0, 2); }
-
 DRACO_HD uint64_t sum_of(Vector<uint64_t> x) {
   typedef uint64_t Half __attribute__((vector_size(16)));
 #if defined(__AVX512F__)
@@ -54,15 +48,24 @@ enum class Row { kFirst, kOther, kXors };
 template <Row kRow, typename Statistics>
 DRACO_HD void digest_row(const uint32_t* key, const unsigned char* from, int whole, const unsigned char* rest,
                          int groups, unsigned char* xors, uint64_t* hashes, Statistics& statistics) {
+  // A group's lines of the key are those of the group before, but for one: they stay in registers where there are
+  // enough of them, since loads are what takes the time.
+  constexpr bool kKept = kBytes == 64 && std::is_same_v<Statistics, NoStatistics>;
+  Vector<uint32_t> kept[kDigestRowCells] = {};
+  DRACO_UNROLL for (int j = 0; kKept && j < kDigestColumns; ++j) kept[j + 1] = load(key + j * kDigestLineWords);
   Vector<uint64_t> sums[kDigestRowCells] = {};
   for (int g = 0; g < groups; ++g, from += kDigestGroup, key += kDigestLineWords, xors += kDigestGroup) {
     const unsigned char* const group = g < whole ? from : rest;
     if (kRow != Row::kXors) {
       DRACO_UNROLL for (int j = 0; j < kDigestColumns; ++j) fetch_far_ahead(from + j * kDigestLine);
     }
+    if (kKept) {
+      DRACO_UNROLL for (int j = 0; j < kDigestColumns; ++j) kept[j] = kept[j + 1];
+      kept[kDigestColumns] = load(key + kDigestColumns * kDigestLineWords);
+    }
     DRACO_UNROLL for (int v = 0; v < kDigestLine; v += kBytes) {
       const auto hash = [&](int j, Vector<uint32_t> words) __attribute__((always_inline)) {
-        const Vector<uint32_t> keyed = words + load(key + j * kDigestLineWords + v / 4);
+        const Vector<uint32_t> keyed = words + (kKept ? kept[j] : load(key + j * kDigestLineWords + v / 4));
         sums[j] += multiply_halves((Vector<uint64_t>)keyed);
         // Where there are few registers, compilers that begin with the next columns run out of them.
         if (kBytes < 64) in_order<uint64_t>(sums[j]);
@@ -140,13 +143,13 @@ DRACO_HD void digest_block(const uint32_t* key, const unsigned char* from, int64
 namespace DRACO_ISA {
 
 // philox of several counters, a word of each in the lower half of 64 bits; what is above is not used.
-void digest_key(uint64_t seed, int first, int count, uint32_t* key) {
+void random_words(uint64_t seed, uint32_t domain, uint64_t first, int count, uint32_t* words) {
   constexpr int kCount = VectorOf<uint64_t>::kSize;
-  static_assert(kDigestKeyStep % kCount == 0, "whole vectors are drawn");
+  static_assert(kPhiloxStep % kCount == 0, "whole vectors are drawn");
   Vector<uint64_t> own;
   for (int i = 0; i < kCount; ++i) own[i] = i;
-  for (int at = first; at < first + count; at += kCount) {
-    Vector<uint64_t> c0 = own + static_cast<uint64_t>(at), c1 = {}, c2 = c1 + kDigestKeyDomain, c3 = {};
+  for (int at = 0; at < count; at += kCount) {
+    Vector<uint64_t> c3 = {}, c2 = c3 + domain, c0 = own + (first + at), c1 = c0 >> 32;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
       const Vector<uint64_t> none = {};
@@ -160,8 +163,8 @@ void digest_key(uint64_t seed, int first, int count, uint32_t* key) {
     }
     const Vector<uint64_t> low = (c0 & 0xffffffffu) | c1 << 32, high = (c2 & 0xffffffffu) | c3 << 32;
     for (int i = 0; i < kCount; ++i) {
-      const uint64_t words[2] = {low[i], high[i]};
-      memcpy(key + 4 * (at + i), words, sizeof(words));
+      const uint64_t block[2] = {low[i], high[i]};
+      memcpy(words + 4 * (at + i), block, sizeof(block));
     }
   }
 }

@@ -66,8 +66,13 @@ void project_rows(const ProjectChunk<T>& job, const int* which, bool first) {
         for (int64_t c = block; c < whole; c += kLanes) {
           DRACO_UNROLL for (int r = 0; r < kCount; ++r) {
             if (v != r % kVectors) continue;  // each row in one of the passes
-            DRACO_UNROLL for (int i = 0; i < kLanes; i += kLine / static_cast<int>(sizeof(T)))
+            DRACO_UNROLL for (int i = 0; i < kLanes; i += kLine / static_cast<int>(sizeof(T))) {
+              if (kCount == 1) {
+                fetch_far_ahead(rows[r] + c + i);
+              } else {
                 fetch_ahead(rows[r] + c + i);
+              }
+            }
           }
           step(rows, c, phi_table + (c - chunk), out + c);
         }

@@ -21,7 +21,7 @@ template <typename T>
 void project(const ProjectChunk<T>& chunk);
 void check_energy(const Complex* check, int checks, int workers, const double* re, const double* im, int64_t stride,
                   int64_t columns, double* energy);
-void digest_key(uint64_t seed, int first, int count, uint32_t* key);
+void random_words(uint64_t seed, uint32_t domain, uint64_t first, int count, uint32_t* words);
 void digest(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums);
 template <typename T>
 void digest_and_stats(const uint32_t* key, const unsigned char* from, int64_t bytes, uint64_t* sums, Stats* stats);

@@ -57,6 +57,64 @@ struct Line<BFloat16> : WidenedLine<BFloat16> {
   using WidenedLine::WidenedLine;
 };
 
+// Counts the zeros among vectors of T, which are unsigned integers.
+template <typename T>
+class ZeroCount {
+ public:
+#if defined(__AVX512F__)
+  DRACO_MEMBER void take(Vector<T> values) {
+    const auto v = (__m512i)values;
+    if constexpr (sizeof(T) == 8) {
+      total_ += __builtin_popcount(_mm512_testn_epi64_mask(v, v));
+    } else if constexpr (sizeof(T) == 4) {
+      total_ += __builtin_popcount(_mm512_testn_epi32_mask(v, v));
+    } else {
+      total_ += __builtin_popcount(_mm512_testn_epi16_mask(v, v));
+    }
+  }
+  DRACO_MEMBER int64_t total() const { return total_; }
+
+ private:
+  int64_t total_ = 0;
+#else
+  DRACO_MEMBER void take(Vector<T> values) { count_ -= (Vector<T>)(values == 0); }
+  DRACO_MEMBER int64_t total() const {
+    int64_t total = 0;
+    for (int i = 0; i < VectorOf<T>::kSize; ++i) total += count_[i];
+    return total;
+  }
+
+ private:
+  Vector<T> count_ = {};
+#endif
+};
+
+// A vector of sums of squares in float64, and how values of T are added to it.
+template <typename T>
+struct Squares {
+  using Sum = Vector<double>;
+  static constexpr int kSize = VectorOf<double>::kSize;
+
+  template <typename Real>
+  static DRACO_MEMBER Sum add(Sum sum, const Real* from) {
+    const Sum value = widen_real(from);
+    return multiply_add<double>(value, value, sum);
+  }
+};
+#if defined(__AVX512F__)
+// Half a register: Zen 4 converts floats that it loads into two of these sooner than into a whole one.
+template <>
+struct Squares<float> {
+  typedef double Sum __attribute__((vector_size(32)));
+  static constexpr int kSize = 4;
+
+  static DRACO_MEMBER Sum add(Sum sum, const float* from) {
+    const __m256d value = _mm256_cvtps_pd(_mm_loadu_ps(from));
+    return (Sum)_mm256_fmadd_pd(value, value, (__m256d)sum);
+  }
+};
+#endif
+
 struct NoStatistics {
   DRACO_MEMBER void take_line(const unsigned char*) {}
   DRACO_MEMBER void take(const unsigned char*, int64_t) {}
@@ -73,13 +131,12 @@ class FiniteStatistics {
       memcpy(&words, from + v, sizeof(words));
       const auto magnitude = (Vector<Signed>)(words & kMagnitudeBits<T>);
       largest_ = magnitude > largest_ ? magnitude : largest_;
-      zeros_ -= (Vector<Bits>)(magnitude == 0);
+      zeros_.take((Vector<Bits>)magnitude);
     }
     const Line<T> line(from);
     DRACO_UNROLL for (int i = 0; i < kValues; i += kWide) {
-      const Vector<double> value = widen_real(line.at + i);
-      Vector<double>& sum = squares_[i / kWide % kSums];
-      sum = multiply_add<double>(value, value, sum);
+      auto& sum = squares_[i / kWide % kSums];
+      sum = Squares<T>::add(sum, line.at + i);
     }
   }
   // Less than a line.
@@ -103,8 +160,7 @@ class FiniteStatistics {
     memcpy(sum, squares_, sizeof(sum));
     for (int count = kPartial / 2; count > 0; count /= 2)
       for (int i = 0; i < count; ++i) sum[i] += sum[i + count];
-    int64_t zeros = -none_;
-    for (int i = 0; i < VectorOf<Bits>::kSize; ++i) zeros += zeros_[i];
+    const int64_t zeros = zeros_.total() - none_;
     return {sum[0], static_cast<double>(value_of<T>(largest())), 0, static_cast<double>(zeros)};
   }
 
@@ -112,11 +168,11 @@ class FiniteStatistics {
   using Bits = typename Element<T>::Bits;
   using Signed = std::make_signed_t<Bits>;
   static constexpr int kValues = kLine / sizeof(T), kPartial = kValues < 16 ? kValues : 16;
-  static constexpr int kWide = VectorOf<double>::kSize, kSums = kPartial / kWide;
+  static constexpr int kWide = Squares<T>::kSize, kSums = kPartial / kWide;
 
-  Vector<double> squares_[kSums] = {};
+  typename Squares<T>::Sum squares_[kSums] = {};
   Vector<Signed> largest_ = {};
-  Vector<Bits> zeros_ = {};
+  ZeroCount<Bits> zeros_;
   int64_t none_ = 0;  // zeros that stand for what the last line does not have
 
   DRACO_MEMBER Bits largest() const {

@@ -21,7 +21,7 @@ const Kernels kTable = {
     project<float>,
     project<double>,
     check_energy,
-    digest_key,
+    random_words,
     digest,
     {digest_and_stats<float>, digest_and_stats<double>, digest_and_stats<Half>, digest_and_stats<BFloat16>},
     {scale<float>, scale<double>, scale<Half>, scale<BFloat16>},
