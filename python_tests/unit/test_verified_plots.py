@@ -1,7 +1,7 @@
 """The verified all-reduce against bad ranks that plot: each speaks the protocol from a script of its own.
 
-`test_verified.py` has bad ranks that run the program and alter what it sends. These say what they like, another thing to
-each rank, also where the program would say nothing, and know all that any of them could know.
+`test_verified.py` has bad ranks that run the program and alter what it sends. These say what they like, another thing
+to each rank, also where the program would say nothing, and know all that any of them could know.
 """
 
 import functools
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_core")
 
 SIZES = [(3, 1), (5, 2), (6, 1), (7, 1), (9, 1), (10, 1), (10, 2), (11, 2)]
 LIES = (
-    "shard", "sum", "repair", "commitment", "share", "own share for each", "digest", "answer under another key", "known",
-    "late", "again", "verdict", "request", "announcement", "claims", "key",
-)  # fmt: skip
+    *("shard", "sum", "repair", "commitment", "share", "own share for each", "digest", "answer under another key"),
+    *("known", "late", "again", "verdict", "request", "announcement", "claims", "key"),
+)
 NO, YES, LATE = range(3)
 VERIFIED, AGAIN, FAILED = range(3)
 
@@ -140,7 +140,9 @@ class Plot:
             for to in self.honest:
                 said = {j: (shown[i - 1][j], shown[i][j]) for j in self.honest}
                 said |= {j: tuple(self.chain(bucket, j, to)[i - 1 : i + 1]) for j in self.bad}
-                seed, _ = join_shares({j: pair[1] for j, pair in said.items()}, {j: pair[0] for j, pair in said.items()})
+                seed, _ = join_shares(
+                    {j: pair[1] for j, pair in said.items()}, {j: pair[0] for j, pair in said.items()}
+                )
                 self.keys.add(seed & LARGEST_KEY)
 
     def is_a_lie(self, sent, right, bucket, to, worker):
@@ -179,15 +181,24 @@ class BadRank:
             vector = self.sums[group] if delivery else self.shards[group][self.group_of[to]]
         return vector.tensor_split(len(self.groups[group]))
 
-    def swap(self, leave, arriving):
-        """Send what `leave` returns, and receive; at once, or one after the other."""
+    def swap(self, leaving, arriving, delivery=None):
+        """Send, also the pieces of a delivery, and receive; at once, or one after the other."""
+        if delivery is not None:
+            arriving = self.in_order(delivery, self.room_for_pieces(delivery), arriving)
         if self.plot.rushing:
             (yield Swap(self.communicator, [], arriving)).wait()
             self.read()
-            yield (yield Swap(self.communicator, leave(), []))
+        if delivery is not None:
+            leaving = self.in_order(delivery, self.send_pieces(delivery), leaving)
+        if self.plot.rushing:
+            yield (yield Swap(self.communicator, leaving, []))
         else:
-            yield (yield Swap(self.communicator, leave(), arriving))
+            yield (yield Swap(self.communicator, leaving, arriving))
             self.read()
+
+    def in_order(self, delivery, pieces, others):
+        """Commitments come after the shards, answers before the sums."""
+        return others + pieces if delivery else pieces + others
 
     def read(self):
         shown = [{j: to_bytes(values) for j, values in each.items()} for each in self.shown]
@@ -232,11 +243,13 @@ class BadRank:
     def verdict(self, delivery, round_, to):
         if self.lies("again", delivery, round_, to):
             return AGAIN
-        return self.draw("verdict", delivery, to).choice((2, 3, -1)) if self.lies("verdict", delivery, round_, to) else 0
+        return (
+            self.draw("verdict", delivery, to).choice((2, 3, -1)) if self.lies("verdict", delivery, round_, to) else 0
+        )
 
     def answer(self, delivery, round_, to, key):
         known, what = YES, (delivery, round_, to)
-        if delivery and round_ == 0 and self.lies("late", to):
+        if delivery and self.lies("late", to) and (round_ == 0 or self.draw("still late", to).random() < 0.5):
             known = LATE
         elif self.lies("known", *what):
             known = self.draw("known", *what).choice((NO, -1, 7) if delivery and round_ == 0 else (NO, LATE, -1, 7))
@@ -269,28 +282,20 @@ class BadRank:
     def run(self):
         """Speak the whole protocol; see `VerifiedAllReduce`."""
         honest, several = self.plot.honest, len(self.groups) > 1
-        leaving, arriving = self.show()
-        if several:
-            yield from self.swap(lambda: self.send_pieces(0) + leaving, self.room_for_pieces(0) + arriving)
-        else:
-            yield from self.swap(lambda: leaving, arriving)
-        leaving, arriving = self.show()
-        yield from self.swap(lambda: leaving, arriving)
+        yield from self.swap(*self.show(), 0 if several else None)
+        yield from self.swap(*self.show())
         for delivery in range(2 if several else 1):
             answers = [(self.answer(delivery, 0, j, self.key_of(j, delivery + 1)), j) for j in honest]
             room = [(self.room(2 + 2 * len(self.groups[self.group_of[j]])), j) for j in honest]
             is_first = several and delivery == 0
-            if is_first:
-                yield from self.swap(lambda: answers + self.send_pieces(1), room + self.room_for_pieces(1))
-            else:
-                yield from self.swap(lambda: answers, room)
+            yield from self.swap(answers, room, 1 if is_first else None)
             words = {j: self.room(2 + len(self.members)) for j in honest}
             leaving = [(self.word(delivery, 0, j), j) for j in honest]
             arriving = [(word, j) for j, word in words.items()]
             if is_first:
                 shares, room = self.show()
                 leaving, arriving = leaving + shares, arriving + room
-            yield from self.swap(lambda: leaving, arriving)
+            yield from self.swap(leaving, arriving)
             self.settle(delivery, {j: word.tolist() for j, word in words.items()})
         self.claim()
 
@@ -301,7 +306,9 @@ class BadRank:
             if any(flags):
                 right = [piece for piece, flag in zip(self.pieces(delivery, self.own, j), flags, strict=True) if flag]
                 sent = [
-                    self.plot.wrong(piece, self.own, self.bucket, number, j) if self.lies("repair", number, j, i) else piece
+                    self.plot.wrong(piece, self.own, self.bucket, number, j)
+                    if self.lies("repair", number, j, i)
+                    else piece
                     for i, piece in enumerate(right)
                 ]
                 self.plot.is_a_lie(torch.cat(sent), torch.cat(right), self.bucket, j, self.own)
@@ -361,8 +368,15 @@ def message_of(values, how):
     return Message(values.clone() if how == "beside" else values, buffer)
 
 
-def run_plot(seed, monkeypatch, *, too_many=False):
-    """Run one plot, of several buckets in flight; `too_many`: of s + 1 of a group, who do not agree on a message."""
+def run_plot(seed, monkeypatch, *, lies=(), too_many=False):
+    """Run one plot, of several buckets in flight.
+
+    Args:
+        seed: of all that is drawn.
+        monkeypatch: pytest's.
+        lies: those that are always told; default: some, sometimes.
+        too_many: whether s + 1 of a group are bad, who do not agree on a message.
+    """
     rng = random.Random(seed)
     monkeypatch.setattr(verified, "SMALL", 0)
     monkeypatch.setattr(communicators, "SHORT", rng.choice((0, 100, 2**16)))
@@ -379,8 +393,8 @@ def run_plot(seed, monkeypatch, *, too_many=False):
     gradients = [torch.randn(code.parts, length, generator=generator).to(dtype) for length in lengths]
     with_next = [rng.random() < 0.3 for _ in lengths[1:]] + [False]
     how = rng.choice(("in the buffer", "restored", "beside"))
-    chosen = rng.sample(LIES, rng.randrange(1, 9))
-    often = {lie: rng.choice((0.05, 0.3, 0.7, 1.0)) if lie in chosen else 0.0 for lie in LIES}
+    chosen = lies or rng.sample(LIES, rng.randrange(1, 9))
+    often = {lie: (1.0 if lies else rng.choice((0.05, 0.3, 0.7, 1.0))) if lie in chosen else 0.0 for lie in LIES}
     agree = rng.random() < 0.5 and not too_many
     plot = Plot(code, bad, gradients, seed, often, agree, rng.random() < 0.5, too_many)
     monkeypatch.setattr(ops, "digest", functools.partial(plot.digest, ops.digest))
@@ -415,9 +429,44 @@ def run_plot(seed, monkeypatch, *, too_many=False):
     return plot
 
 
-@pytest.mark.parametrize("first", range(0, 100, 10))
-def test_plots(first, monkeypatch, pytestconfig):
-    """Thousands were run: `for seed in range(...): run_plot(seed, monkeypatch)`."""
-    for seed in range(first, first + (100 if pytestconfig.getoption("long") else 10)):
-        with monkeypatch.context() as patch:
-            run_plot(seed, patch)
+@pytest.fixture
+def run_plots(monkeypatch, pytestconfig):
+    """Run plots with the seeds from a first one on."""
+
+    def run(first, **options):
+        for seed in range(first, first + (100 if pytestconfig.getoption("long") else 10)):
+            with monkeypatch.context() as patch:
+                try:
+                    run_plot(seed, patch, **options)
+                except BaseException:
+                    print(f"seed {seed}")
+                    raise
+
+    return run
+
+
+@pytest.mark.parametrize("first", range(0, 600, 100))
+def test_plots_change_nothing(first, run_plots):
+    """Every honest rank has the right bits, names nobody honest, and names who has sent it something wrong."""
+    run_plots(first)
+
+
+@pytest.mark.parametrize(
+    "lies",
+    [
+        ("late", "again", "repair"),
+        ("late", "again", "sum", "repair"),
+        ("shard", "own share for each", "repair"),
+        ("shard", "share", "late", "again", "repair", "answer under another key"),
+    ],
+    ids=", ".join,
+)
+def test_plots_for_a_delay(lies, run_plots):
+    """The repetitions are enough, also where a bad rank says that it is late whenever it is asked."""
+    run_plots(0, lies=lies)
+
+
+@pytest.mark.parametrize("first", range(0, 200, 100))
+def test_plots_of_too_many_who_do_not_agree(first, run_plots):
+    """Every honest rank comes to an end, with the right bits or a failure."""
+    run_plots(first, too_many=True)
