@@ -263,7 +263,7 @@ class Delivery:
             is_late = known == Known.LATE and j in self.late
             is_known = known == Known.YES or is_late
             if is_late and j != self._own:
-                self._verifier.drop(j)
+                self._verifier.excuse(j)
             if answered != key:
                 undecided.add(j)
             else:

@@ -180,7 +180,11 @@ class ExchangeScheduler:
         """Run exchanges until each has ended or waits for something that has begun."""
         for exchange in exchanges:
             self._advance(exchange)
-        while waiting := [(each, each.waits_for) for each in exchanges if isinstance(each.waits_for, Together)]:
+        while waiting := [
+            (each, each.waits_for)
+            for each in exchanges
+            if each in self._in_flight and isinstance(each.waits_for, Together)
+        ]:
             first = waiting[0][1]
             alike = [
                 (each, request)

@@ -81,6 +81,7 @@ class Verifier:
         self._digests: dict[tuple[int, int], Digest] = {}  # by group and number, of pieces that others have sent
         self._unverified = [set(range(len(members))) for members in groups]
         self._evidence: list[tuple[int, int, int, Tensor]] = []  # sender, group and number of a wrong piece
+        self._excused: set[tuple[int, int]] = set()  # groups and numbers of pieces for which nobody is found wrong
         self._unable: set[int] = set()  # workers that have said that they do not know what is right
         self._silent: set[int] = set()  # wrong workers that have not sent what they were asked for
         self._seen: set[tuple[int, int]] = set()  # senders and numbers of those, and of those that are asked for
@@ -159,10 +160,10 @@ class Verifier:
                 wanted[helper].append(i)
         return verdict, wanted
 
-    def drop(self, worker: int) -> None:
-        """Count a worker's pieces as missing, without judging it."""
-        for senders in self._senders:
-            senders[:] = [None if j == worker else j for j in senders]
+    def excuse(self, worker: int) -> None:
+        """Do not find a worker wrong for the pieces that it has sent so far."""
+        for g, senders in enumerate(self._senders):
+            self._excused.update((g, i) for i, sender in enumerate(senders) if sender == worker)
 
     def make_room(self, wanted: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """Return a tensor for the pieces that are wanted from each worker, joined."""
@@ -223,6 +224,9 @@ class Verifier:
             digest = self._digests[g, i]
         if digest == right:
             return True
+        if (g, i) in self._excused:
+            self._excused.remove((g, i))  # it is asked for again
+            return False
         self._evidence.append((sender, g, i, piece))
         self._seen.add((sender, i))
         if sender in said or sender in undecided:  # and not who says that it does not know what is right

@@ -14,6 +14,7 @@ from draco_ext.protocol.exchange import ExchangeScheduler, run_alone
 from draco_ext.protocol.messages import GradientBuffer, Message
 from draco_ext.protocol.transports import verified
 from draco_ext.protocol.transports.verified import VerifiedAllReduce
+from draco_ext.protocol.verifier import Verifier
 from draco_ext.reporting.report import Seconds
 from draco_ext.testing.communicator import run_workers
 
@@ -303,8 +304,19 @@ def test_wrong_again_when_asked_for_a_repair(code, first, most):
 
 @pytest.mark.parametrize("code", CODES, ids=repr)
 @pytest.mark.parametrize("wrong", [False, True])
-def test_who_shows_every_rank_another_share_gains_nothing(code, wrong, most):
-    """Honest ranks then have different keys in the first comparison, and draw their own."""
+def test_who_shows_every_rank_another_share_gains_nothing(code, wrong, most, monkeypatch):
+    """Honest ranks then have different keys in the first comparison, and draw their own.
+
+    Since they compare shards again, they are late with sums. But what was right all the same is not sent again.
+    """
+    asked = []
+    make_room = Verifier.make_room
+
+    def spy(verifier, wanted):
+        asked.extend(wanted)
+        return make_room(verifier, wanted)
+
+    monkeypatch.setattr(Verifier, "make_room", spy)
 
     def attack(communicator, code, bad, members):
         own = communicator.worker
@@ -324,6 +336,7 @@ def test_who_shows_every_rank_another_share_gains_nothing(code, wrong, most):
 
     for bad in sets_of_bad(code, most):
         check(code, bad, attack, named=bad if wrong and len(code.replica_groups) > 1 else set())
+    assert bool(asked) == (wrong and len(code.replica_groups) > 1)
 
 
 def test_who_is_lied_to_names_the_liar():
