@@ -434,7 +434,7 @@ def run_plots(monkeypatch, pytestconfig):
     """Run plots with the seeds from a first one on."""
 
     def run(first, **options):
-        for seed in range(first, first + (30 if pytestconfig.getoption("long") else 10)):
+        for seed in range(first, first + (30 if pytestconfig.getoption("long") else 4)):
             with monkeypatch.context() as patch:
                 try:
                     run_plot(seed, patch, **options)
