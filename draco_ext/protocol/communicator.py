@@ -22,6 +22,15 @@ from draco_ext.protocol.groups import divide, timeout_of
 from draco_ext.reporting.report import Seconds
 
 Addressed = tuple[Tensor, int]  # a tensor, and the worker that it is sent to or received from
+# What a worker sends straight to others, and room for what it gets from them.
+Parcels = tuple[list[Addressed], list[Addressed]]
+
+
+def parcels_for_all(own: int, values: Tensor, rows: Sequence[Tensor] | Tensor) -> Parcels:
+    """Return parcels that bring a worker's values to all others, and theirs into `rows`."""
+    n = len(rows)
+    leaving = [(values, (own + distance) % n) for distance in range(1, n)]
+    return leaving, [(rows[(own - distance) % n], (own - distance) % n) for distance in range(1, n)]
 
 
 class Pending:
@@ -219,11 +228,8 @@ class ProcessGroupCommunicator(Communicator):
 
     def all_gather_p2p(self, values: Tensor, rows: Tensor) -> Pending:
         """See `Communicator.all_gather_p2p`."""
-        own, n = self.worker, self.workers
-        rows[own] = values
-        arriving = [(rows[(own - distance) % n], (own - distance) % n) for distance in range(1, n)]
-        leaving = [(values, (own + distance) % n) for distance in range(1, n)]
-        return self._start_p2p(leaving, arriving, rows)
+        rows[self.worker] = values
+        return self._start_p2p(*parcels_for_all(self.worker, values, rows), rows)
 
     def all_reduce(self, values: Tensor, *, resume_on_next_bucket: bool = False) -> Pending:
         """See `Communicator.all_reduce`."""

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from draco_ext.codes import groups_by_worker
-from draco_ext.protocol.communicator import Addressed, Communicator
+from draco_ext.protocol.communicator import Communicator, Parcels
 from draco_ext.protocol.differences import Difference
 from draco_ext.protocol.exchange import copy_to_host
 from draco_ext.protocol.keys import LARGEST_KEY, Digest
 from draco_ext.protocol.verifier import Verdict, Verifier, digests_of, read_digests
-
-# What a rank sends straight to others, and room for what it gets from them.
-Parcels = tuple[list[Addressed], list[Addressed]]
 
 
 def more_than(adversaries: int, workers: Collection[int], groups: Sequence[Sequence[int]]) -> bool:

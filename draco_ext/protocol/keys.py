@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from draco_ext.protocol.communicator import Addressed, Communicator, Pending
+from draco_ext.protocol.communicator import Communicator, Parcels, Pending, parcels_for_all
 from draco_ext.protocol.exchange import Gather, copy_to_host
 
 KEY_BITS = 55  # bits of a rank's share in a key: the sum of 255 shares fits into an int64
@@ -94,15 +94,14 @@ class ChainedKeys:
         self._shown: list[Tensor] = []
         self._commitments: list[bytes] = []
 
-    def show(self) -> tuple[list[Addressed], list[Addressed]]:
+    def show(self) -> Parcels:
         """Return the commitment, and then share after share, as they are sent to all workers, and room for the others'.
 
         A share is sent when everything has arrived that is digested under its key.
         """
         own = to_tensor(self._chain.pop(), self._device)
         self._shown = [own.clone() for _ in range(self._workers)]
-        others = [j for j in range(self._workers) if j != self._own]
-        return [(own, j) for j in others], [(self._shown[j], j) for j in others]
+        return parcels_for_all(self._own, own, self._shown)
 
     def read(self) -> int:
         """Read what has arrived; return the key that the shares make. Commitments make none: 0."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from draco_ext.codes import Code
-from draco_ext.protocol.communicator import Communicator, Pending
+from draco_ext.protocol.communicator import Communicator, Pending, parcels_for_all
 from draco_ext.protocol.exchange import Exchange, HostCopy, RecordExchange, Swap, Turn
 from draco_ext.protocol.keys import SharedSeed
 from draco_ext.protocol.messages import (
@@ -87,8 +87,7 @@ class AllGather(Transport):
         own = self.communicator.worker
         rows = write_truncation_sentinel(record.new_zeros(self.code.workers, record.numel()))
         rows[own] = record
-        others = [j for j in range(self.code.workers) if j != own]
-        yield (yield Swap(self.communicator, [(record, j) for j in others], [(rows[j], j) for j in others]))
+        yield (yield Swap(self.communicator, *parcels_for_all(own, record, rows)))
         return read_records((yield HostCopy(rows)))
 
     def _send(self) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from draco_ext import ops
 from draco_ext.codes import Code, groups_by_worker
-from draco_ext.protocol.communicator import Communicator
-from draco_ext.protocol.delivery import Delivery, Known, Parcels, more_than
+from draco_ext.protocol.communicator import Communicator, Parcels
+from draco_ext.protocol.delivery import Delivery, Known, more_than
 from draco_ext.protocol.differences import Difference, join, validate_reported
 from draco_ext.protocol.exchange import Exchange, RecordExchange, Steps, Swap
 from draco_ext.protocol.keys import ChainedKeys
@@ -92,13 +92,7 @@ class VerifiedAllReduce(Transport):
         yield (yield self._swap(keys.show()))
         keys.read()
         yield (yield self._swap(keys.show()))
-        answered = yield self._swap(delivery.answer(keys.read()))
-        delivery.prepare()
-        yield answered
-        delivery.compare()
-        yield (yield self._swap(delivery.tell()))
-        if delivery.hear():
-            delivery.settle()
+        yield from self._verify(delivery, keys.read())
         message.write(values)
         return delivery
 
@@ -144,14 +138,18 @@ class VerifiedAllReduce(Transport):
         self._rows.give_back(rows)
         if is_late:
             last.known = Known.NO if scatter.failed else Known.LATE
-        answered = yield self._swap(last.answer(keys.read()))
-        last.prepare()
-        yield answered
-        last.compare()
-        yield (yield self._swap(last.tell()))
-        if last.hear():
-            last.settle()
+        yield from self._verify(last, keys.read())
         return scatter, last
+
+    def _verify(self, delivery: Delivery, key: int) -> Steps[None]:
+        """Verify what has arrived under a key that is known now, and settle what is wrong."""
+        answered = yield self._swap(delivery.answer(key))
+        delivery.prepare()
+        yield answered
+        delivery.compare()
+        yield (yield self._swap(delivery.tell()))
+        if delivery.hear():
+            delivery.settle()
 
     def _delivery(self, serve: Callable[[int], Tensor], held: Sequence[Tensor], **options: Any) -> Delivery:
         return Delivery(self.communicator, self._groups, self.code.adversaries, serve, held, **options)
